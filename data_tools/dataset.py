@@ -1,0 +1,90 @@
+"""Map-style dataset over a prepared dataset, and random samples for speed tests."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .arguments import OverLong
+from .indexed import IndexedReader
+from .schema import DataError, Origin
+
+IGNORE_INDEX = -100
+_SHOWN = 5
+
+Item = dict[str, npt.NDArray[np.int64]]
+
+
+class PreparedDataset:
+    """Samples of a prepared dataset as ``{"input_ids", "labels"}``, int64, shape [length], labels unshifted.
+
+    Samples over ``max_length`` tokens are dropped (listed by ``over_long_rows``), cut at the end, or an error; a cut
+    sample that has no loss token left is dropped. Raises DataError when nothing remains.
+    """
+
+    def __init__(
+        self, folder: Path, max_length: int, over_long: OverLong = "drop", say: Callable[[str], None] = print
+    ) -> None:
+        self.max_length = max_length
+        self._tokens = IndexedReader(folder / "text_document")
+        self._spans = IndexedReader(folder / "spans_document")
+        self._rows = np.load(folder / "rows.npy", allow_pickle=False)
+        self._files = [Path(name) for name in json.loads((folder / "report.json").read_text(encoding="utf-8"))["files"]]
+        if not len(self._tokens) == len(self._spans) == len(self._rows):
+            raise DataError(f"{folder}: tokens, spans and rows differ in number; delete the folder and run again")
+        too_long = np.flatnonzero(self._tokens.lengths > max_length)
+        gone = [int(i) for i in too_long if over_long != "truncate" or int(self._spans[int(i)][0]) >= max_length]
+        self.over_long_rows = [(self.origin_of(i), int(self._tokens.lengths[i])) for i in gone]
+        if len(too_long):
+            shown = ", ".join(f"{self.origin_of(int(i))} ({self._tokens.lengths[i]})" for i in too_long[:_SHOWN])
+            message = f"{len(too_long)} of {len(self._tokens)} samples are over --max_seq_length {max_length}: {shown}"
+            message += " ..." if len(too_long) > _SHOWN else ""
+            if over_long == "error":
+                raise DataError(f"{message}; raise the limit or choose --over_long drop")
+            fate = "dropped" if over_long == "drop" else f"cut at the end ({len(gone)} without any loss token left: dropped)"
+            say(f"data: {message}; {fate}")
+        keep = np.ones(len(self._tokens), dtype=bool)
+        keep[gone] = False
+        self._index = np.flatnonzero(keep)
+        if not len(self._index):
+            raise DataError(f"every sample is over --max_seq_length {max_length}; raise it")
+
+    def origin_of(self, number: int) -> Origin:
+        """File and line of a sample of the prepared dataset (its number there, not after dropping)."""
+        file, line = self._rows[number]
+        return Origin(self._files[int(file)], int(line))
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Item:
+        number = int(self._index[index])
+        ids = np.asarray(self._tokens[number][: self.max_length], dtype=np.int64)
+        labels = np.full_like(ids, IGNORE_INDEX)
+        for start, end in np.asarray(self._spans[number]).reshape(-1, 2):
+            labels[start:end] = ids[start:end]
+        return {"input_ids": ids, "labels": labels}
+
+
+class DummyDataset:
+    """``count`` random samples of ``length`` tokens, all with loss; the same for the same seed."""
+
+    def __init__(self, vocab_size: int, length: int, count: int = 1000, seed: int = 0) -> None:
+        self.vocab_size, self.length, self.count, self.seed = vocab_size, length, count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Item:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        ids = np.random.default_rng([self.seed, index]).integers(0, self.vocab_size, self.length, dtype=np.int64)
+        return {"input_ids": ids, "labels": ids.copy()}
+
+
+def loss_tokens(item: Any) -> int:
+    """How many positions of a sample are trained: labels after the shift by one."""
+    return int((item["labels"][1:] != IGNORE_INDEX).sum())

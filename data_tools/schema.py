@@ -1,0 +1,76 @@
+"""Message, Sample and TokenizedSample: the one form that all stages meet in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class Rejected(ValueError):
+    """A row that is not trained on: ``code`` is counted, ``detail`` tells the user what is wrong with this row."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(f"{code}: {detail}")
+        self.code = code
+        self.detail = detail
+
+
+class DataError(ValueError):
+    """The data as a whole cannot be used; the message names the file and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a row comes from: a file and its line, counted from 1."""
+
+    file: Path
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn.
+
+    ``reasoning`` is a thought kept apart from the content (``reasoning_content``). ``trained`` says whether an
+    assistant turn carries loss. ``extra`` holds what only a chat template reads (tool calls, names), unchanged.
+    """
+
+    role: str
+    content: str
+    reasoning: str | None = None
+    trained: bool = True
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The message as a chat template reads it."""
+        value: dict[str, Any] = {"role": self.role, "content": self.content, **self.extra}
+        if self.reasoning is not None:
+            value["reasoning_content"] = self.reasoning
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A conversation; ``template_kwargs`` are this row's own template variables (``reasoning_effort``, ``tools``)."""
+
+    messages: tuple[Message, ...]
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedSample:
+    """Token ids (int32, shape [n]) and loss spans (int32, shape [s, 2], half-open [start, end) over the ids).
+
+    Labels are not shifted: the token at position i is predicted from the tokens before i.
+    """
+
+    ids: npt.NDArray[np.int32]
+    spans: npt.NDArray[np.int32]

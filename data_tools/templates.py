@@ -1,0 +1,99 @@
+"""Choose the chat template and render with it.
+
+Rendering is transformers' own ``apply_chat_template``, so a training text is what inference renders. Which control
+tokens a template uses, and whether it reads ``reasoning_content``, is read from its source: no list of model names.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .schema import DataError, Message, Rejected
+from .thinking import TAGS
+
+FOLDER = Path(__file__).parent / "chat_templates"
+
+
+def shipped() -> list[str]:
+    """Names of the chat templates that come with finebridge."""
+    return sorted(path.stem for path in FOLDER.glob("*.jinja"))
+
+
+def template_source(name_or_path: str) -> str:
+    """The Jinja source of a shipped template name or of the user's own file. Raises DataError with the nearest name."""
+    own = Path(name_or_path)
+    if own.is_file():
+        return own.read_text(encoding="utf-8")
+    if name_or_path in shipped():
+        return (FOLDER / f"{name_or_path}.jinja").read_text(encoding="utf-8")
+    near = difflib.get_close_matches(name_or_path, shipped(), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"shipped are {', '.join(shipped())}"
+    raise DataError(f"--chat_template {name_or_path}: no such file and no shipped template of that name; {hint}")
+
+
+class ChatTemplate:
+    """A tokenizer with the template that it renders with.
+
+    ``chosen`` is a shipped name, a file or None for the tokenizer's own. After construction the tokenizer carries the
+    template, so it is saved with every checkpoint. Raises DataError when there is no template or it does not render.
+    """
+
+    def __init__(self, tokenizer: Any, chosen: str | None) -> None:
+        if chosen is not None:
+            tokenizer.chat_template = template_source(chosen)
+        if isinstance(tokenizer.chat_template, dict):
+            tokenizer.chat_template = tokenizer.chat_template.get("default")
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"the tokenizer {tokenizer.name_or_path} has no chat template; choose one with --chat_template "
+                f"({', '.join(shipped())}, or the path of a .jinja file)"
+            )
+        self.tokenizer = tokenizer
+        self.source: str = tokenizer.chat_template
+        self.reads_reasoning = "reasoning_content" in self.source
+        added: dict[str, int] = tokenizer.get_added_vocab()
+        special = {str(token) for token in tokenizer.all_special_tokens}
+        special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.special_tokens = frozenset(special)
+        self.control_tokens = frozenset(token for token in added if token in special or token in self.source) | special
+        self._probe(chosen)
+
+    def render(self, messages: Sequence[Message], *, prompt: bool, kwargs: Mapping[str, Any]) -> str:
+        """The text of a conversation; with ``prompt`` the inference prompt that asks for the next assistant turn.
+
+        Raises Rejected when the template refuses the conversation.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                [message.as_dict() for message in messages], tokenize=False, add_generation_prompt=prompt, **kwargs
+            )
+        except Exception as error:  # noqa: BLE001 - a template is a program of its own: whatever it raises is its word
+            raise Rejected("template_error", f"{type(error).__name__}: {error}") from None
+
+    def literals_of(self, message: Message) -> frozenset[str]:
+        """The control tokens that are plain words in this message's text.
+
+        In an assistant's text the think/answer tags and non-special tokens (``<tool_call>``) are meant; all else that
+        looks like a control token, and every one in other roles' texts, is only text.
+        """
+        if message.role != "assistant":
+            return self.control_tokens
+        return frozenset(token for token in self.special_tokens if token not in TAGS)
+
+    def _probe(self, chosen: str | None) -> None:
+        """Fail now, with the template's name, rather than once a row."""
+        name = chosen or "of the tokenizer"
+        question = [Message("user", "q")]
+        try:
+            text = self.render([*question, Message("assistant", "a")], prompt=False, kwargs={})
+            self.render(question, prompt=True, kwargs={})
+        except Rejected as error:
+            raise DataError(f"the chat template {name} does not render a plain question and answer: {error.detail}") from None
+        scaffold = set(re.findall(r"<[|｜][^<>]*[|｜]>", text))
+        if lacking := sorted(scaffold - set(self.tokenizer.get_added_vocab()) - self.special_tokens):
+            raise DataError(
+                f"the tokenizer {self.tokenizer.name_or_path} has no token {lacking[0]}, which the chat template {name} "
+                "writes; choose the template of this model's family with --chat_template"
+            )

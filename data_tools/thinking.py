@@ -1,0 +1,99 @@
+"""The think/answer form of the Hunyuan models: slow think, fast think, ``/no_think``.
+
+    <think>\\n{thought}\\n</think>\\n<answer>\\n{answer}\\n</answer>
+
+Fast think is the same with an empty thought and ``/no_think`` in front of the user's text. Real data often lacks the
+line break before ``</think>``; it is normalised. Source: Tencent-Hunyuan/Hunyuan-7B ``finetune/README_CN.md``.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from .schema import Message, Rejected, Sample
+
+ThinkMode = Literal["keep", "fast", "slow", "mixed"]
+THINK_MODES: tuple[ThinkMode, ...] = ("keep", "fast", "slow", "mixed")
+NO_THINK = "/no_think"
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+_FORM = re.compile(r"\s*<think>\n?(.*?)\n?</think>\s*<answer>\n?(.*?)\n?</answer>\s*", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkAnswer:
+    """A thought (may be empty) and the answer that follows it."""
+
+    thought: str
+    answer: str
+
+    def render(self) -> str:
+        """The canonical text; ``parse`` gives the same value back."""
+        return f"<think>\n{self.thought}\n</think>\n<answer>\n{self.answer}\n</answer>"
+
+
+def parse(content: str) -> ThinkAnswer | None:
+    """The think/answer value of an assistant text; None when the text is not of that form.
+
+    Raises Rejected when it begins as one (``<think>`` first, ``<answer>`` somewhere) but is cut or has repeated tags.
+    """
+    match = _FORM.fullmatch(content)
+    if match and not any(tag in part for tag in TAGS for part in match.groups()):
+        return ThinkAnswer(match[1], match[2])
+    if content.lstrip().startswith("<think>"):
+        if "</think>" not in content:
+            raise Rejected("bad_think", "the thought is never closed with </think>")
+        if match or "<answer>" in content or "</answer>" in content:
+            raise Rejected("bad_think", "not <think>...</think><answer>...</answer> with each tag once")
+    return None
+
+
+def apply_mode(sample: Sample, mode: ThinkMode, *, separate: bool) -> Sample:
+    """The sample in one thinking mode, every think/answer text in canonical form.
+
+    ``keep`` leaves the choice to the data; ``fast`` drops every thought and puts ``/no_think`` before the question;
+    ``slow`` needs a thought in every trained turn and takes ``/no_think`` away; ``mixed`` trains turns with a thought as
+    slow and turns without one as fast. ``separate`` says that the chat template reads ``reasoning_content``: thoughts
+    go there, else into the content. A row's ``reasoning_effort`` follows the mode. Raises Rejected (``no_thought``) in slow mode.
+    """
+    messages = list(sample.messages)
+    thoughts = 0
+    for index, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        inline = None if message.reasoning is not None else parse(message.content)
+        value = inline or (ThinkAnswer(message.reasoning, message.content) if message.reasoning is not None else None)
+        if mode != "keep":
+            value = value or _plain(message)
+            slow = mode == "slow" or (mode == "mixed" and bool(value.thought.strip()))
+            if slow and message.trained and not value.thought.strip():
+                raise Rejected("no_thought", f"message {index + 1} has no thought, which --think_mode slow needs")
+            if not slow:
+                value = replace(value, thought="")
+            thoughts += slow and message.trained
+            _mark_question(messages, index, fast=not slow)
+        if value is not None:
+            content, reasoning = (value.answer, value.thought) if separate else (value.render(), None)
+            messages[index] = replace(message, content=content, reasoning=reasoning)
+    kwargs = dict(sample.template_kwargs)
+    if mode != "keep" and "reasoning_effort" in kwargs and (thoughts == 0) != (kwargs["reasoning_effort"] == "no_think"):
+        kwargs["reasoning_effort"] = "high" if thoughts else "no_think"
+    return Sample(tuple(messages), kwargs)
+
+
+def _plain(message: Message) -> ThinkAnswer:
+    """A text without the form as answer alone; a bare ``<think>`` block is kept as its thought."""
+    head, found, tail = message.content.partition("</think>")
+    if found and head.lstrip().startswith("<think>"):
+        return ThinkAnswer(head.lstrip().removeprefix("<think>").strip("\n"), tail.lstrip("\n"))
+    return ThinkAnswer("", message.content)
+
+
+def _mark_question(messages: list[Message], answer: int, *, fast: bool) -> None:
+    """Put ``/no_think`` before the user turn that the assistant turn at ``answer`` replies to, or take it away."""
+    for index in range(answer - 1, -1, -1):
+        if messages[index].role == "user":
+            text = messages[index].content
+            bare = text.removeprefix(NO_THINK).lstrip(" ") if text.startswith(NO_THINK) else text
+            messages[index] = replace(messages[index], content=NO_THINK + bare if fast else bare)
+            return

@@ -1,0 +1,1 @@
+"""DeepSpeed settings under the names users know."""

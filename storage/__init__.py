@@ -1,0 +1,1 @@
+"""What is on disk is whole, checked and safe to read."""

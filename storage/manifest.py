@@ -1,0 +1,153 @@
+"""What an artifact is: its files, sizes, checksums, tensors, tools and sources; and the check that it is still that.
+
+A *published* artifact is a folder with a ``manifest.json`` that was written last. Readers trust a folder only when its
+manifest verifies; "newest" means the highest step that verifies, never the newest modification time.
+"""
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = 1
+_TOOLS = ("finebridge", "torch", "transformers", "deepspeed", "peft", "tokenizers", "safetensors", "numpy")
+_MAX_HEADER = 100 * 1024 * 1024  # the safetensors format's own limit for its JSON header, bytes
+
+
+class ManifestError(ValueError):
+    """An artifact is not whole: a file is missing, changed, cut or unreadable. The message names the file."""
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes as lower-case hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every regular file below ``folder`` but the manifest, in sorted order.
+
+    Raises ManifestError on a symbolic link: a manifest speaks for bytes that lie in the folder itself.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise ManifestError(f"{path}: a published artifact holds no symbolic links")
+        if path.is_file() and path != folder / MANIFEST_NAME:
+            yield path
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file: tensor name -> {dtype, shape, data_offsets}.
+
+    Source: the safetensors format, 8 bytes little-endian length, then JSON. Raises ManifestError on a broken header.
+    """
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= min(_MAX_HEADER, path.stat().st_size - 8):
+            raise ManifestError(f"{path}: not a safetensors file (its header claims {length} bytes)")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise ManifestError(f"{path}: the safetensors header is not JSON: {error}") from None
+    header.pop("__metadata__", None)
+    return header
+
+
+def describe(folder: Path, kind: str, made_from: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of ``folder`` as it lies on disk.
+
+    ``kind`` says what it is (``checkpoint``, ``merged``, ``dataset``); ``made_from`` is whatever its maker wants to be
+    able to prove later (JSON values). Hashes every file: about 1 s a GB.
+    """
+    files: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    for path in files_below(folder):
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        if path.suffix == ".safetensors":
+            header = safetensors_header(path)
+            tensors[name] = {key: [entry["dtype"], *entry["shape"]] for key, entry in header.items()}
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "files": files,
+        "tensors": tensors,
+        "made_from": dict(made_from),
+        "tools": tool_versions(),
+    }
+
+
+def tool_versions() -> dict[str, str]:
+    """Version of Python and of every installed library that shapes an artifact."""
+    versions = {"python": platform.python_version()}
+    for name in _TOOLS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a published artifact. Raises ManifestError when there is none or it is not readable."""
+    path = folder / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ManifestError(f"{folder}: no {MANIFEST_NAME}; it was never completed, or something else made it") from None
+    except ValueError as error:
+        raise ManifestError(f"{path}: not JSON: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ManifestError(f"{path}: not a manifest of format {FORMAT}")
+    return manifest
+
+
+def verify(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
+    """The manifest of ``folder`` after checking the files against it.
+
+    With ``hashes`` false only presence and size are checked. Raises ManifestError naming the first file that is
+    missing, cut, changed or not listed.
+    """
+    manifest = read(folder)
+    present = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
+    for name, entry in manifest["files"].items():
+        path = present.pop(name, None)
+        if path is None:
+            raise ManifestError(f"{folder / name}: missing")
+        size = path.stat().st_size
+        if size != entry["size"]:
+            raise ManifestError(f"{path}: {size} bytes, the manifest says {entry['size']}")
+        if hashes and file_sha256(path) != entry["sha256"]:
+            raise ManifestError(f"{path}: its SHA-256 is not the manifest's; the file was changed or is damaged")
+    if present:
+        raise ManifestError(f"{next(iter(present.values()))}: not listed in the manifest; it was added later")
+    return manifest
+
+
+def steps(parent: Path, prefix: str = "checkpoint-") -> list[tuple[int, Path]]:
+    """Every ``{prefix}{step}`` folder of ``parent`` as (step, path), highest step first, verified or not."""
+    if not parent.is_dir():
+        return []
+    pattern = re.compile(re.escape(prefix) + r"(\d+)$")
+    found = [(int(m.group(1)), path) for path in parent.iterdir() if path.is_dir() and (m := pattern.match(path.name))]
+    return sorted(found, reverse=True)
+
+
+def newest_verified(parent: Path, prefix: str = "checkpoint-") -> tuple[Path | None, list[str]]:
+    """The verified artifact of the highest step, and why each higher one was passed over."""
+    passed_over: list[str] = []
+    for _, path in steps(parent, prefix):
+        try:
+            verify(path)
+        except ManifestError as error:
+            passed_over.append(str(error))
+        else:
+            return path, passed_over
+    return None, passed_over

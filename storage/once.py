@@ -1,0 +1,68 @@
+"""Build an artifact once, however many processes ask for it.
+
+The first process that gets the lock builds and publishes; the others wait, saying so, and then use what was built. The
+lock is ``flock`` on a file beside the target, so the kernel releases it when its owner dies: no stale lock can hang a
+later run. A failed build is not remembered: each waiter tries in turn and raises the cause itself.
+"""
+
+import fcntl
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .manifest import ManifestError, verify
+from .publish import publish
+
+
+def build_once(
+    target: Path,
+    build: Callable[[Path], Mapping[str, Any]],
+    *,
+    kind: str,
+    say: Callable[[str], None] = print,
+) -> bool:
+    """Make sure that ``target`` stands and verifies; True when this call built it.
+
+    ``build`` fills the folder it is given and returns what the manifest should say of the sources. A target that no
+    longer verifies (a changed or cut file) is built again, and that is said.
+    """
+    if _stands(target, say):
+        return False
+    with locked(target.with_name(f".{target.name}.lock"), say):
+        if _stands(target, say):
+            return False
+        made_from: dict[str, Any] = {}
+        with publish(target, kind=kind, made_from=made_from, replace=True) as folder:
+            made_from.update(build(folder))
+    return True
+
+
+@contextmanager
+def locked(path: Path, say: Callable[[str], None] = print, every: float = 10.0) -> Iterator[None]:
+    """Hold an exclusive lock on ``path`` (created when absent), telling every ``every`` seconds what is waited for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as stream:
+        began = said = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+                if time.monotonic() - said > every:
+                    said = time.monotonic()
+                    say(f"waiting for another process that holds {path} ({said - began:.0f} s)")
+        yield
+
+
+def _stands(target: Path, say: Callable[[str], None]) -> bool:
+    if not target.exists():
+        return False
+    try:
+        verify(target)
+    except ManifestError as error:
+        say(f"building again: {error}")
+        return False
+    return True

@@ -1,0 +1,256 @@
+"""All training flags: the users' names and defaults, obsolete ones mapped with one warning each.
+
+Three sources meet in one namespace: ``ModelArguments`` here, ``DataArguments`` of the data stage, and the fields of the
+installed transformers' ``TrainingArguments``. Nothing here imports torch.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from ..data_tools.arguments import DataArguments
+from ..data_tools.readers import resolve_files
+from ..ds_configs.resolve import check_precision, resolve, zero_stage
+from .hf_flags import ArgumentsError, convert, hf_flags, nearest
+from .obsolete import OBSOLETE, RENAMED, map_obsolete
+from .schedule import schedule
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def _arg(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    """What is trained and how, beyond what ``TrainingArguments`` says. Raises ArgumentsError on contradictions."""
+
+    model_name_or_path: str | None = _arg(None, "folder (or Hub name) of the model to fine-tune")
+    tokenizer_name_or_path: str | None = _arg(None, "folder of the tokenizer; default: the model's")
+    trust_remote_code: bool = _arg(False, "run the .py files that come with the model or tokenizer; read them first")
+    cache_dir: str | None = _arg(None, "where downloads from the Hub are kept")
+    use_flash_attn: bool = _arg(False, "use FlashAttention-2; an error where it cannot run")
+    use_lora: bool = _arg(False, "train a LoRA adapter; only the adapter is saved")
+    lora_rank: int = _arg(64, "rank of the adapter")
+    lora_alpha: float = _arg(8, "the adapter's update is scaled by lora_alpha / lora_rank")
+    lora_dropout: float = _arg(0.0, "dropout before the adapter")
+    lora_target: str = _arg("q_proj,k_proj,v_proj,o_proj", "modules to adapt, comma-separated, or all-linear")
+    train_attention_params_only: bool = _arg(False, "train only parameters whose name contains self_attn")
+    make_moe_param_leaf_module: bool = _arg(False, "ZeRO-3: fetch each MoE block as a whole (leaf module)")
+    min_lr: float = _arg(0.0, "absolute floor of the learning rate; must lie below --learning_rate")
+    config_name: str | None = _arg(
+        None, "build a NEW model with random weights from this config.json, or of this transformers model type"
+    )
+    model_max_length: int | None = _arg(None, "only for --config_name: max_position_embeddings of the new model")
+    hidden_size: int = _arg(2048, "only for --config_name")
+    num_layers: int = _arg(24, "only for --config_name")
+    num_attention_heads: int = _arg(16, "only for --config_name")
+    num_key_value_heads: int = _arg(16, "only for --config_name")
+    intermediate_size: int = _arg(8192, "only for --config_name")
+    max_position_embeddings: int = _arg(2048, "only for --config_name; --model_max_length wins")
+    vocab_size: int = _arg(50257, "only for --config_name, at least the tokenizer's; when not given the tokenizer's size")
+    type_vocab_size: int = _arg(1, "accepted and unused, as in the original")
+    layer_norm_eps: float = _arg(1e-5, "only for --config_name: epsilon of the norms")
+    moe_topk: int = _arg(4, "only for --config_name: experts a token goes to")
+    num_experts: int = _arg(8, "only for --config_name: experts in an MoE block")
+    num_shared_expert: int = _arg(1, "only for --config_name")
+    use_cla: bool = _arg(False, "only for --config_name: cross-layer attention")
+    cla_share_factor: int = _arg(2, "only for --config_name")
+    use_mixed_mlp_moe: bool = _arg(False, "only for --config_name: a shared expert beside the routed ones")
+    use_qk_norm: bool = _arg(False, "only for --config_name")
+    tie_word_embeddings: bool = _arg(True, "only for --config_name")
+
+    def __post_init__(self) -> None:
+        for name in ("model_name_or_path", "tokenizer_name_or_path"):
+            check_model_path(f"--{name}", getattr(self, name))
+        if self.model_name_or_path and self.config_name:
+            raise ArgumentsError("--model_name_or_path (pretrained) and --config_name (a new model) exclude each other")
+        if not (self.model_name_or_path or self.config_name):
+            raise ArgumentsError("--model_name_or_path is missing: the folder of the model to fine-tune")
+        if self.config_name and not self.tokenizer_name_or_path:
+            raise ArgumentsError("--config_name needs --tokenizer_name_or_path: a new model has no tokenizer of its own")
+        if self.lora_rank < 1 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
+            raise ArgumentsError("--lora_rank and --lora_alpha must be positive, --lora_dropout in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A checked command line: what each room reads, the HF fields as given, and warnings for the user."""
+
+    model: ModelArguments
+    data: DataArguments
+    hf: dict[str, Any]
+    given: frozenset[str]
+    warnings: list[str]
+
+
+# Flags that describe a new model (--config_name); a pretrained one has its own config.
+ARCHITECTURE = {
+    "hidden_size": "hidden_size", "num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_key_value_heads", "intermediate_size": "intermediate_size",
+    "max_position_embeddings": "max_position_embeddings", "vocab_size": "vocab_size", "layer_norm_eps": "rms_norm_eps",
+    "moe_topk": "moe_topk", "num_experts": "num_experts", "num_shared_expert": "num_shared_expert", "use_cla": "use_cla",
+    "cla_share_factor": "cla_share_factor", "use_mixed_mlp_moe": "use_mixed_mlp_moe", "use_qk_norm": "use_qk_norm",
+    "tie_word_embeddings": "tie_word_embeddings",
+}  # fmt: skip
+
+# HF's own defaults that a fine-tuning run wants otherwise; a given flag always wins.
+HF_DEFAULTS: dict[str, Any] = {"output_dir": "output", "optim": "adamw_torch", "logging_steps": 10, "logging_nan_inf_filter": False}
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """The flags of one run, checked without torch: ``--name value``, ``--name=value`` or a bare ``--switch``.
+
+    Raises ArgumentsError (unknown flag with the nearest name, wrong type, contradiction) and DataError.
+    """
+    return build(read_flags(argv))
+
+
+def read_flags(argv: Sequence[str]) -> dict[str, str | bool]:
+    """``--name value`` pairs as a dictionary; a switch without a value is True. The last one of a name wins."""
+    values: dict[str, str | bool] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not re.match(r"--?[A-Za-z]", word):
+            raise ArgumentsError(f"{word!r}: a flag (--name value) is expected here")
+        name, has_value, value = word.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        if has_value:
+            values[name] = value
+        elif words and not re.match(r"--[A-Za-z]", words[0]):
+            values[name] = words.pop(0)
+        else:
+            values[name] = True
+    return values
+
+
+def build(values: Mapping[str, Any]) -> Arguments:
+    """Arguments from raw values by name (of a command line or a recipe). Raises ArgumentsError, DataError."""
+    values = dict(values)
+    warnings = map_obsolete(values)
+    own = {f.name: (cls, f) for cls in (ModelArguments, DataArguments) for f in fields(cls)}
+    parsed: dict[type, dict[str, Any]] = {ModelArguments: {}, DataArguments: {}}
+    hf: dict[str, Any] = {}
+    for name, raw in values.items():
+        if name in own:
+            cls, spec = own[name]
+            parsed[cls][name] = _own_value(name, raw, spec.type)
+        elif name in hf_flags():
+            hf[name] = convert(hf_flags()[name], raw)
+        elif name.startswith("no_") and name[3:] in hf_flags() and raw is True:
+            hf[name[3:]] = False
+        else:
+            raise ArgumentsError(f"unknown flag --{name}{nearest(name, known_flags())}")
+    if isinstance(resume := hf.get("resume_from_checkpoint"), str) and resume.lower() not in ("true", "false"):
+        if not {"model_name_or_path", "config_name"} & set(values):
+            parsed[ModelArguments]["model_name_or_path"] = resume  # as the Hunyuan README resumes: no model path given
+    elif isinstance(resume, str):
+        hf["resume_from_checkpoint"] = resume.lower() == "true" or None
+    arguments = Arguments(
+        ModelArguments(**parsed[ModelArguments]),
+        DataArguments(**parsed[DataArguments]),
+        {**HF_DEFAULTS, **hf},
+        frozenset(values),
+        warnings,
+    )
+    _check_together(arguments)
+    return arguments
+
+
+def known_flags() -> list[str]:
+    """Every name that a command line or recipe may use."""
+    own = [f.name for cls in (ModelArguments, DataArguments) for f in fields(cls)]
+    return [*own, *hf_flags(), *RENAMED, *OBSOLETE]
+
+
+def own_flags() -> dict[str, tuple[str, Any, str]]:
+    """finebridge's own flags: name -> (type, default, help)."""
+    return {
+        f.name: (str(f.type), None if f.default is MISSING else f.default, f.metadata["help"])
+        for cls in (ModelArguments, DataArguments)
+        for f in fields(cls)
+    }
+
+
+def check_model_path(flag: str, value: str | None) -> None:
+    """Refuse a local path that does not exist and a folder without the files of a model or tokenizer.
+
+    ``owner/name`` that is no local path is a Hub name and passes. Raises ArgumentsError.
+    """
+    if value is None or Path(value).is_dir():
+        return
+    if Path(value).exists():
+        raise ArgumentsError(f"{flag} {value}: a file; the folder that holds it is expected")
+    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+    if not _HUB_NAME.fullmatch(value) or offline:
+        raise ArgumentsError(f"{flag} {value}: no such folder (the current folder is {Path.cwd()})")
+
+
+def _own_value(name: str, raw: Any, kind: Any) -> Any:
+    """A raw value as the type of an own field."""
+    if get_origin(kind) is Literal or any(get_origin(part) is Literal for part in get_args(kind)):
+        choices = next(get_args(part) for part in (kind, *get_args(kind)) if get_origin(part) is Literal)
+        if str(raw) not in choices:
+            raise ArgumentsError(f"--{name} {raw}: choose one of {', '.join(choices)}{_near_choice(str(raw), choices)}")
+        return str(raw)
+    options = get_args(kind) or (kind,)
+    if isinstance(raw, bool):
+        if bool not in options:
+            raise ArgumentsError(f"--{name} needs a value")
+        return raw
+    if not isinstance(raw, str):
+        return float(raw) if float in options and isinstance(raw, int) else raw
+    if bool in options:
+        if raw.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise ArgumentsError(f"--{name} {raw}: true or false is expected")
+        return raw.lower() in ("true", "1", "yes")
+    for option in (int, float):
+        if option in options:
+            try:
+                return option(raw)
+            except ValueError:
+                raise ArgumentsError(f"--{name} {raw}: a number is expected") from None
+    return raw
+
+
+def _near_choice(raw: str, choices: Sequence[str]) -> str:
+    return nearest(raw, choices).replace("--", "")
+
+
+def _check_together(args: Arguments) -> None:
+    """What one flag alone cannot tell. Raises ArgumentsError, DataError, DeepSpeedConfigError; adds warnings."""
+    model, data, hf = args.model, args.data, args.hf
+    if not data.use_dummy_data:
+        if not data.train_data_file:
+            raise ArgumentsError("--train_data_file is missing (or --use_dummy_data for a speed test)")
+        resolve_files([data.train_data_file])
+    if data.eval_data_file:
+        resolve_files([data.eval_data_file])
+    if hf.get("bf16") and hf.get("fp16"):
+        raise ArgumentsError("--bf16 and --fp16 exclude each other")
+    schedule(hf.get("lr_scheduler_type", "linear"), model.min_lr, float(hf.get("learning_rate", 5e-5)))
+    if model.use_flash_attn and find_spec("flash_attn") is None:
+        raise ArgumentsError(
+            "--use_flash_attn: the flash_attn package is not installed (pip install 'finebridge[flash-attn]', needs a GPU); "
+            "leave the flag out to use PyTorch's own attention"
+        )
+    stage = 0
+    if hf.get("deepspeed"):
+        settings = resolve(str(hf["deepspeed"]))
+        check_precision(settings, bf16=bool(hf.get("bf16")), fp16=bool(hf.get("fp16")), where=str(hf["deepspeed"]))
+        stage = zero_stage(settings)
+    if model.make_moe_param_leaf_module and stage != 3:  # noqa: PLR2004
+        args.warnings.append("--make_moe_param_leaf_module has no effect without ZeRO-3 (--deepspeed ds_zero3_...)")
+    if model.train_attention_params_only and model.use_lora:
+        args.warnings.append("--train_attention_params_only has no effect with --use_lora: only the adapter is trained")
+    if model.model_name_or_path and (unused := sorted(args.given & set(ARCHITECTURE))):
+        args.warnings.append(f"--{', --'.join(unused)}: ignored, {model.model_name_or_path} has its own config")
+    resume = hf.get("resume_from_checkpoint")
+    if isinstance(resume, str) and not Path(resume).is_dir():
+        raise ArgumentsError(f"--resume_from_checkpoint {resume}: no such folder; 'true' takes the newest of --output_dir")

@@ -1,0 +1,138 @@
+"""Arguments to a Trainer: tokenizer, data, ranks, model, adapter, Trainer, in that order.
+
+Data comes before the process group exists, so that no collective can time out while one rank tokenises.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+
+from ..data_tools.arguments import DataArguments
+from ..data_tools.collator import PaddingCollator
+from ..data_tools.dataset import DummyDataset, PreparedDataset
+from ..data_tools.preprocess import prepare
+from ..ds_configs.resolve import resolve, zero_stage
+from ..storage.publish import write_text
+from . import runtime
+from .arguments import Arguments
+from .callbacks import FiniteGuard, SaveLastStep
+from .checkpoint import find_resume
+from .freeze import train_only
+from .hf_flags import ArgumentsError
+from .lora import add_lora
+from .model import load_model, load_tokenizer
+from .moe import has_listed_experts, make_leaf_modules
+from .schedule import schedule
+from .trainer import FinetuneTrainer
+
+
+@dataclass
+class Run:
+    """A Trainer that is ready, and the checkpoint that it goes on from."""
+
+    trainer: FinetuneTrainer
+    resume_from: str | None
+
+
+def assemble(args: Arguments) -> Run:
+    """Everything that a run needs. Raises ArgumentsError, DataError, ModelError, RuntimeSetupError."""
+    output_dir = Path(args.hf["output_dir"])
+    tokenizer = load_tokenizer(args.model)
+    train_data, eval_data = _datasets(args, tokenizer, output_dir)
+    settings = None
+    if args.hf.get("deepspeed"):
+        settings = resolve(str(args.hf["deepspeed"]), has_accelerator=runtime.has_accelerator())
+    runtime.start(settings)
+    hf_args = _training_arguments(args, settings)
+    runtime.check_world(hf_args.world_size)
+    resume_from = find_resume(args.hf.get("resume_from_checkpoint"), output_dir, runtime.say)
+    model = _model(args, hf_args, settings, tokenizer)
+    pad_id = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    trainer = FinetuneTrainer(
+        model=model,
+        args=hf_args,
+        train_dataset=train_data,  # pyright: ignore[reportArgumentType] - map-style by its methods, as torch asks
+        eval_dataset=eval_data,  # pyright: ignore[reportArgumentType]
+        data_collator=PaddingCollator(pad_id),
+        processing_class=tokenizer,
+        callbacks=[FiniteGuard(), SaveLastStep()],
+    )
+    if args.model.model_name_or_path and Path(args.model.model_name_or_path).is_dir():
+        trainer.base = Path(args.model.model_name_or_path)
+    trainer.made_from = {"model": args.model.model_name_or_path or args.model.config_name, "data": args.data.train_data_file}
+    return Run(trainer, resume_from)
+
+
+def _datasets(args: Arguments, tokenizer: Any, output_dir: Path) -> tuple[Any, Any]:
+    """Training and evaluation data; samples over the limit are listed in ``OUTPUT_DIR/over_long.jsonl``."""
+    data = args.data
+    if data.use_dummy_data:
+        return DummyDataset(len(tokenizer), data.max_seq_length, seed=int(args.hf.get("seed", 42))), None
+    over_long: list[str] = []
+    sets = [
+        _open_prepared(pattern, tokenizer, data, output_dir, over_long) if pattern else None
+        for pattern in (data.train_data_file, data.eval_data_file)
+    ]
+    if over_long and runtime.is_main():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_text(output_dir / "over_long.jsonl", "".join(over_long))
+    return sets[0], sets[1]
+
+
+def _open_prepared(
+    pattern: str, tokenizer: Any, data: DataArguments, output_dir: Path, over_long: list[str]
+) -> PreparedDataset:
+    cache = Path(data.prepared_data_dir) if data.prepared_data_dir else output_dir / "prepared_data"
+    folder = prepare([pattern], tokenizer, data, cache, runtime.say)
+    dataset = PreparedDataset(folder, data.max_seq_length, data.over_long, runtime.say)
+    over_long += [
+        json.dumps({"file": str(origin.file), "line": origin.line, "tokens": tokens}, ensure_ascii=False) + "\n"
+        for origin, tokens in dataset.over_long_rows
+    ]
+    return dataset
+
+
+def _training_arguments(args: Arguments, settings: dict[str, Any] | None) -> TrainingArguments:
+    values = dict(args.hf)
+    name, kwargs = schedule(
+        values.get("lr_scheduler_type", "linear"), args.model.min_lr, float(values.get("learning_rate", 5e-5))
+    )
+    values["lr_scheduler_type"] = name
+    values["lr_scheduler_kwargs"] = {**(values.get("lr_scheduler_kwargs") or {}), **kwargs} or None
+    values["resume_from_checkpoint"] = None  # decided by find_resume
+    values["remove_unused_columns"] = False
+    values["deepspeed"] = settings
+    if not runtime.has_accelerator():
+        values["use_cpu"] = True
+    try:
+        return TrainingArguments(**values)
+    except (ValueError, TypeError) as error:
+        raise ArgumentsError(f"transformers refuses these arguments: {error}") from error
+
+
+def _model(args: Arguments, hf_args: TrainingArguments, settings: dict[str, Any] | None, tokenizer: Any) -> Any:
+    stage = zero_stage(settings or {})
+    dtype = torch.bfloat16 if hf_args.bf16 else torch.float16 if hf_args.fp16 else torch.float32
+    set_seed(hf_args.seed)  # random weights and the adapter's A must not depend on what ran before
+    model: Any = load_model(args.model, dtype, tokenizer, args.given, runtime.say)
+    if args.model.use_lora:
+        model = add_lora(model, args.model)
+    elif args.model.train_attention_params_only:
+        train_only(model, "self_attn")
+    if stage == 3:  # noqa: PLR2004
+        listed = has_listed_experts(model)
+        if args.model.make_moe_param_leaf_module or listed:
+            why = "" if args.model.make_moe_param_leaf_module else " (set for you: experts in a list hang under ZeRO-3 without)"
+            runtime.say(f"ZeRO-3 leaf modules: {', '.join(make_leaf_modules(model))}{why}")
+    trainable = sum(_numel(p) for p in model.parameters() if p.requires_grad)
+    total = sum(_numel(p) for p in model.parameters())
+    runtime.say(f"model: {total:,} parameters, {trainable:,} train ({trainable / total:.2%}), {dtype}")
+    return model
+
+
+def _numel(parameter: Any) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -1,0 +1,97 @@
+"""Save, keep and find checkpoints so that each is whole or absent.
+
+The HF Trainer writes its files into a staging folder; when every rank is done, rank 0 hashes them, writes the manifest
+and renames the folder to ``checkpoint-N``. Files and layout inside stay those of the Trainer.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ..storage.manifest import ManifestError, newest_verified, steps, verify
+from ..storage.publish import commit, stage
+from .hf_flags import ArgumentsError
+from .runtime import is_main
+
+PREFIX = "checkpoint-"
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written or published; the message says why, earlier ones are untouched."""
+
+
+def on_main(work: Callable[[], Any]) -> Any:
+    """Run ``work`` on rank 0 and give its result to all ranks; its error is raised on every rank as SaveError.
+
+    Every rank must call it. Nobody waits in the dark: the others receive the error, not a time-out.
+    """
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome = [work(), None]
+        except Exception as error:  # noqa: BLE001 - it is raised again, on every rank
+            outcome = [None, f"{type(error).__name__}: {error}"]
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise SaveError(outcome[1])
+    return outcome[0]
+
+
+def open_staging(output_dir: Path, step: int) -> Path:
+    """The folder in which all ranks write the files of ``checkpoint-{step}``, the same on every rank."""
+    return Path(on_main(lambda: str(stage(output_dir / f"{PREFIX}{step}"))))
+
+
+def publish_checkpoint(staging: Path, output_dir: Path, step: int, made_from: Mapping[str, Any]) -> Path:
+    """Publish what all ranks wrote into ``staging/checkpoint-{step}``; the final path. Every rank must call it."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+    target = output_dir / f"{PREFIX}{step}"
+
+    def work() -> None:
+        commit(staging / target.name, target, kind="checkpoint", made_from=made_from, replace=True)
+        staging.rmdir()
+
+    on_main(work)
+    return target
+
+
+def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
+    """Delete the oldest checkpoints by step beyond ``limit``; ``keep`` (the best one) and the newest always stay."""
+    if limit is None or limit <= 0:
+        return
+    kept = {Path(keep).name} if keep else set[str]()
+    older = [path for _, path in steps(output_dir, PREFIX)[1:] if path.name not in kept]
+    for path in older[max(0, limit - 1 - len(kept)) :]:
+        doomed = path.with_name(f".{path.name}.tmp-deleted")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def find_resume(resume: str | bool | None, output_dir: Path, say: Callable[[str], None]) -> str | None:
+    """The checkpoint to resume from: a named one, or with True the newest that verifies; None to start afresh.
+
+    Raises ArgumentsError when a named checkpoint is not whole, or when checkpoints exist and none verifies.
+    """
+    if not resume:
+        return None
+    if isinstance(resume, str):
+        if not (Path(resume) / "manifest.json").is_file():
+            say(f"resume: {resume} has no manifest (another tool wrote it), so its files cannot be verified")
+            return resume
+        try:
+            verify(Path(resume))
+        except ManifestError as error:
+            raise ArgumentsError(f"--resume_from_checkpoint: {error}") from None
+        return resume
+    found, passed_over = newest_verified(output_dir, PREFIX)
+    for reason in passed_over:
+        say(f"resume: passed over {reason}")
+    if found is None and passed_over:
+        raise ArgumentsError(f"--resume_from_checkpoint: no checkpoint in {output_dir} is whole; remove them to start afresh")
+    say(f"resume: {found}" if found else f"resume: no checkpoint in {output_dir} yet, starting afresh")
+    return str(found) if found else None

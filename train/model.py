@@ -1,0 +1,99 @@
+"""Load the tokenizer and the model, or build a new model; never a random weight where a trained one was asked for."""
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ..storage.assets import read_json
+from .arguments import ARCHITECTURE, ModelArguments
+from .hf_flags import ArgumentsError
+
+
+class ModelError(ValueError):
+    """The weights on disk are not the model; the message names the tensor."""
+
+
+def load_tokenizer(args: ModelArguments) -> Any:
+    """The tokenizer of ``tokenizer_name_or_path``, else of the model. Raises ArgumentsError when it does not load."""
+    path = args.tokenizer_name_or_path or args.model_name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code, cache_dir=args.cache_dir)
+    except (OSError, ValueError, KeyError) as error:
+        hint = _remote_code_hint(path, args)
+        raise ArgumentsError(f"the tokenizer of {path} does not load: {error}{hint}") from error
+
+
+def load_model(
+    args: ModelArguments, dtype: torch.dtype, tokenizer: Any, given: Collection[str], say: Callable[[str], None] = print
+) -> PreTrainedModel:
+    """The model to train on the CPU or, under ZeRO-3, already partitioned.
+
+    Weights come in ``dtype``. Raises ModelError when a weight is missing from the checkpoint or an embedding is too
+    small for the tokenizer, ArgumentsError when the folder does not hold a causal language model.
+    """
+    if args.config_name:
+        model = _new_model(args, dtype, tokenizer, given)
+    else:
+        model = _pretrained(args, dtype, say)
+    rows = _rows(model.get_input_embeddings().weight)
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}: they do not belong together"
+        )
+    return model
+
+
+def _pretrained(args: ModelArguments, dtype: torch.dtype, say: Callable[[str], None]) -> PreTrainedModel:
+    path = args.model_name_or_path
+    options: dict[str, Any] = {"attn_implementation": "flash_attention_2"} if args.use_flash_attn else {}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            trust_remote_code=args.trust_remote_code,
+            cache_dir=args.cache_dir,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ArgumentsError(f"the model {path} does not load: {error}{_remote_code_hint(path, args)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"{path}: {len(missing)} weights are not in the checkpoint, the first is {missing[0]}")
+    if unexpected := sorted(info["unexpected_keys"]):
+        say(f"model: {len(unexpected)} tensors of {path} are not used by this model class, the first is {unexpected[0]}")
+    return model
+
+
+def _new_model(args: ModelArguments, dtype: torch.dtype, tokenizer: Any, given: Collection[str]) -> PreTrainedModel:
+    """A model with random weights from a config file or a model type; flags that were given override the file."""
+    name = str(args.config_name)
+    values = {field: getattr(args, flag) for flag, field in ARCHITECTURE.items() if flag in given}
+    values.setdefault("vocab_size", len(tokenizer))
+    if args.model_max_length:
+        values["max_position_embeddings"] = args.model_max_length
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        values[token] = getattr(tokenizer, token)
+    try:
+        if Path(name).exists():
+            settings = read_json(Path(name) / "config.json" if Path(name).is_dir() else Path(name))
+            config = AutoConfig.for_model(settings.pop("model_type"), **{**settings, **values})
+        else:
+            config = AutoConfig.for_model(name, **values)
+    except (KeyError, ValueError) as error:
+        raise ArgumentsError(f"--config_name {name}: no usable config and no transformers model type: {error}") from error
+    options: dict[str, Any] = {"attn_implementation": "flash_attention_2"} if args.use_flash_attn else {}
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+
+
+def _rows(weight: torch.Tensor) -> int:
+    """First dimension of a weight; under ZeRO-3 the parameter itself is empty and ``ds_shape`` tells."""
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
+
+
+def _remote_code_hint(path: str | None, args: ModelArguments) -> str:
+    if args.trust_remote_code or path is None or not any(Path(path).glob("*.py")):
+        return ""
+    return f"\n{path} comes with Python code of its own; read it, then allow it with --trust_remote_code"

@@ -1,0 +1,50 @@
+"""Supervised fine-tuning: one rank of a run.
+
+Started by ``finebridge sft`` or ``bash train/train.sh``, or by any launcher that sets RANK, LOCAL_RANK, WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT:  ``torchrun --nproc_per_node 8 -m finebridge.train.sft --model_name_or_path ...``
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from .arguments import parse
+
+EXIT_BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; the process's exit code: 0 done, 2 bad input (said in one message)."""
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)  # before torch is imported
+    except ValueError as error:
+        return _refuse(error)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated.*")
+    from . import runtime  # noqa: PLC0415 - torch and transformers only now
+    from .assemble import assemble  # noqa: PLC0415
+
+    for text in args.warnings:
+        runtime.say(f"warning: {text}")
+    try:
+        run = assemble(args)
+    except ValueError as error:
+        return _refuse(error)
+    result = run.trainer.train(resume_from_checkpoint=run.resume_from)
+    run.trainer.save_state()
+    runtime.say(
+        f"done: {result.global_step} steps, mean loss {result.training_loss:.4f}, "
+        f"checkpoint {args.hf['output_dir']}/checkpoint-{result.global_step}"
+    )
+    return 0
+
+
+def _refuse(error: ValueError) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

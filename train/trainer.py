@@ -1,0 +1,55 @@
+"""The HF Trainer with checkpoints that are whole or absent and that load alone."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from ..storage.assets import carry
+from .checkpoint import open_staging, publish_checkpoint, rotate
+
+
+class FinetuneTrainer(Trainer):
+    """Trainer whose saves are staged, hashed and renamed into place.
+
+    ``base`` is the local folder that the model came from: its remote code and other files are carried into every full
+    checkpoint. ``made_from`` goes into the checkpoint's manifest.
+    """
+
+    base: Path | None = None
+    made_from: dict[str, Any] = {}  # noqa: RUF012 - replaced per instance by assemble
+    _staging: Path | None = None
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule; DeepSpeed's ZeRO optimizers get the ``defaults`` that schedules with a floor read the peak from."""
+        wrapped = getattr(optimizer or self.optimizer, "optimizer", None)
+        if wrapped is not None and not hasattr(wrapped, "defaults"):
+            wrapped.defaults = {"lr": self.args.learning_rate}
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        output_dir = Path(self._get_output_dir(trial))
+        step = self.state.global_step
+        self._staging = open_staging(output_dir, step)
+        try:
+            super()._save_checkpoint(model, trial)
+            best = self.state.best_model_checkpoint
+            if best and Path(best).parent == self._staging:
+                self.state.best_model_checkpoint = str(output_dir / Path(best).name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(Path(best) / "trainer_state.json"))
+            publish_checkpoint(self._staging, output_dir, step, {**self.made_from, "step": step})
+        finally:
+            self._staging = None
+        if self.args.should_save:
+            rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or str(self.args.output_dir))
+        if self.base is not None and (folder / "config.json").is_file():
+            carry(self.base, folder)
