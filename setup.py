@@ -39,7 +39,7 @@ setup(
         "finebridge.data_tools": ["chat_templates/*.jinja"],
         "finebridge.merge": ["*.sh"],
         "finebridge.train": ["*.sh"],
-        "finebridge.finetune": ["*.sh", "example_data/*.json", "example_data/*.jsonl", "example_data/*.jinja"],
+        "finebridge.finetune": ["*.sh", "example_data/*.json", "example_data/*.jsonl", "example_data/*.jinja", "example_data/*.yaml"],
     },
     include_package_data=False,
     cmdclass={"build_py": BuildPackage},

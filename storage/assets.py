@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".distcp", ".npz")
-_NOT_ASSETS = {"manifest.json", "trainer_state.json", "training_args.bin", "latest", "rejects.jsonl", "README.md"}
+_NOT_ASSETS = {
+    "manifest.json", "trainer_state.json", "training_args.bin", "latest", "rejects.jsonl", "README.md",
+    "zero_to_fp32.py", "zero_to_torch.py",
+}  # fmt: skip
 _TOKENIZER_STEMS = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
 
 

@@ -63,7 +63,9 @@ def commit(staging: Path, target: Path, *, kind: str, made_from: Mapping[str, An
     aside first and removed only after the new one stands.
     """
     manifest = describe(staging, kind, made_from)
+    readable = 0o666 & ~_umask()
     for path in files_below(staging):
+        path.chmod(path.stat().st_mode | readable)  # some writers go through 0600 temporary files
         fsync_path(path)
     for folder in sorted((p for p in staging.rglob("*") if p.is_dir()), reverse=True):
         fsync_path(folder)
@@ -94,6 +96,12 @@ def publish(target: Path, *, kind: str, made_from: Mapping[str, Any], replace: b
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
 
 
 def _owner_lives(staging: Path) -> bool:

@@ -84,7 +84,7 @@ def convert(flag: HFFlag, raw: Any) -> Any:
 
 def nearest(name: str, known: Any) -> str:
     """``; did you mean --x?`` for a mistyped flag, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.45)
     return f"; did you mean --{near[0]}?" if near else ""
 
 

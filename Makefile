@@ -1,0 +1,18 @@
+# make check | test | test-slow | bench
+PYTHON := .venv/bin/python
+
+check:  ## style and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pyright
+
+test:  ## the default tier
+	bash tests/run.sh
+
+test-slow:  ## everything that runs without a GPU
+	bash tests/run.sh -m "not gpu"
+
+bench:  ## every claim of speed, results as CSV in benchmarks/
+	for script in benchmarks/*.py; do $(PYTHON) $$script || exit 1; done
+
+.PHONY: check test test-slow bench

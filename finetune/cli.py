@@ -1,0 +1,107 @@
+"""The command ``finebridge``, a verb a stage. Importing it is light: each verb imports what it needs when it runs."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from .. import __version__
+
+EXIT_BAD_INPUT = 2
+
+_HELP = f"""finebridge {__version__}: fine-tune Hugging Face language models, HF Trainer on DeepSpeed
+
+usage: finebridge VERB ...          finebridge VERB --help tells more
+
+  sft [recipe.yaml] [key=value] [--flag value]
+                      supervised fine-tuning, full or LoRA, on this machine's GPUs or its CPU
+  merge               merge a LoRA adapter into its base model, offline
+  data preview FILE   show what of each row is trained, token by token
+  example             the built-in example: a tiny model learns arithmetic, then answers
+
+bash finetune/finetune.sh without arguments runs the example, with arguments: finebridge ARGUMENTS
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; exit code 0, 2 for bad input, or that of the first rank that failed."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_HELP, end="")
+        return 0
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    if words[0] not in _VERBS and (words[0].startswith("--") or words[0].endswith((".yaml", ".yml")) or "=" in words[0]):
+        words.insert(0, "sft")
+    verb = _VERBS.get(words[0])
+    if verb is None:
+        print(f"error: unknown verb {words[0]!r}; known are {', '.join(_VERBS)}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    try:
+        return verb(words[1:])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _sft(words: list[str]) -> int:
+    """Check everything that can be checked without torch, then start the ranks."""
+    from ..train.arguments import build  # noqa: PLC0415
+    from .launch import gpu_count, run_ranks  # noqa: PLC0415
+    from .nodes import local_processes  # noqa: PLC0415
+    from .recipe import gather, to_argv  # noqa: PLC0415
+
+    if words and words[0] in ("-h", "--help"):
+        return _sft_help()
+    values = gather(words)
+    asked = values.pop("nproc_per_node", None)
+    if asked is not None and not (str(asked).isdigit() and int(asked) > 0):
+        raise ValueError(f"--nproc_per_node {asked}: a positive number is expected")
+    build(values)
+    processes = int(asked) if asked else local_processes(os.environ) or gpu_count() or 1
+    return run_ranks("finebridge.train.sft", to_argv(values), processes)
+
+
+def _sft_help() -> int:
+    from ..train.arguments import own_flags  # noqa: PLC0415
+    from ..train.hf_flags import hf_flags  # noqa: PLC0415
+
+    print("finebridge sft [recipe.yaml ...] [key=value ...] [--flag value ...]\n")
+    print("  --nproc_per_node N\n      processes on this machine (default: one a GPU, or NODE_IP_LIST / HOST_GPU_NUM)")
+    for name, (kind, default, text) in own_flags().items():
+        kind = kind.removeprefix("<class '").removesuffix("'>").replace("typing.", "")
+        print(f"  --{name} ({kind}, default {default})\n      {text}")
+    print("\nand every flag of transformers' TrainingArguments:")
+    for flag in hf_flags().values():
+        print(f"  --{flag.name} (default {flag.default})", flush=True)
+    return 0
+
+
+def _merge(words: list[str]) -> int:
+    from ..merge.merge_lora import main as merge  # noqa: PLC0415
+
+    return merge(words)
+
+
+def _data(words: list[str]) -> int:
+    from ..data_tools.preview import main as preview  # noqa: PLC0415
+
+    if not words or words[0] != "preview":
+        raise ValueError("finebridge data preview FILE --tokenizer_name_or_path FOLDER [...]")
+    return preview(words[1:])
+
+
+def _example(words: list[str]) -> int:
+    from .example import main as example  # noqa: PLC0415
+
+    return example(words)
+
+
+_VERBS: dict[str, Callable[[list[str]], int]] = {"sft": _sft, "merge": _merge, "data": _data, "example": _example}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""The built-in example: a tiny model learns two-digit addition from messages, in slow and in fast think.
+
+    bash finetune/finetune.sh            (or: finebridge example [--output_dir DIR])
+
+It runs the real thing on a small scale: full fine-tuning with ZeRO-2, a LoRA stage that teaches a new habit, the offline
+merge, and held-out questions put to the merged model. Recipes and data lie in ``example_data/``.
+"""
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from ..data_tools.thinking import NO_THINK, parse
+from ..storage.publish import publish
+from .launch import run_ranks
+from .recipe import read_recipe, to_argv
+
+FOLDER = Path(__file__).parent / "example_data"
+POLITE = "Answer politely."  # the system prompt that the LoRA stage teaches the model to follow
+GOAL = 0.9
+_MARK = ".finebridge-example"
+_NEW_TOKENS = 48
+_RANKS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Share of held-out questions answered exactly: plainly in both modes, and politely when asked to be polite."""
+
+    slow: float
+    fast: float
+    polite: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the example; exit code 0 when the merged model reaches the goal in both modes."""
+    parser = argparse.ArgumentParser("finebridge example", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--output_dir", type=Path, default=Path("output/example"), help="default: output/example")
+    out: Path = parser.parse_args(argv).output_dir
+    began = time.monotonic()
+    _clear(out)
+    questions = [orjson.loads(line) for line in (FOLDER / "heldout.jsonl").read_bytes().splitlines()]
+
+    print("example 1/5: a new tiny hunyuan_v1_dense model, untrained", flush=True)
+    base = make_base(out / "base")
+    scores = {"untrained": ask(base, questions).score}
+    print("example 2/5: full fine-tuning, ZeRO-2", flush=True)
+    full = _train("full.yaml", base, out / "full")
+    scores["full fine-tuning"] = ask(full, questions).score
+    print("example 3/5: LoRA on top of it (a new habit: be polite when the system prompt says so)", flush=True)
+    adapter = _train("lora.yaml", full, out / "lora")
+    print("example 4/5: merging the adapter", flush=True)
+    merged = out / "merged"
+    from ..merge.merge_lora import main as merge  # noqa: PLC0415
+
+    command = ["--base_model_path", full, "--adapter_model_path", adapter, "--output_path", merged, "--save_dtype", "bf16"]
+    if merge([str(word) for word in command]):
+        raise RuntimeError("the merge failed")
+    print("example 5/5: held-out questions to the merged model", flush=True)
+    answers = ask(merged, questions)
+    scores["LoRA, merged"] = answers.score
+    _report(scores, answers.shown, out, time.monotonic() - began)
+    return 0 if min(answers.score.slow, answers.score.fast) >= GOAL else 1
+
+
+def make_base(folder: Path) -> Path:
+    """A model with random weights from ``example_data/config.json``, with the shipped tokenizer beside it."""
+    import torch  # noqa: PLC0415
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed  # noqa: PLC0415
+
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    set_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(FOLDER), dtype=torch.float32)
+    with publish(folder, kind="model", made_from={"config": str(FOLDER / "config.json")}) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+    return folder
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a model said: its score, and one question and answer of each mode to look at."""
+
+    score: Score
+    shown: list[tuple[str, str]]
+
+
+def ask(folder: Path, questions: Sequence[dict[str, str]]) -> Answers:
+    """Put every held-out question to a model, greedily, in slow think, fast think and politely."""
+    import torch  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    shown: list[tuple[str, str]] = []
+
+    def share(prefix: str, system: str | None, ending: str) -> float:
+        chats: list[list[dict[str, str]]] = []
+        for question in questions:
+            turns = [{"role": "system", "content": system}] if system else []
+            chats.append([*turns, {"role": "user", "content": prefix + question["question"]}])
+        texts = _generate(model, tokenizer, chats)
+        shown.append((chats[0][-1]["content"], texts[0]))
+        right = [_answer(text) == row["answer"] + ending for row, text in zip(questions, texts, strict=True)]
+        return sum(right) / len(right)
+
+    slow, fast = share("", None, ""), share(NO_THINK, None, "")
+    return Answers(Score(slow, fast, share(NO_THINK, POLITE, ", with pleasure!")), shown)
+
+
+def _generate(model: Any, tokenizer: Any, chats: Sequence[Any]) -> list[str]:
+    import torch  # noqa: PLC0415
+
+    batch = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    with torch.inference_mode():
+        ids = model.generate(**batch, max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _answer(text: str) -> str | None:
+    """The answer in a generated text; None when the text is not of the think/answer form."""
+    try:
+        value = parse(text)
+    except ValueError:
+        return None
+    return value.answer if value else None
+
+
+def _train(recipe: str, model: Path, output_dir: Path) -> Path:
+    """Train by a shipped recipe; the last checkpoint. Raises RuntimeError when the run fails."""
+    values = read_recipe(FOLDER / recipe)
+    values |= {
+        "model_name_or_path": str(model),
+        "train_data_file": str(FOLDER / values["train_data_file"]),
+        "output_dir": str(output_dir),
+    }
+    if code := run_ranks("finebridge.train.sft", to_argv(values), _RANKS):
+        raise RuntimeError(f"training by {recipe} ended with exit code {code}; its messages stand above")
+    return output_dir / f"checkpoint-{values['max_steps']}"
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier example left; refuse a folder that something else made. Raises ValueError."""
+    if out.exists() and any(out.iterdir()) and not (out / _MARK).exists():
+        raise ValueError(f"--output_dir {out}: not empty and not from an earlier example; choose another folder")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / _MARK).touch()
+
+
+def _report(scores: dict[str, Score], shown: Sequence[tuple[str, str]], out: Path, seconds: float) -> None:
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    console = Console(highlight=False)
+    for question, text in shown:
+        console.print(f"\n[bold]{question}[/bold]\n{text.strip()}", soft_wrap=True)
+    table = Table(title="\nheld-out exact match (100 questions that no training row contains)", title_justify="left")
+    for name in ("model", "slow think", "fast think", "polite (LoRA's lesson)"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for name, score in scores.items():
+        table.add_row(name, f"{score.slow:.2f}", f"{score.fast:.2f}", f"{score.polite:.2f}")
+    console.print(table)
+    console.print(f"took {seconds:.0f} s; the merged model: {out / 'merged'} (AutoModelForCausalLM loads it)", soft_wrap=True)
+    console.print(
+        "your own data:  bash finetune/finetune.sh --model_name_or_path MODEL --train_data_file data.jsonl \\\n"
+        "                --output_dir out --deepspeed ds_zero2_no_offload --bf16 --max_steps 200",
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
