@@ -24,7 +24,9 @@ class DataArguments:
     max_seq_length: int = field(default=2048, metadata={"help": "longest sample in tokens; see --over_long"})
     over_long: OverLong = field(
         default="drop",
-        metadata={"help": "samples over --max_seq_length: drop (counted and listed), truncate (cuts the answer's end), error"},
+        metadata={
+            "help": "samples over --max_seq_length: drop (counted and listed), truncate (cuts the answer's end), error"
+        },
     )
     chat_template: str | None = field(
         default=None, metadata={"help": "a shipped template's name or a .jinja file; default: the tokenizer's own"}
@@ -33,7 +35,8 @@ class DataArguments:
         default="keep", metadata={"help": "keep the data's thinking, or make it fast (/no_think), slow or mixed"}
     )
     mask_compat: MaskCompat = field(
-        default="none", metadata={"help": "hunyuan: the token that opens the answer carries loss too, as in Tencent's scripts"}
+        default="none",
+        metadata={"help": "hunyuan: the token that opens the answer carries loss too, as in Tencent's scripts"},
     )
     max_bad_ratio: float = field(
         default=0.05, metadata={"help": "stop when more than this share of the rows is rejected; 0 is strict"}

@@ -44,7 +44,11 @@ class PreparedDataset:
             message += " ..." if len(too_long) > _SHOWN else ""
             if over_long == "error":
                 raise DataError(f"{message}; raise the limit or choose --over_long drop")
-            fate = "dropped" if over_long == "drop" else f"cut at the end ({len(gone)} without any loss token left: dropped)"
+            fate = (
+                "dropped"
+                if over_long == "drop"
+                else f"cut at the end ({len(gone)} without any loss token left: dropped)"
+            )
             say(f"data: {message}; {fate}")
         keep = np.ones(len(self._tokens), dtype=bool)
         keep[gone] = False

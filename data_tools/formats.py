@@ -22,7 +22,9 @@ def parse_row(row: object) -> Sample:
     An empty system prompt is the same as none. Roles other than system, user, assistant and tool are refused.
     """
     if not isinstance(row, dict):
-        raise Rejected("not_an_object", f"the row is a JSON {type(row).__name__}; an object with 'messages' is expected")
+        raise Rejected(
+            "not_an_object", f"the row is a JSON {type(row).__name__}; an object with 'messages' is expected"
+        )
     fields = cast("dict[str, Any]", row)
     turns = fields.get("messages")
     if not isinstance(turns, list) or not turns:
@@ -73,7 +75,9 @@ def _text(number: int, fields: dict[str, Any], *, allow_none: bool) -> str:
         return ""
     if isinstance(content, list):
         parts = cast("list[Any]", content)
-        if parts and all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
+        if parts and all(
+            isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts
+        ):
             return "".join(part["text"] for part in parts)
         raise Rejected("bad_content", f"message {number}: content parts other than text are not supported")
     state = "has no 'content'" if "content" not in fields else f"has a content of type {type(content).__name__}"

@@ -41,7 +41,9 @@ class IndexedWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
         self._bin.close()
         if kind is not None:
             return
@@ -51,8 +53,7 @@ class IndexedWriter:
         documents = np.arange(len(lengths) + 1, dtype="<i8")
         with Path(f"{self.prefix}.idx").open("wb") as stream:
             stream.write(_HEADER.pack(_MAGIC, 1, _INT32_CODE, len(lengths), len(documents)))
-            for array in (lengths, pointers, documents):
-                stream.write(array.tobytes())
+            stream.writelines(array.tobytes() for array in (lengths, pointers, documents))
 
 
 class IndexedReader:

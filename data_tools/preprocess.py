@@ -35,6 +35,7 @@ from .tokenization import Tokenization
 FORMAT = 1  # raise when the same input would give other tokens or spans
 _BATCH = 64
 _SMALL = 2000  # rows below which starting worker processes costs more than it saves
+_MAX_WORKERS = 16  # each holds a tokenizer and the libraries, some 300 MB
 _SHOWN = 10
 
 
@@ -139,7 +140,7 @@ def _encode_all(files: Sequence[Path], encoder: RowEncoder, workers: int | None)
     if workers is None:
         # Code that came with the tokenizer cannot be imported by a fresh process before transformers has fetched it.
         remote = type(encoder.tokenization.tokenizer).__module__.startswith("transformers_modules")
-        workers = 1 if remote or len(head) < _SMALL else len(os.sched_getaffinity(0))
+        workers = 1 if remote or len(head) < _SMALL else min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
     everything = chain(head, rows)
     if workers == 1:
         for origin, line in everything:

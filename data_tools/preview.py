@@ -20,7 +20,7 @@ from .thinking import THINK_MODES
 
 def parser() -> argparse.ArgumentParser:
     """The command line of the preview; names are those of training."""
-    result = argparse.ArgumentParser("finebridge data preview", description=__doc__.split("\n")[0], allow_abbrev=False)
+    result = argparse.ArgumentParser("finebridge data preview", allow_abbrev=False)
     result.add_argument("file", help="a .jsonl file of messages")
     result.add_argument("--tokenizer_name_or_path", "--model_name_or_path", dest="tokenizer", required=True)
     result.add_argument("--chat_template", help="a shipped template's name or a .jinja file; default: the tokenizer's")
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the first rows; exit code 0. Raises DataError."""
     args = parser().parse_args(argv)
     files = resolve_files([args.file])
-    from transformers import AutoTokenizer  # noqa: PLC0415 - arguments are checked before torch comes in
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=args.trust_remote_code)
     encoder = RowEncoder(

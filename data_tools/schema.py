@@ -11,7 +11,7 @@ import numpy.typing as npt
 ROLES = ("system", "user", "assistant", "tool")
 
 
-class Rejected(ValueError):
+class Rejected(ValueError):  # noqa: N818 - it is an outcome of a row, like Sample, not a fault of the program
     """A row that is not trained on: ``code`` is counted, ``detail`` tells the user what is wrong with this row."""
 
     def __init__(self, code: str, detail: str) -> None:

@@ -90,7 +90,9 @@ class ChatTemplate:
             text = self.render([*question, Message("assistant", "a")], prompt=False, kwargs={})
             self.render(question, prompt=True, kwargs={})
         except Rejected as error:
-            raise DataError(f"the chat template {name} does not render a plain question and answer: {error.detail}") from None
+            raise DataError(
+                f"the chat template {name} does not render a plain question and answer: {error.detail}"
+            ) from None
         scaffold = set(re.findall(r"<[|｜][^<>]*[|｜]>", text))
         if lacking := sorted(scaffold - set(self.tokenizer.get_added_vocab()) - self.special_tokens):
             raise DataError(

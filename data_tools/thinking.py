@@ -1,6 +1,6 @@
-"""The think/answer form of the Hunyuan models: slow think, fast think, ``/no_think``.
+r"""The think/answer form of the Hunyuan models: slow think, fast think, ``/no_think``.
 
-    <think>\\n{thought}\\n</think>\\n<answer>\\n{answer}\\n</answer>
+    <think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>
 
 Fast think is the same with an empty thought and ``/no_think`` in front of the user's text. Real data often lacks the
 line break before ``</think>``; it is normalised. Source: Tencent-Hunyuan/Hunyuan-7B ``finetune/README_CN.md``.
@@ -76,7 +76,11 @@ def apply_mode(sample: Sample, mode: ThinkMode, *, separate: bool) -> Sample:
             content, reasoning = (value.answer, value.thought) if separate else (value.render(), None)
             messages[index] = replace(message, content=content, reasoning=reasoning)
     kwargs = dict(sample.template_kwargs)
-    if mode != "keep" and "reasoning_effort" in kwargs and (thoughts == 0) != (kwargs["reasoning_effort"] == "no_think"):
+    if (
+        mode != "keep"
+        and "reasoning_effort" in kwargs
+        and (thoughts == 0) != (kwargs["reasoning_effort"] == "no_think")
+    ):
         kwargs["reasoning_effort"] = "high" if thoughts else "no_think"
     return Sample(tuple(messages), kwargs)
 

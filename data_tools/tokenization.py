@@ -63,7 +63,9 @@ class Tokenization:
             start = len(turn.prompt)
             if self.mask_compat == "hunyuan":
                 if turn.prompt[-1] not in self._special_ids:
-                    raise Rejected("mask_compat", "the prompt does not end in a control token, as --mask_compat hunyuan needs")
+                    raise Rejected(
+                        "mask_compat", "the prompt does not end in a control token, as --mask_compat hunyuan needs"
+                    )
                 start -= 1
             ids = turn.prompt + turn.answer
             span = (start, len(ids))
@@ -72,7 +74,8 @@ class Tokenization:
             else:
                 stretches.append((ids, [span]))
         return [
-            TokenizedSample(np.asarray(ids, dtype=np.int32), np.asarray(spans, dtype=np.int32)) for ids, spans in stretches
+            TokenizedSample(np.asarray(ids, dtype=np.int32), np.asarray(spans, dtype=np.int32))
+            for ids, spans in stretches
         ]
 
     def _prove(
@@ -85,20 +88,22 @@ class Tokenization:
         pieces = list(self._split.finditer(completion))
         ends = [piece.end() for piece in pieces if piece[0] in self.template.special_tokens]
         if not ends or completion[ends[-1] :].strip():
-            raise Rejected("no_terminator", f"{where}: the template ends the turn with no control token; it would never stop")
+            raise Rejected(
+                "no_terminator", f"{where}: the template ends the turn with no control token; it would never stop"
+            )
         completion = completion[: ends[-1]]
         prompt_ids = self._encode(prompt, literals)
         both = self._encode(prompt + completion, literals)
-        answer_ids = both[len(prompt_ids) :] if both[: len(prompt_ids)] == prompt_ids else self._encode(completion, literals)
+        answer_ids = (
+            both[len(prompt_ids) :] if both[: len(prompt_ids)] == prompt_ids else self._encode(completion, literals)
+        )
         if not answer_ids or answer_ids[-1] not in self._special_ids:
             raise Rejected("no_terminator", f"{where}: the turn's last token is not the control token that ends it")
         if not self._says(answer_ids, _restore(completion, literals)):
             raise Rejected("not_reversible", f"{where}: the tokens of the answer do not decode to the answer")
         return _Turn(prompt_ids, answer_ids)
 
-    def _cut(
-        self, history: Sequence[Message], full: str, kwargs: Mapping[str, Any], where: str
-    ) -> tuple[str, str]:
+    def _cut(self, history: Sequence[Message], full: str, kwargs: Mapping[str, Any], where: str) -> tuple[str, str]:
         """The inference prompt that ``full`` continues, and the continuation.
 
         Inference may ask with thinking on (the template's default) or off. A question marked ``/no_think`` is asked
@@ -135,7 +140,9 @@ class Tokenization:
             only_text = self.template.literals_of(message)
             text, thought = message.content, message.reasoning
             if any(_STAND_IN_BASE <= ord(c) <= _STAND_IN_BASE + 0xFFFD for c in text + (thought or "")):
-                raise Rejected("private_characters", "the text uses the private-use plane U+F0000, which is reserved here")
+                raise Rejected(
+                    "private_characters", "the text uses the private-use plane U+F0000, which is reserved here"
+                )
 
             def stand_in(match: re.Match[str], only_text: frozenset[str] = only_text) -> str:
                 token = match[0]
@@ -157,7 +164,9 @@ class Tokenization:
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
         harmless = "".join("x" if char in literals else char for char in text)
         if self._by_pieces(harmless, {}) != self.tokenizer(harmless, add_special_tokens=False)["input_ids"]:
-            raise Rejected("control_token_in_text", "control tokens in the text cannot be kept apart with this tokenizer")
+            raise Rejected(
+                "control_token_in_text", "control tokens in the text cannot be kept apart with this tokenizer"
+            )
         return self._by_pieces(text, literals)
 
     def _by_pieces(self, text: str, literals: Mapping[str, str]) -> list[int]:

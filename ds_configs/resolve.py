@@ -117,5 +117,5 @@ def check_precision(settings: dict[str, Any], *, bf16: bool, fp16: bool, where: 
         enabled = settings.get(name, {}).get("enabled", "auto")
         if enabled != "auto" and bool(enabled) != wanted:
             raise DeepSpeedConfigError(
-                f"{where}: {name}.enabled is {json.dumps(enabled)} but --{name} is {wanted}; set it to \"auto\""
+                f'{where}: {name}.enabled is {json.dumps(enabled)} but --{name} is {wanted}; set it to "auto"'
             )

@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(__version__)
         return 0
-    if words[0] not in _VERBS and (words[0].startswith("--") or words[0].endswith((".yaml", ".yml")) or "=" in words[0]):
+    if words[0] not in _VERBS and (
+        words[0].startswith("--") or words[0].endswith((".yaml", ".yml")) or "=" in words[0]
+    ):
         words.insert(0, "sft")
     verb = _VERBS.get(words[0])
     if verb is None:
@@ -49,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sft(words: list[str]) -> int:
     """Check everything that can be checked without torch, then start the ranks."""
-    from ..train.arguments import build  # noqa: PLC0415
-    from .launch import gpu_count, run_ranks  # noqa: PLC0415
-    from .nodes import local_processes  # noqa: PLC0415
-    from .recipe import gather, to_argv  # noqa: PLC0415
+    from ..train.arguments import build
+    from .launch import gpu_count, run_ranks
+    from .nodes import local_processes
+    from .recipe import gather, to_argv
 
     if words and words[0] in ("-h", "--help"):
         return _sft_help()
@@ -66,14 +68,14 @@ def _sft(words: list[str]) -> int:
 
 
 def _sft_help() -> int:
-    from ..train.arguments import own_flags  # noqa: PLC0415
-    from ..train.hf_flags import hf_flags  # noqa: PLC0415
+    from ..train.arguments import own_flags
+    from ..train.hf_flags import hf_flags
 
     print("finebridge sft [recipe.yaml ...] [key=value ...] [--flag value ...]\n")
     print("  --nproc_per_node N\n      processes on this machine (default: one a GPU, or NODE_IP_LIST / HOST_GPU_NUM)")
     for name, (kind, default, text) in own_flags().items():
-        kind = kind.removeprefix("<class '").removesuffix("'>").replace("typing.", "")
-        print(f"  --{name} ({kind}, default {default})\n      {text}")
+        plain = kind.removeprefix("<class '").removesuffix("'>").replace("typing.", "")
+        print(f"  --{name} ({plain}, default {default})\n      {text}")
     print("\nand every flag of transformers' TrainingArguments:")
     for flag in hf_flags().values():
         print(f"  --{flag.name} (default {flag.default})", flush=True)
@@ -81,13 +83,13 @@ def _sft_help() -> int:
 
 
 def _merge(words: list[str]) -> int:
-    from ..merge.merge_lora import main as merge  # noqa: PLC0415
+    from ..merge.merge_lora import main as merge
 
     return merge(words)
 
 
 def _data(words: list[str]) -> int:
-    from ..data_tools.preview import main as preview  # noqa: PLC0415
+    from ..data_tools.preview import main as preview
 
     if not words or words[0] != "preview":
         raise ValueError("finebridge data preview FILE --tokenizer_name_or_path FOLDER [...]")
@@ -95,7 +97,7 @@ def _data(words: list[str]) -> int:
 
 
 def _example(words: list[str]) -> int:
-    from .example import main as example  # noqa: PLC0415
+    from .example import main as example
 
     return example(words)
 

@@ -41,7 +41,7 @@ class Score:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the example; exit code 0 when the merged model reaches the goal in both modes."""
-    parser = argparse.ArgumentParser("finebridge example", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser("finebridge example", description="the built-in example", allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, default=Path("output/example"), help="default: output/example")
     out: Path = parser.parse_args(argv).output_dir
     began = time.monotonic()
@@ -58,9 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     adapter = _train("lora.yaml", full, out / "lora")
     print("example 4/5: merging the adapter", flush=True)
     merged = out / "merged"
-    from ..merge.merge_lora import main as merge  # noqa: PLC0415
+    from ..merge.merge_lora import main as merge
 
-    command = ["--base_model_path", full, "--adapter_model_path", adapter, "--output_path", merged, "--save_dtype", "bf16"]
+    command = [
+        "--base_model_path",
+        full,
+        "--adapter_model_path",
+        adapter,
+        "--output_path",
+        merged,
+        "--save_dtype",
+        "bf16",
+    ]
     if merge([str(word) for word in command]):
         raise RuntimeError("the merge failed")
     print("example 5/5: held-out questions to the merged model", flush=True)
@@ -72,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_base(folder: Path) -> Path:
     """A model with random weights from ``example_data/config.json``, with the shipped tokenizer beside it."""
-    import torch  # noqa: PLC0415
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed  # noqa: PLC0415
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     set_seed(1)
@@ -94,8 +103,8 @@ class Answers:
 
 def ask(folder: Path, questions: Sequence[dict[str, str]]) -> Answers:
     """Put every held-out question to a model, greedily, in slow think, fast think and politely."""
-    import torch  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -116,7 +125,7 @@ def ask(folder: Path, questions: Sequence[dict[str, str]]) -> Answers:
 
 
 def _generate(model: Any, tokenizer: Any, chats: Sequence[Any]) -> list[str]:
-    import torch  # noqa: PLC0415
+    import torch
 
     batch = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
@@ -158,8 +167,8 @@ def _clear(out: Path) -> None:
 
 
 def _report(scores: dict[str, Score], shown: Sequence[tuple[str, str]], out: Path, seconds: float) -> None:
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
+    from rich.console import Console
+    from rich.table import Table
 
     console = Console(highlight=False)
     for question, text in shown:
@@ -170,7 +179,9 @@ def _report(scores: dict[str, Score], shown: Sequence[tuple[str, str]], out: Pat
     for name, score in scores.items():
         table.add_row(name, f"{score.slow:.2f}", f"{score.fast:.2f}", f"{score.polite:.2f}")
     console.print(table)
-    console.print(f"took {seconds:.0f} s; the merged model: {out / 'merged'} (AutoModelForCausalLM loads it)", soft_wrap=True)
+    console.print(
+        f"took {seconds:.0f} s; the merged model: {out / 'merged'} (AutoModelForCausalLM loads it)", soft_wrap=True
+    )
     console.print(
         "your own data:  bash finetune/finetune.sh --model_name_or_path MODEL --train_data_file data.jsonl \\\n"
         "                --output_dir out --deepspeed ds_zero2_no_offload --bf16 --max_steps 200",

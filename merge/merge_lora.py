@@ -27,26 +27,36 @@ def parser() -> argparse.ArgumentParser:
     """The command line of the merge."""
     result = argparse.ArgumentParser("finebridge merge", description=__doc__, allow_abbrev=False)
     result.add_argument("--base_model_path", required=True, type=Path, help="folder of the base model (safetensors)")
-    result.add_argument("--adapter_model_path", required=True, type=Path, help="folder of the adapter (a LoRA checkpoint)")
+    result.add_argument(
+        "--adapter_model_path", required=True, type=Path, help="folder of the adapter (a LoRA checkpoint)"
+    )
     result.add_argument("--output_path", required=True, type=Path, help="new folder for the merged model")
-    result.add_argument("--save_dtype", choices=DTYPES, default="fp32", help="dtype of the merged weights (default fp32)")
+    result.add_argument(
+        "--save_dtype", choices=DTYPES, default="fp32", help="dtype of the merged weights (default fp32)"
+    )
     result.add_argument("--max_shard_size", default="5GB", help="largest weight file (default 5GB)")
     result.add_argument("--overwrite", action="store_true", help="replace what --output_path holds")
     return result
 
 
 def merge(
-    base: Path, adapter: Path, output: Path, save_dtype: str = "fp32", max_shard_size: str = "5GB", *, overwrite: bool = False
+    base: Path,
+    adapter: Path,
+    output: Path,
+    save_dtype: str = "fp32",
+    max_shard_size: str = "5GB",
+    *,
+    overwrite: bool = False,
 ) -> dict[str, float]:
     """Write ``base + adapter`` to ``output``; relative size of each change, |delta| / |weight| (Frobenius), by weight.
 
     Raises AdapterError (adapter and base do not fit, a value is not finite or overflows ``save_dtype``),
     FileExistsError, FileNotFoundError, ValueError.
     """
-    import torch  # noqa: PLC0415 - arguments are checked before
+    import torch
 
-    from ..storage.safetensors_io import Checkpoint, ShardWriter, parse_size  # noqa: PLC0415
-    from .lora_delta import AdapterError, load_adapter  # noqa: PLC0415
+    from ..storage.safetensors_io import Checkpoint, ShardWriter, parse_size
+    from .lora_delta import AdapterError, load_adapter
 
     dtype: torch.dtype = getattr(torch, DTYPES[save_dtype])
     config = _base_config(base)
@@ -71,7 +81,11 @@ def merge(
                 value = value + delta
             stored = value.to(dtype)
             if not stored.isfinite().all():
-                cause = "holds values that are not finite" if not value.isfinite().all() else f"overflows {save_dtype}; use bf16"
+                cause = (
+                    "holds values that are not finite"
+                    if not value.isfinite().all()
+                    else f"overflows {save_dtype}; use bf16"
+                )
                 raise AdapterError(f"{name}: the merged weight {cause}")
             writer.add(name, stored)
         writer.close()
@@ -92,7 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             overwrite=args.overwrite,
         )  # fmt: skip
     except FileExistsError:
-        print(f"error: {args.output_path} exists already; choose another --output_path or give --overwrite", file=sys.stderr)
+        print(
+            f"error: {args.output_path} exists already; choose another --output_path or give --overwrite",
+            file=sys.stderr,
+        )
         return 2
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -119,7 +136,7 @@ def _base_config(base: Path) -> dict[str, object]:
 
 def _check_fit(adapter: dict[str, "LoraWeight"], weights: "Checkpoint", config: dict[str, object]) -> None:
     """Refuse an adapter that names other weights, other shapes or one of a tied pair."""
-    from .lora_delta import AdapterError  # noqa: PLC0415
+    from .lora_delta import AdapterError
 
     for name, pair in adapter.items():
         if config.get("tie_word_embeddings") and ("lm_head" in name or "embed" in name):

@@ -49,7 +49,7 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     """
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= min(_MAX_HEADER, path.stat().st_size - 8):
+        if not len("{}") <= length <= min(_MAX_HEADER, path.stat().st_size - 8):
             raise ManifestError(f"{path}: not a safetensors file (its header claims {length} bytes)")
         try:
             header = json.loads(stream.read(length))
@@ -101,7 +101,9 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ManifestError(f"{folder}: no {MANIFEST_NAME}; it was never completed, or something else made it") from None
+        raise ManifestError(
+            f"{folder}: no {MANIFEST_NAME}; it was never completed, or something else made it"
+        ) from None
     except ValueError as error:
         raise ManifestError(f"{path}: not JSON: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

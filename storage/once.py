@@ -7,7 +7,7 @@ later run. A failed build is not remembered: each waiter tries in turn and raise
 
 import fcntl
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def build_once(
 
 
 @contextmanager
-def locked(path: Path, say: Callable[[str], None] = print, every: float = 10.0) -> Iterator[None]:
+def locked(path: Path, say: Callable[[str], None] = print, every: float = 10.0) -> Generator[None]:
     """Hold an exclusive lock on ``path`` (created when absent), telling every ``every`` seconds what is waited for."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as stream:

@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def commit(staging: Path, target: Path, *, kind: str, made_from: Mapping[str, An
 
 
 @contextmanager
-def publish(target: Path, *, kind: str, made_from: Mapping[str, Any], replace: bool = False) -> Iterator[Path]:
+def publish(target: Path, *, kind: str, made_from: Mapping[str, Any], replace: bool = False) -> Generator[Path]:
     """Yield a staging folder; on success it becomes ``target``, on any error nothing is left behind.
 
     For one writing process. ``made_from`` is read when the block ends, so that the writer may fill it meanwhile.

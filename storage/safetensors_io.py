@@ -43,7 +43,9 @@ class Checkpoint:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
         for handle in self._open.values():
             handle.__exit__(None, None, None)
         self._open.clear()
@@ -122,14 +124,10 @@ def parse_size(text: str) -> int:
     """Bytes from ``5GB``, ``200MB``, ``64KB`` or a plain number. Raises ValueError on anything else."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
     value = text.strip().upper()
-    for unit, factor in units.items():
-        if value.endswith(unit):
-            value = value.removesuffix(unit).strip()
-            break
-    else:
-        factor = 1
+    unit = next((unit for unit in units if value.endswith(unit)), "")
+    factor = units.get(unit, 1)
     try:
-        size = int(float(value) * factor)
+        size = int(float(value.removesuffix(unit)) * factor)
     except ValueError:
         raise ValueError(f"{text!r} is not a size; write for example 5GB or 200MB") from None
     if size <= 0:

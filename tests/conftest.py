@@ -27,7 +27,10 @@ CONTROL_TOKENS = {
         "<｜hy_place▁holder▁no▁3｜>",
     ],
     "hunyuan_a13b": ["<|startoftext|>", "<|eos|>", "<|pad|>", "<|extra_0|>", "<|extra_4|>"],
-    "hy3": [f"<｜{name}:opensource｜>" for name in ("hy_begin_of_sentence", "hy_eos", "hy_pad", "hy_User", "hy_Assistant", "reasoning_mode")],
+    "hy3": [
+        f"<｜{name}:opensource｜>"
+        for name in ("hy_begin_of_sentence", "hy_eos", "hy_pad", "hy_User", "hy_Assistant", "reasoning_mode")
+    ],
     "qwen3": ["<|endoftext|>", "<|im_end|>", "<|pad|>", "<|im_start|>"],
     "chatml": ["<|endoftext|>", "<|im_end|>", "<|pad|>", "<|im_start|>"],
 }  # fmt: skip
@@ -140,7 +143,7 @@ def tiny_model(model_type: str, tokenizer: Any, **changes: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory, tokenizers_by_template: dict[str, Any]) -> Callable[[str], Path]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folders of saved tiny models by model type, each with the Hunyuan dense tokenizer and template beside it."""
     folder = tmp_path_factory.mktemp("models")
 

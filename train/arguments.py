@@ -53,7 +53,9 @@ class ModelArguments:
     num_key_value_heads: int = _arg(16, "only for --config_name")
     intermediate_size: int = _arg(8192, "only for --config_name")
     max_position_embeddings: int = _arg(2048, "only for --config_name; --model_max_length wins")
-    vocab_size: int = _arg(50257, "only for --config_name, at least the tokenizer's; when not given the tokenizer's size")
+    vocab_size: int = _arg(
+        50257, "only for --config_name, at least the tokenizer's; when not given the tokenizer's size"
+    )
     type_vocab_size: int = _arg(1, "accepted and unused, as in the original")
     layer_norm_eps: float = _arg(1e-5, "only for --config_name: epsilon of the norms")
     moe_topk: int = _arg(4, "only for --config_name: experts a token goes to")
@@ -73,7 +75,9 @@ class ModelArguments:
         if not (self.model_name_or_path or self.config_name):
             raise ArgumentsError("--model_name_or_path is missing: the folder of the model to fine-tune")
         if self.config_name and not self.tokenizer_name_or_path:
-            raise ArgumentsError("--config_name needs --tokenizer_name_or_path: a new model has no tokenizer of its own")
+            raise ArgumentsError(
+                "--config_name needs --tokenizer_name_or_path: a new model has no tokenizer of its own"
+            )
         if self.lora_rank < 1 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
             raise ArgumentsError("--lora_rank and --lora_alpha must be positive, --lora_dropout in [0, 1)")
 
@@ -100,7 +104,12 @@ ARCHITECTURE = {
 }  # fmt: skip
 
 # HF's own defaults that a fine-tuning run wants otherwise; a given flag always wins.
-HF_DEFAULTS: dict[str, Any] = {"output_dir": "output", "optim": "adamw_torch", "logging_steps": 10, "logging_nan_inf_filter": False}
+HF_DEFAULTS: dict[str, Any] = {
+    "output_dir": "output",
+    "optim": "adamw_torch",
+    "logging_steps": 10,
+    "logging_nan_inf_filter": False,
+}
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -170,7 +179,7 @@ def known_flags() -> list[str]:
 
 
 def own_flags() -> dict[str, tuple[str, Any, str]]:
-    """finebridge's own flags: name -> (type, default, help)."""
+    """Finebridge's own flags: name -> (type, default, help)."""
     return {
         f.name: (str(f.type), None if f.default is MISSING else f.default, f.metadata["help"])
         for cls in (ModelArguments, DataArguments)
@@ -253,4 +262,6 @@ def _check_together(args: Arguments) -> None:
         args.warnings.append(f"--{', --'.join(unused)}: ignored, {model.model_name_or_path} has its own config")
     resume = hf.get("resume_from_checkpoint")
     if isinstance(resume, str) and not Path(resume).is_dir():
-        raise ArgumentsError(f"--resume_from_checkpoint {resume}: no such folder; 'true' takes the newest of --output_dir")
+        raise ArgumentsError(
+            f"--resume_from_checkpoint {resume}: no such folder; 'true' takes the newest of --output_dir"
+        )

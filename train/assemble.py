@@ -63,7 +63,10 @@ def assemble(args: Arguments) -> Run:
     )
     if args.model.model_name_or_path and Path(args.model.model_name_or_path).is_dir():
         trainer.base = Path(args.model.model_name_or_path)
-    trainer.made_from = {"model": args.model.model_name_or_path or args.model.config_name, "data": args.data.train_data_file}
+    trainer.made_from = {
+        "model": args.model.model_name_or_path or args.model.config_name,
+        "data": args.data.train_data_file,
+    }
     return Run(trainer, resume_from)
 
 
@@ -126,7 +129,11 @@ def _model(args: Arguments, hf_args: TrainingArguments, settings: dict[str, Any]
     if stage == 3:  # noqa: PLR2004
         listed = has_listed_experts(model)
         if args.model.make_moe_param_leaf_module or listed:
-            why = "" if args.model.make_moe_param_leaf_module else " (set for you: experts in a list hang under ZeRO-3 without)"
+            why = (
+                ""
+                if args.model.make_moe_param_leaf_module
+                else " (set for you: experts in a list hang under ZeRO-3 without)"
+            )
             runtime.say(f"ZeRO-3 leaf modules: {', '.join(make_leaf_modules(model))}{why}")
     trainable = sum(_numel(p) for p in model.parameters() if p.requires_grad)
     total = sum(_numel(p) for p in model.parameters())

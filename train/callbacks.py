@@ -15,7 +15,12 @@ class FiniteGuard(TrainerCallback):
     """Stops the run when a logged loss or gradient norm is NaN or infinite. Raises DivergedError."""
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+        self,
+        args: TrainingArguments,  # noqa: ARG002 - the signature is the Trainer's
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        logs: dict[str, Any] | None = None,
+        **_: Any,
     ) -> None:
         """Check what the Trainer has just logged."""
         for name in ("loss", "grad_norm", "eval_loss"):

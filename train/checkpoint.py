@@ -92,6 +92,8 @@ def find_resume(resume: str | bool | None, output_dir: Path, say: Callable[[str]
     for reason in passed_over:
         say(f"resume: passed over {reason}")
     if found is None and passed_over:
-        raise ArgumentsError(f"--resume_from_checkpoint: no checkpoint in {output_dir} is whole; remove them to start afresh")
+        raise ArgumentsError(
+            f"--resume_from_checkpoint: no checkpoint in {output_dir} is whole; remove them to start afresh"
+        )
     say(f"resume: {found}" if found else f"resume: no checkpoint in {output_dir} yet, starting afresh")
     return str(found) if found else None

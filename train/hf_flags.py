@@ -39,7 +39,9 @@ def hf_flags() -> dict[str, HFFlag]:
     try:
         source = Path(str(metadata.distribution("transformers").locate_file("transformers/training_args.py")))
     except metadata.PackageNotFoundError:
-        raise ArgumentsError("transformers is not installed; run bash finetune/finetune.sh once, it sets up .venv") from None
+        raise ArgumentsError(
+            "transformers is not installed; run bash finetune/finetune.sh once, it sets up .venv"
+        ) from None
     tree = ast.parse(source.read_text(encoding="utf-8"))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
     flags: dict[str, HFFlag] = {}

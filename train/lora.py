@@ -22,7 +22,9 @@ def add_lora(model: PreTrainedModel, args: ModelArguments) -> Any:
         modules = {name for name, _ in model.named_modules()}
         for target in targets:
             if not any(name == target or name.endswith(f".{target}") for name in modules):
-                raise ArgumentsError(f"--lora_target {target}: no module of that name; linear modules are {linear_names(model)}")
+                raise ArgumentsError(
+                    f"--lora_target {target}: no module of that name; linear modules are {linear_names(model)}"
+                )
     config = LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,  # pyright: ignore[reportArgumentType] - PEFT takes a float, its annotation says int

@@ -34,11 +34,8 @@ def load_model(
     Weights come in ``dtype``. Raises ModelError when a weight is missing from the checkpoint or an embedding is too
     small for the tokenizer, ArgumentsError when the folder does not hold a causal language model.
     """
-    if args.config_name:
-        model = _new_model(args, dtype, tokenizer, given)
-    else:
-        model = _pretrained(args, dtype, say)
-    rows = _rows(model.get_input_embeddings().weight)
+    model = _new_model(args, dtype, tokenizer, given) if args.config_name else _pretrained(args, dtype, say)
+    rows = _rows(model.get_input_embeddings())
     if len(tokenizer) > rows:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}: they do not belong together"
@@ -47,10 +44,10 @@ def load_model(
 
 
 def _pretrained(args: ModelArguments, dtype: torch.dtype, say: Callable[[str], None]) -> PreTrainedModel:
-    path = args.model_name_or_path
+    path = str(args.model_name_or_path)
     options: dict[str, Any] = {"attn_implementation": "flash_attention_2"} if args.use_flash_attn else {}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             trust_remote_code=args.trust_remote_code,
@@ -60,10 +57,13 @@ def _pretrained(args: ModelArguments, dtype: torch.dtype, say: Callable[[str], N
         )
     except (OSError, ValueError, KeyError) as error:
         raise ArgumentsError(f"the model {path} does not load: {error}{_remote_code_hint(path, args)}") from error
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{path}: {len(missing)} weights are not in the checkpoint, the first is {missing[0]}")
     if unexpected := sorted(info["unexpected_keys"]):
-        say(f"model: {len(unexpected)} tensors of {path} are not used by this model class, the first is {unexpected[0]}")
+        say(
+            f"model: {len(unexpected)} tensors of {path} are not used by this model class, the first is {unexpected[0]}"
+        )
     return model
 
 
@@ -83,7 +83,9 @@ def _new_model(args: ModelArguments, dtype: torch.dtype, tokenizer: Any, given: 
         else:
             config = AutoConfig.for_model(name, **values)
     except (KeyError, ValueError) as error:
-        raise ArgumentsError(f"--config_name {name}: no usable config and no transformers model type: {error}") from error
+        raise ArgumentsError(
+            f"--config_name {name}: no usable config and no transformers model type: {error}"
+        ) from error
     fields = set(type(config)().to_dict())
     for flag, field in ARCHITECTURE.items():
         if flag in given and field not in fields and getattr(args, flag):
@@ -94,8 +96,9 @@ def _new_model(args: ModelArguments, dtype: torch.dtype, tokenizer: Any, given: 
     return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
 
 
-def _rows(weight: torch.Tensor) -> int:
-    """First dimension of a weight; under ZeRO-3 the parameter itself is empty and ``ds_shape`` tells."""
+def _rows(embedding: Any) -> int:
+    """Rows of an embedding; under ZeRO-3 the parameter itself is empty and ``ds_shape`` tells."""
+    weight = embedding.weight
     return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 

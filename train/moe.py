@@ -31,11 +31,13 @@ def make_leaf_modules(model: nn.Module) -> list[str]:
 
     Raises ArgumentsError when the model has no such block.
     """
-    from deepspeed.utils import set_z3_leaf_modules  # noqa: PLC0415 - only runs under ZeRO-3 need DeepSpeed here
+    from deepspeed.utils import set_z3_leaf_modules
 
     classes = sorted({type(block).__name__ for block in moe_blocks(model).values()})
     if not classes:
-        raise ArgumentsError("--make_moe_param_leaf_module: this model has no mixture-of-experts block; leave the flag out")
+        raise ArgumentsError(
+            "--make_moe_param_leaf_module: this model has no mixture-of-experts block; leave the flag out"
+        )
     set_z3_leaf_modules(model, classes)
     return classes
 

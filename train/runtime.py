@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..ds_configs.resolve import offloads_optimizer
 from ..storage.once import locked
@@ -54,19 +55,26 @@ def start(settings: dict[str, Any] | None) -> None:
         _be_the_only_rank()
     if not has_accelerator():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # silences a warning of every rank
-    import deepspeed  # noqa: PLC0415 - seconds of import time, and after the environment is right
+    import deepspeed
 
     if has_accelerator():
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
         deepspeed.init_distributed()
     else:
         # Training never uses the shared-memory collectives, and probing for them compiles C++ for half a minute.
-        from deepspeed import ops  # noqa: PLC0415
+        from deepspeed import ops
 
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo")
     if offloads_optimizer(settings):
         build_cpu_adam(say)
+
+
+def finish() -> None:
+    """Leave the process group in order, all ranks together."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def check_world(seen: int) -> None:
@@ -85,7 +93,7 @@ def build_cpu_adam(tell: Callable[[str], None]) -> None:
     """
     root = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_extensions_dir())))
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # this venv's ninja
-    from deepspeed.ops.op_builder import CPUAdamBuilder  # noqa: PLC0415
+    from deepspeed.ops.op_builder import CPUAdamBuilder  # pyright: ignore[reportAttributeAccessIssue] - made at import time
 
     with locked(root / ".finebridge.lock", tell):
         (root / "cpu_adam" / "lock").unlink(missing_ok=True)
@@ -96,7 +104,12 @@ def build_cpu_adam(tell: Callable[[str], None]) -> None:
 
 def _extensions_dir() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return cache / "finebridge" / "torch_extensions" / f"py{sys.version_info.major}{sys.version_info.minor}_{torch.__version__}"
+    return (
+        cache
+        / "finebridge"
+        / "torch_extensions"
+        / f"py{sys.version_info.major}{sys.version_info.minor}_{torch.__version__}"
+    )
 
 
 def _be_the_only_rank() -> None:

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from .arguments import parse
 
@@ -22,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(error)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated.*")
-    from . import runtime  # noqa: PLC0415 - torch and transformers only now
-    from .assemble import assemble  # noqa: PLC0415
+    from . import runtime
+    from .assemble import assemble
 
     for text in args.warnings:
         runtime.say(f"warning: {text}")
@@ -33,10 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(error)
     result = run.trainer.train(resume_from_checkpoint=run.resume_from)
     run.trainer.save_state()
+    saved = Path(args.hf["output_dir"]) / f"checkpoint-{result.global_step}"
     runtime.say(
         f"done: {result.global_step} steps, mean loss {result.training_loss:.4f}, "
-        f"checkpoint {args.hf['output_dir']}/checkpoint-{result.global_step}"
+        + (f"checkpoint {saved}" if saved.is_dir() else "no checkpoint (--save_strategy no)")
     )
+    runtime.finish()
     return 0
 
 

@@ -106,14 +106,10 @@ def test_too_many_rejects_stop_the_run(tmp_path: Path, tokenizer: Any) -> None:
     file = rows_file(tmp_path / "a.jsonl", ["a"] * 9 + [None])
     with pytest.raises(DataError, match=rf"1 of 10 rows are rejected(.|\n)*{file}:10: not_json"):
         prepare([str(file)], tokenizer, ARGS, tmp_path / "cache")
+    none_left = rows_file(tmp_path / "b.jsonl", [None])
+    lenient = DataArguments(chat_template="hunyuan_dense", max_bad_ratio=1)
     with pytest.raises(DataError, match="none is left"):
-        none_left = rows_file(tmp_path / "b.jsonl", [None])
-        prepare(
-            [str(none_left)],
-            tokenizer,
-            DataArguments(chat_template="hunyuan_dense", max_bad_ratio=1),
-            tmp_path / "cache",
-        )
+        prepare([str(none_left)], tokenizer, lenient, tmp_path / "cache")
 
 
 def test_over_long_samples(tmp_path: Path, tokenizer: Any) -> None:

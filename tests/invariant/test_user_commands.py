@@ -75,7 +75,10 @@ def test_train_lora_then_merge(models: Callable[[str], Path], train_file: Path, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model_name_or_path", "./typo", "--train_data_file", "x.jsonl"], "--model_name_or_path ./typo: no such folder"),
+        (
+            ["--model_name_or_path", "./typo", "--train_data_file", "x.jsonl"],
+            "--model_name_or_path ./typo: no such folder",
+        ),
         (["--lerning_rate", "1"], "did you mean --learning_rate?"),
         (["recipe.yaml"], "recipe.yaml: No such file"),
         (["trian"], "unknown verb 'trian'"),
@@ -102,12 +105,24 @@ def test_bad_rows_stop_every_rank_with_2(models: Callable[[str], Path], tmp_path
 
 
 def test_preview_shows_the_trained_tokens(models: Callable[[str], Path], train_file: Path) -> None:
-    done = bash("finetune/finetune.sh", "data", "preview", train_file, "--model_name_or_path", models("hunyuan_v1_dense"), "--count", 1)
+    done = bash(
+        "finetune/finetune.sh",
+        "data",
+        "preview",
+        train_file,
+        "--model_name_or_path",
+        models("hunyuan_v1_dense"),
+        "--count",
+        1,
+    )
     assert done.returncode == 0, done.stderr
-    assert "/no_think0+0=<｜hy_Assistant｜>{{<think>\n\n</think>\n<answer>\n0\n</answer><｜hy_place▁holder▁no▁2｜>}}" in done.stdout
+    assert (
+        "/no_think0+0=<｜hy_Assistant｜>{{<think>\n\n</think>\n<answer>\n0\n</answer><｜hy_place▁holder▁no▁2｜>}}"
+        in done.stdout
+    )
 
 
-def test_a_left_over_compile_lock_does_not_hang(tmp_path: Path) -> None:
+def test_a_left_over_compile_lock_does_not_hang() -> None:
     """torch waits for ever on a lock file that a killed compile left; ours is removed under a lock of the kernel."""
     from finebridge.train.runtime import _extensions_dir
 
@@ -115,6 +130,8 @@ def test_a_left_over_compile_lock_does_not_hang(tmp_path: Path) -> None:
     lock.parent.mkdir(parents=True, exist_ok=True)
     lock.touch()
     code = "from finebridge.train.runtime import build_cpu_adam; build_cpu_adam(print); print('built')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600, env=ENV)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600, env=ENV
+    )
     assert done.stdout.endswith("built\n"), done.stderr
     assert not lock.exists()

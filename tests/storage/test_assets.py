@@ -7,15 +7,15 @@ import pytest
 from finebridge.storage.assets import carry, is_asset, is_tokenizer_asset, read_json
 
 CARRIED = [
-    "LICENSE", "added_tokens.json", "chat_template.jinja", "config.json", "configuration_tiny.py", "generation_config.json",
-    "merges.txt", "modeling_tiny.py", "preprocessor_config.json", "special_tokens_map.json", "tokenizer.json",
-    "tokenizer.model", "tokenizer_config.json", "vocab.json",
+    "LICENSE", "added_tokens.json", "chat_template.jinja", "config.json", "configuration_tiny.py",
+    "generation_config.json", "merges.txt", "modeling_tiny.py", "preprocessor_config.json", "special_tokens_map.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
 ]  # fmt: skip
 LEFT = [
-    ".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "events.out.tfevents.1", "latest",
-    "manifest.json", "model-00001-of-00002.safetensors", "model.safetensors", "model.safetensors.index.json", "optimizer.pt",
-    "pytorch_model.bin", "pytorch_model.bin.index.json", "rejects.jsonl", "rng_state_0.pth", "scheduler.pt",
-    "tf_model.h5", "trainer_state.json", "training_args.bin", "zero_to_fp32.py",
+    ".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "events.out.tfevents.1",
+    "latest", "manifest.json", "model-00001-of-00002.safetensors", "model.safetensors", "model.safetensors.index.json",
+    "optimizer.pt", "pytorch_model.bin", "pytorch_model.bin.index.json", "rejects.jsonl", "rng_state_0.pth",
+    "scheduler.pt", "tf_model.h5", "trainer_state.json", "training_args.bin", "zero_to_fp32.py",
 ]  # fmt: skip
 
 

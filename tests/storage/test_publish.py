@@ -84,7 +84,7 @@ def test_an_exception_in_the_block_leaves_nothing(tmp_path: Path, error: type[Ba
 
 def test_a_failed_commit_leaves_nothing(tmp_path: Path) -> None:
     with (
-        pytest.raises(ManifestError, match="link.*symbolic"),
+        pytest.raises(ManifestError, match=r"link.*symbolic"),
         publish(tmp_path / "x", kind="test", made_from={}) as folder,
     ):
         (folder / "link").symlink_to("/etc/hostname")

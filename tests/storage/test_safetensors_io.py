@@ -148,7 +148,7 @@ def test_an_index_that_is_not_json_is_named(tmp_path: Path) -> None:
 def test_a_shard_with_a_damaged_header_is_named(tmp_path: Path) -> None:
     weight_map = sharded(tmp_path / "x")
     (tmp_path / "x" / weight_map["b"]).write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ManifestError, match="00002-of-00002.*not a safetensors file"):
+    with pytest.raises(ManifestError, match=r"00002-of-00002.*not a safetensors file"):
         Checkpoint(tmp_path / "x")
 
 
