@@ -13,6 +13,6 @@ test-slow:  ## everything that runs without a GPU
 	bash tests/run.sh -m "not gpu"
 
 bench:  ## every claim of speed, results as CSV in benchmarks/
-	for script in benchmarks/*.py; do $(PYTHON) $$script || exit 1; done
+	@for script in $(wildcard benchmarks/*.py); do $(PYTHON) $$script || exit 1; done; echo "benchmarks: $(words $(wildcard benchmarks/*.py)) run"
 
 .PHONY: check test test-slow bench

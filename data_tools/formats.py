@@ -60,6 +60,9 @@ def _message(number: int, turn: object) -> Message:
     if not isinstance(loss, bool):
         raise Rejected("bad_message", f"message {number}: 'loss' is true or false")
     extra = {key: fields[key] for key in _MESSAGE_EXTRA if fields.get(key) is not None}
+    calls = extra.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in cast("list[Any]", calls)):
+        raise Rejected("bad_tool_calls", f"message {number}: 'tool_calls' is a list of objects")
     content = _text(number, fields, allow_none="tool_calls" in extra)
     if role == "assistant" and loss and not (content.strip() or (reasoning or "").strip() or "tool_calls" in extra):
         raise Rejected("empty_answer", f"message {number}: the assistant says nothing")

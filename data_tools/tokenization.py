@@ -116,13 +116,13 @@ class Tokenization:
             prompt = self.template.render(history[:-1], prompt=True, kwargs={**kwargs, **switch})
             if full.startswith(prompt) and len(prompt) < len(full):
                 completion = full[len(prompt) :]
-                if answer.extra or _letters(completion).startswith(_letters((answer.reasoning or "") + answer.content)):
+                if _holds(completion, answer):
                     found.append((prompt, completion))
         if not found:
             raise Rejected(
                 "prompt_differs",
                 f"{where}: the training text does not continue the inference prompt with the whole answer "
-                "(the template changes or drops part of it; is a thought given while thinking is off?)",
+                "(the template changes or drops part of it; do the row's thinking settings and its thoughts agree?)",
             )
         question = next((message.content for message in reversed(history[:-1]) if message.role == "user"), "")
         if not question.startswith(NO_THINK):
@@ -206,6 +206,14 @@ def _restore(text: str, literals: Mapping[str, str]) -> str:
     for mark, token in literals.items():
         text = text.replace(mark, token)
     return text
+
+
+def _holds(completion: str, answer: Message) -> bool:
+    """Whether a rendered turn says all of the answer: thought and text in this order, and every tool called."""
+    calls: list[Any] = answer.extra.get("tool_calls", [])
+    names = [str((call.get("function") or call).get("name")) for call in calls]
+    said = _letters((answer.reasoning or "") + answer.content)
+    return _letters(completion).startswith(said) and all(name in completion for name in names)
 
 
 def _letters(text: str) -> str:

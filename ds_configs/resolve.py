@@ -5,8 +5,11 @@ and precision are ``"auto"`` in all of them, filled in from the command line by 
 https://www.deepspeed.ai/docs/config-json/
 """
 
+import ast
 import difflib
 import json
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,7 @@ def find(name_or_path: str) -> Path:
     near = difflib.get_close_matches(stem, shipped(), n=3, cutoff=0.5)
     raise DeepSpeedConfigError(
         f"--deepspeed {name_or_path}: no such file, and no shipped settings of that name; "
-        f"{'did you mean ' + ', '.join(near) if near else 'shipped are ' + ', '.join(shipped())}?"
+        + (f"did you mean {', '.join(near)}?" if near else f"shipped are {', '.join(shipped())}")
     )
 
 
@@ -64,7 +67,7 @@ def resolve(name_or_path: str, *, has_accelerator: bool = True) -> dict[str, Any
     check(settings, str(path))
     if not has_accelerator:
         for block in ("offload_optimizer", "offload_param"):
-            if block in settings["zero_optimization"]:
+            if settings["zero_optimization"].get(block):
                 settings["zero_optimization"][block]["pin_memory"] = False
     return settings
 
@@ -76,10 +79,8 @@ def zero_stage(settings: dict[str, Any]) -> int:
 
 def offloads_optimizer(settings: dict[str, Any]) -> bool:
     """Whether the optimizer runs on the CPU, by DeepSpeed's compiled CPU Adam."""
-    zero = settings.get("zero_optimization", {})
-    device = zero.get("offload_optimizer", {}).get("device", "none")
     torch_adam = settings.get("optimizer", {}).get("params", {}).get("torch_adam", False)
-    return device not in ("none", None) and not torch_adam
+    return _device(settings.get("zero_optimization", {}), "offload_optimizer") != "none" and not torch_adam
 
 
 def check(settings: dict[str, Any], where: str) -> None:
@@ -91,7 +92,11 @@ def check(settings: dict[str, Any], where: str) -> None:
         near = difflib.get_close_matches(key, _KNOWN, n=1, cutoff=0.85)
         if near and key not in _KNOWN:
             raise DeepSpeedConfigError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
+    for key in ("bf16", "fp16", "optimizer", "zero_optimization"):
+        if not isinstance(settings.get(key, {}), dict):
+            raise DeepSpeedConfigError(f"{where}: {key} must be an object, not {json.dumps(settings[key])}")
     zero = settings.setdefault("zero_optimization", {})
+    _check_zero(zero, where)
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise DeepSpeedConfigError(f"{where}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
@@ -100,7 +105,7 @@ def check(settings: dict[str, Any], where: str) -> None:
             f"{where}: zero_optimization.stage3_gather_16bit_weights_on_model_save must be true; "
             "without it checkpoints hold no Hugging Face weights and adapters are saved empty"
         )
-    if stage < 3 and "offload_param" in zero and zero["offload_param"].get("device", "none") != "none":  # noqa: PLR2004
+    if stage < 3 and _device(zero, "offload_param") != "none":  # noqa: PLR2004
         raise DeepSpeedConfigError(f"{where}: offload_param needs ZeRO stage 3, the stage is {stage}")
     enabled = [name for name in ("bf16", "fp16") if settings.get(name, {}).get("enabled") is True]
     if len(enabled) > 1:
@@ -109,6 +114,47 @@ def check(settings: dict[str, Any], where: str) -> None:
         raise DeepSpeedConfigError(
             f"{where}: a scheduler block would override --lr_scheduler_type, --min_lr and the warm-up; remove it"
         )
+
+
+@cache
+def zero_keys() -> frozenset[str]:
+    """The keys of ``zero_optimization`` that the installed DeepSpeed knows, read from its source without importing it.
+
+    Empty when DeepSpeed is not installed; its own check then comes later.
+    """
+    try:
+        source = Path(str(metadata.distribution("deepspeed").locate_file("deepspeed/runtime/zero/config.py")))
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+    except (metadata.PackageNotFoundError, OSError):
+        return frozenset()
+    keys: set[str] = set()
+    for owner in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "DeepSpeedZeroConfig"):
+        for node in owner.body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                keys.add(node.target.id)
+                aliases = node.value.keywords if isinstance(node.value, ast.Call) else []
+                keys |= {
+                    str(word.value.value)
+                    for word in aliases
+                    if word.arg == "alias" and isinstance(word.value, ast.Constant)
+                }
+    return frozenset(keys)
+
+
+def _check_zero(zero: dict[str, Any], where: str) -> None:
+    for key in zero:
+        if zero_keys() and key not in zero_keys():
+            near = difflib.get_close_matches(key, zero_keys(), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise DeepSpeedConfigError(f"{where}: zero_optimization has the unknown key {key!r}{hint}")
+    for block in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(block) or {}, dict):
+            raise DeepSpeedConfigError(f'{where}: {block} must be an object, for example {{"device": "cpu"}}')
+
+
+def _device(zero: dict[str, Any], block: str) -> str:
+    """Where an offload block sends to; "none" when it is absent or null."""
+    return (zero.get(block) or {}).get("device") or "none"
 
 
 def check_precision(settings: dict[str, Any], *, bf16: bool, fp16: bool, where: str) -> None:

@@ -1,6 +1,7 @@
 """The command ``finebridge``, a verb a stage. Importing it is light: each verb imports what it needs when it runs."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -60,7 +61,7 @@ def _sft(words: list[str]) -> int:
         return _sft_help()
     values = gather(words)
     asked = values.pop("nproc_per_node", None)
-    if asked is not None and not (str(asked).isdigit() and int(asked) > 0):
+    if asked is not None and not re.fullmatch(r"[1-9][0-9]*", str(asked)):
         raise ValueError(f"--nproc_per_node {asked}: a positive number is expected")
     build(values)
     processes = int(asked) if asked else local_processes(os.environ) or gpu_count() or 1
@@ -68,7 +69,7 @@ def _sft(words: list[str]) -> int:
 
 
 def _sft_help() -> int:
-    from ..train.arguments import own_flags
+    from ..train.arguments import HF_DEFAULTS, own_flags
     from ..train.hf_flags import hf_flags
 
     print("finebridge sft [recipe.yaml ...] [key=value ...] [--flag value ...]\n")
@@ -78,7 +79,7 @@ def _sft_help() -> int:
         print(f"  --{name} ({plain}, default {default})\n      {text}")
     print("\nand every flag of transformers' TrainingArguments:")
     for flag in hf_flags().values():
-        print(f"  --{flag.name} (default {flag.default})", flush=True)
+        print(f"  --{flag.name} (default {HF_DEFAULTS.get(flag.name, flag.default)})", flush=True)
     return 0
 
 

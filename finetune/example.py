@@ -7,6 +7,7 @@ merge, and held-out questions put to the merged model. Recipes and data lie in `
 """
 
 import argparse
+import os
 import shutil
 import sys
 import time
@@ -19,7 +20,7 @@ import orjson
 
 from ..data_tools.thinking import NO_THINK, parse
 from ..storage.publish import publish
-from .launch import run_ranks
+from .launch import gpu_count, run_ranks
 from .recipe import read_recipe, to_argv
 
 FOLDER = Path(__file__).parent / "example_data"
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     out: Path = parser.parse_args(argv).output_dir
     began = time.monotonic()
     _clear(out)
+    if gpu_count() == 0:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # silences a warning of DeepSpeed's
     questions = [orjson.loads(line) for line in (FOLDER / "heldout.jsonl").read_bytes().splitlines()]
 
     print("example 1/5: a new tiny hunyuan_v1_dense model, untrained", flush=True)
@@ -105,7 +108,9 @@ def ask(folder: Path, questions: Sequence[dict[str, str]]) -> Answers:
     """Put every held-out question to a model, greedily, in slow think, fast think and politely."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     shown: list[tuple[str, str]] = []

@@ -67,7 +67,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         for number, code in enumerate(codes):
             if code:
                 if code < 0:
-                    name = signal.Signals(-code).name
+                    name = next((s.name for s in signal.Signals if s == -code), f"signal {-code}")
                     print(f"error: rank {number} was ended by {name}; the run stops", file=sys.stderr, flush=True)
                 return code if code > 0 else _SIGNAL_EXIT - code
         if all(code == 0 for code in codes):

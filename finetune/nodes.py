@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_HOST = re.compile(r"(?P<host>[A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:]+\])(?::(?P<slots>[1-9]\d*))?")
+_HOST = re.compile(r"(?P<host>[A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:]+\])(?::(?P<slots>[1-9][0-9]*))?")
 
 
 class NodesError(ValueError):
@@ -48,6 +48,6 @@ def local_processes(env: Mapping[str, str]) -> int | None:
     if nodes and nodes[0].slots:
         return nodes[0].slots
     count = env.get("HOST_GPU_NUM", "")
-    if count and not (count.isdigit() and int(count) > 0):
+    if count and not re.fullmatch(r"[1-9][0-9]*", count):
         raise NodesError(f"HOST_GPU_NUM={count}: a positive number is expected")
     return int(count) if count else None

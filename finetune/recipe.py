@@ -3,15 +3,16 @@
 A recipe is a flat mapping of flag names to values. What is given later wins: recipe, then ``key=value``, then flags.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..train.arguments import known_flags, read_flags
+from ..train.arguments import as_word, known_flags, read_flags
 from ..train.hf_flags import nearest
+
+LAUNCH_FLAGS = ("nproc_per_node",)  # for the launcher; ranks never see them
 
 
 class RecipeError(ValueError):
@@ -33,14 +34,22 @@ def gather(words: Sequence[str]) -> dict[str, Any]:
     while rest and not rest[0].startswith("-"):
         word = rest.pop(0)
         if is_recipe(word):
-            values |= read_recipe(Path(word))
+            _give(values, read_recipe(Path(word)))
             continue
         key, equals, value = word.partition("=")
         if not equals:
             raise RecipeError(f"{word!r}: a recipe (.yaml), key=value or --flag is expected here")
         _check_key(key, f"{word!r}")
+        _give(values, {key: value})
+    _give(values, read_flags(rest))
+    return values
+
+
+def _give(values: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Add what is given later, at the end: two names of one flag are told apart by their order."""
+    for key, value in more.items():
+        values.pop(key, None)
         values[key] = value
-    return values | read_flags(rest)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -51,6 +60,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(text)
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8: {error}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not YAML: {error}") from None
     if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
@@ -62,19 +73,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def to_argv(values: dict[str, Any]) -> list[str]:
     """Values as ``--name=value`` words, the form in which ranks get them."""
-    words: list[str] = []
-    for name, value in values.items():
-        if isinstance(value, bool):
-            words.append(f"--{name}={str(value).lower()}")
-        elif isinstance(value, list):
-            words.append(f"--{name}={','.join(map(str, value))}")
-        elif isinstance(value, dict):
-            words.append(f"--{name}={json.dumps(value)}")
-        else:
-            words.append(f"--{name}={value}")
-    return words
+    words = ((name, as_word(name, value)) for name, value in values.items())
+    return [f"--{name}={str(word).lower() if isinstance(word, bool) else word}" for name, word in words]
 
 
 def _check_key(key: str, where: str) -> None:
-    if key not in known_flags():
+    if key not in known_flags() and key not in LAUNCH_FLAGS:
         raise RecipeError(f"{where}: unknown key {key!r}{nearest(key, known_flags()).replace('--', '')}")

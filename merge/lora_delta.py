@@ -13,14 +13,19 @@ import torch
 from safetensors import safe_open
 
 from ..storage.assets import read_json
+from ..storage.manifest import safetensors_header
 
 _PREFIX = "base_model.model."
-# Adapter kinds that add something other than scale * B @ A: merging them as plain LoRA would be wrong.
-_UNSUPPORTED: dict[str, Any] = {
-    "use_dora": False, "modules_to_save": None, "target_parameters": None, "rank_pattern": None, "alpha_pattern": None,
-    "fan_in_fan_out": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None, "layer_replication": None,
-    "eva_config": None, "corda_config": None, "use_qalora": False,
+# Settings that do not change what the factors add. Any other setting that is set stops the merge: a kind of adapter
+# that is merged as plain LoRA without being one gives wrong weights.
+_HARMLESS = {
+    "alora_invocation_tokens": None, "auto_mapping": ..., "base_model_name_or_path": ..., "bias": "none", "exclude_modules": ...,
+    "inference_mode": ..., "layers_pattern": ..., "layers_to_transform": ..., "lora_alpha": ..., "lora_dropout": ...,
+    "megatron_config": ..., "megatron_core": ..., "peft_type": ..., "peft_version": ..., "qalora_group_size": ..., "r": ...,
+    "revision": ..., "runtime_config": ..., "target_modules": ..., "task_type": ..., "use_rslora": ...,
 }  # fmt: skip
+# Starting values of A and B that leave the base as it is (others, such as pissa and olora, change the base's weights).
+_INITIAL = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 class AdapterError(ValueError):
@@ -40,8 +45,19 @@ class LoraWeight:
         return (self.b.float() @ self.a.float()) * self.scale
 
 
-def load_adapter(folder: Path) -> dict[str, LoraWeight]:
-    """The factors by base weight name (``model.layers.0.self_attn.q_proj.weight``).
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """Factors by base weight name (``model.layers.0.self_attn.q_proj.weight``), and copies of base weights.
+
+    PEFT stores an embedding's or head's own, frozen weight beside its factors; it must equal the base's.
+    """
+
+    weights: dict[str, LoraWeight]
+    copies: dict[str, torch.Tensor]
+
+
+def load_adapter(folder: Path) -> Adapter:
+    """The adapter that PEFT or finebridge saved in ``folder``.
 
     Raises AdapterError when a file is missing, a setting is not plain LoRA or rsLoRA, a tensor is left over, shapes do
     not fit or a value is not finite.
@@ -53,12 +69,16 @@ def load_adapter(folder: Path) -> dict[str, LoraWeight]:
     config = read_json(config_path)
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{config_path}: peft_type is {config.get('peft_type')!r}; only LORA adapters are merged")
-    for key, plain in _UNSUPPORTED.items():
-        if (value := config.get(key, plain)) != plain and value not in ({}, []):
-            raise AdapterError(f"{config_path}: {key} is {value!r}; merging such adapters is not supported yet")
+    _check_settings(config, config_path)
+    safetensors_header(weights_path)  # a cut file is told by name
     with safe_open(weights_path, framework="pt") as handle:
         tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
     weights: dict[str, LoraWeight] = {}
+    copies = {
+        key.removeprefix(_PREFIX).replace(".base_layer.", "."): tensors.pop(key)
+        for key in list(tensors)
+        if ".base_layer." in key
+    }
     for key in sorted(tensors):
         module, found, _ = key.removeprefix(_PREFIX).partition(".lora_A.weight")
         if not found:
@@ -69,7 +89,22 @@ def load_adapter(folder: Path) -> dict[str, LoraWeight]:
         raise AdapterError(f"{weights_path}: {len(tensors)} tensors are not LoRA factors, the first is {min(tensors)}")
     if not weights:
         raise AdapterError(f"{weights_path}: holds no LoRA factors")
-    return weights
+    return Adapter(weights, copies)
+
+
+def _check_settings(config: dict[str, Any], path: Path) -> None:
+    if (initial := config.get("init_lora_weights", True)) not in _INITIAL:
+        raise AdapterError(
+            f"{path}: init_lora_weights is {initial!r}, which changes the base; such adapters are not merged yet"
+        )
+    for key, value in config.items():
+        plain = _HARMLESS.get(key)
+        if plain is ... or key == "init_lora_weights" or value in (plain, None, False, [], {}):
+            continue
+        raise AdapterError(f"{path}: {key} is {value!r}; merging such adapters is not supported yet")
+    alpha = config.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise AdapterError(f"{path}: lora_alpha is {alpha!r}; a number is expected")
 
 
 def _pair(module: str, a: torch.Tensor, b: torch.Tensor | None, config: dict[str, Any]) -> LoraWeight:

@@ -58,9 +58,13 @@ def merge(
     from ..storage.safetensors_io import Checkpoint, ShardWriter, parse_size
     from .lora_delta import AdapterError, load_adapter
 
+    for name, folder in (("base", base), ("adapter", adapter)):
+        if output.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise ValueError(f"--output_path {output} is or contains the {name}; choose another folder")
     dtype: torch.dtype = getattr(torch, DTYPES[save_dtype])
     config = _base_config(base)
-    left = load_adapter(adapter)
+    loaded = load_adapter(adapter)
+    left = loaded.weights
     changes: dict[str, float] = {}
     made_from = {"base": str(base), "adapter": str(adapter), "save_dtype": save_dtype}
     with (
@@ -71,11 +75,19 @@ def merge(
         writer = ShardWriter(folder, parse_size(max_shard_size))
         for name in weights:
             tensor = weights.get(name)
+            copy = loaded.copies.pop(name, None)
+            if copy is not None and not copy.equal(tensor.to(copy.dtype)):
+                raise AdapterError(f"{name}: the adapter holds a copy of this weight that is not the base's")
+            pair = left.pop(name, None)
             if not tensor.is_floating_point():
+                if pair:
+                    raise AdapterError(
+                        f"{name}: the base's weight is {tensor.dtype}, no floating-point weight to add to"
+                    )
                 writer.add(name, tensor)
                 continue
             value = tensor.float()
-            if pair := left.pop(name, None):
+            if pair:
                 delta = pair.delta()
                 changes[name] = float(delta.norm() / value.norm().clamp_min(1e-30))
                 value = value + delta
@@ -88,12 +100,13 @@ def merge(
                 )
                 raise AdapterError(f"{name}: the merged weight {cause}")
             writer.add(name, stored)
+        if loaded.copies:
+            raise AdapterError(f"{min(loaded.copies)}: the adapter holds a copy of this weight, but the base has none")
         writer.close()
         config["dtype"] = DTYPES[save_dtype]
         config.pop("torch_dtype", None)
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _carry_tokenizer(adapter, folder)
-        carry(base, folder)
+        _carry_assets(base, adapter, folder)
     return changes
 
 
@@ -147,11 +160,17 @@ def _check_fit(adapter: dict[str, "LoraWeight"], weights: "Checkpoint", config: 
             raise AdapterError(f"{name}: the base's shape is {shape}, the adapter was made for {tuple(wanted)}")
 
 
-def _carry_tokenizer(adapter: Path, folder: Path) -> None:
-    """The adapter's own tokenizer wins over the base's: it is the one that was trained with."""
-    names = {path.name for path in adapter.iterdir()}
-    if "tokenizer_config.json" in names:
-        carry(adapter, folder, skip={name for name in names if not is_tokenizer_asset(name)})
+def _carry_assets(base: Path, adapter: Path, folder: Path) -> None:
+    """Tokenizer and all other files. The adapter's own tokenizer wins over the base's: it was trained with."""
+    tokenizer_of = adapter if (adapter / "tokenizer_config.json").is_file() else base
+    carry(
+        tokenizer_of, folder, skip={path.name for path in tokenizer_of.iterdir() if not is_tokenizer_asset(path.name)}
+    )
+    carry(
+        base,
+        folder,
+        skip={path.name for path in base.iterdir() if tokenizer_of is adapter and is_tokenizer_asset(path.name)},
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ _NOT_ASSETS = {
     "manifest.json", "trainer_state.json", "training_args.bin", "latest", "rejects.jsonl", "README.md",
     "zero_to_fp32.py", "zero_to_torch.py",
 }  # fmt: skip
-_TOKENIZER_STEMS = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
+_TEMPLATES = "additional_chat_templates"  # where transformers keeps named templates
+_TOKENIZER_STEMS = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", _TEMPLATES)
 
 
 def is_asset(path: Path) -> bool:
@@ -42,6 +43,10 @@ def carry(source: Path, target: Path, *, skip: Collection[str] = ()) -> list[str
         if is_asset(path) and path.name not in skip and not (target / path.name).exists():
             shutil.copyfile(path, target / path.name)
             copied.append(path.name)
+    templates = source / _TEMPLATES
+    if templates.is_dir() and _TEMPLATES not in skip and not (target / _TEMPLATES).exists():
+        shutil.copytree(templates, target / _TEMPLATES)
+        copied.append(_TEMPLATES)
     for name in ("config.json", "tokenizer_config.json"):
         _carry_auto_map(source / name, target / name)
     return copied

@@ -55,7 +55,15 @@ def safetensors_header(path: Path) -> dict[str, Any]:
             header = json.loads(stream.read(length))
         except ValueError as error:
             raise ManifestError(f"{path}: the safetensors header is not JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise ManifestError(f"{path}: the safetensors header is no JSON object")
     header.pop("__metadata__", None)
+    try:
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (KeyError, TypeError, IndexError):
+        raise ManifestError(f"{path}: the safetensors header lacks a tensor's place") from None
+    if end != path.stat().st_size:
+        raise ManifestError(f"{path}: {path.stat().st_size} bytes, its header promises {end}; the file was cut")
     return header
 
 
@@ -108,6 +116,11 @@ def read(folder: Path) -> dict[str, Any]:
         raise ManifestError(f"{path}: not JSON: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ManifestError(f"{path}: not a manifest of format {FORMAT}")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in files.values()
+    ):
+        raise ManifestError(f"{path}: damaged, it does not list files with size and sha256")
     return manifest
 
 

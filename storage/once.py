@@ -28,11 +28,11 @@ def build_once(
     ``build`` fills the folder it is given and returns what the manifest should say of the sources. A target that no
     longer verifies (a changed or cut file) is built again, and that is said.
     """
-    if _stands(target, say):
+    if _stands(target):
         return False
     with locked(target.with_name(f".{target.name}.lock"), say):
         if _stands(target, say):
-            return False
+            return False  # another process built it while this one waited
         made_from: dict[str, Any] = {}
         with publish(target, kind=kind, made_from=made_from, replace=True) as folder:
             made_from.update(build(folder))
@@ -57,12 +57,13 @@ def locked(path: Path, say: Callable[[str], None] = print, every: float = 10.0) 
         yield
 
 
-def _stands(target: Path, say: Callable[[str], None]) -> bool:
+def _stands(target: Path, say: Callable[[str], None] | None = None) -> bool:
     if not target.exists():
         return False
     try:
         verify(target)
-    except ManifestError as error:
-        say(f"building again: {error}")
+    except (ManifestError, FileNotFoundError) as error:  # or it is being replaced at this moment
+        if say:
+            say(f"building again: {error}")
         return False
     return True

@@ -18,6 +18,7 @@ from typing import Any
 from .manifest import MANIFEST_NAME, describe, files_below
 
 _MARK = ".tmp-"
+_OLD = ".old"
 
 
 def fsync_path(path: Path) -> None:
@@ -43,15 +44,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def stage(target: Path) -> Path:
-    """A new, empty temporary sibling of ``target``; staging folders that dead writers of this target left are removed.
+    """A new, empty temporary sibling of ``target``; what dead writers of this target left is cleared first.
 
     Raises OSError when the parent is not writable.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f".{target.name}{_MARK}*"):
-        if not _owner_lives(stale):
-            shutil.rmtree(stale, ignore_errors=True)
-    staging = target.with_name(f".{target.name}{_MARK}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    clear_leftovers(target.parent, target.name)
+    staging = _temporary(target)
     staging.mkdir()
     return staging
 
@@ -60,7 +59,7 @@ def commit(staging: Path, target: Path, *, kind: str, made_from: Mapping[str, An
     """Make what lies in ``staging`` appear as ``target``: fsync, manifest, rename.
 
     Raises FileExistsError when ``target`` exists and ``replace`` is false. With ``replace`` the old artifact is moved
-    aside first and removed only after the new one stands.
+    aside first and removed only after the new one stands; when the last rename fails it is moved back.
     """
     manifest = describe(staging, kind, made_from)
     readable = 0o666 & ~_umask()
@@ -70,14 +69,45 @@ def commit(staging: Path, target: Path, *, kind: str, made_from: Mapping[str, An
     for folder in sorted((p for p in staging.rglob("*") if p.is_dir()), reverse=True):
         fsync_path(folder)
     write_text(staging / MANIFEST_NAME, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-    aside = target.with_name(f".{target.name}{_MARK}old-{uuid.uuid4().hex[:8]}")
-    if target.exists():
-        if not replace:
-            raise FileExistsError(f"{target} exists already")
-        target.rename(aside)
-    staging.rename(target)
+    if not target.exists():
+        staging.rename(target)
+    elif not replace:
+        raise FileExistsError(f"{target} exists already")
+    else:
+        old = _temporary(target, _OLD)
+        target.rename(old)
+        try:
+            staging.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     fsync_path(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove(target: Path) -> None:
+    """Delete a published folder so that no half of it is ever seen under its name."""
+    doomed = _temporary(target)
+    target.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clear_leftovers(parent: Path, name: str) -> None:
+    """Clear what dead writers of ``parent/name`` left; ``name`` may end in ``*`` for every target of that prefix.
+
+    An old artifact that a writer had moved aside when it was killed is put back.
+    """
+    for path in list(parent.iterdir()):
+        found = path.name.startswith(".") and path.name[1:].partition(_MARK)
+        if not found or not found[1] or _owner_lives(found[2]):
+            continue
+        target = parent / found[0]
+        if target.name != name and not (name.endswith("*") and target.name.startswith(name[:-1])):
+            continue
+        if path.name.endswith(_OLD) and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -104,13 +134,19 @@ def _umask() -> int:
     return value
 
 
-def _owner_lives(staging: Path) -> bool:
-    """Whether the process that named a staging folder may still be writing; another host's is never judged."""
-    owner = staging.name.split(_MARK, 1)[1].rsplit("-", 2)
-    if len(owner) != 3 or owner[0] != socket.gethostname() or not owner[1].isdigit():  # noqa: PLR2004
+def _temporary(target: Path, ending: str = "") -> Path:
+    """A hidden sibling's name that tells whose it is: host and process."""
+    owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return target.with_name(f".{target.name}{_MARK}{owner}{ending}")
+
+
+def _owner_lives(owner: str) -> bool:
+    """Whether the process that named a temporary folder may still be writing; another host's is never judged."""
+    host, _, rest = owner.rpartition("-")[0].rpartition("-")
+    if host != socket.gethostname() or not rest.isdecimal():
         return True
     try:
-        os.kill(int(owner[1]), 0)
+        os.kill(int(rest), 0)
     except ProcessLookupError:
         return False
     except PermissionError:

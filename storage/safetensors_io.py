@@ -128,7 +128,7 @@ def parse_size(text: str) -> int:
     factor = units.get(unit, 1)
     try:
         size = int(float(value.removesuffix(unit)) * factor)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"{text!r} is not a size; write for example 5GB or 200MB") from None
     if size <= 0:
         raise ValueError(f"{text!r} is not a positive size")
@@ -136,7 +136,9 @@ def parse_size(text: str) -> int:
 
 
 def _shard_names(folder: Path) -> list[str]:
-    """The weight files of a checkpoint in the index's order."""
+    """The weight files of a checkpoint in the index's order; a single file wins over an index, as in transformers."""
+    if (folder / SINGLE_NAME).is_file():
+        return [SINGLE_NAME]
     index_path = folder / INDEX_NAME
     if index_path.is_file():
         weight_map: dict[str, str] = read_json(index_path).get("weight_map", {})
@@ -150,8 +152,6 @@ def _shard_names(folder: Path) -> list[str]:
         if lost := sorted(set(weight_map) - stored):
             raise ValueError(f"{index_path}: {len(lost)} tensors are in no file, the first is {lost[0]}")
         return names
-    if (folder / SINGLE_NAME).is_file():
-        return [SINGLE_NAME]
     kinds = sorted({path.suffix for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")})
     hint = f" (found {', '.join(kinds)}; load and save the model once with safetensors)" if kinds else ""
     raise FileNotFoundError(f"{folder}: no {SINGLE_NAME} and no {INDEX_NAME}{hint}")

@@ -4,6 +4,7 @@ Three sources meet in one namespace: ``ModelArguments`` here, ``DataArguments`` 
 installed transformers' ``TrainingArguments``. Nothing here imports torch.
 """
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -130,29 +131,41 @@ def read_flags(argv: Sequence[str]) -> dict[str, str | bool]:
             raise ArgumentsError(f"{word!r}: a flag (--name value) is expected here")
         name, has_value, value = word.lstrip("-").partition("=")
         name = name.replace("-", "_")
+        given: str | bool = True
         if has_value:
-            values[name] = value
+            given = value
         elif words and not re.match(r"--[A-Za-z]", words[0]):
-            values[name] = words.pop(0)
-        else:
-            values[name] = True
+            given = words.pop(0)
+        values.pop(name, None)  # what is given later stands later, also under an older name of the same flag
+        values[name] = given
     return values
+
+
+def as_word(name: str, value: Any) -> str | bool:
+    """A recipe's value as it would be written on a command line: lists of our own flags by commas, of HF's as JSON."""
+    if isinstance(value, str | bool):
+        return value
+    if isinstance(value, list) and name not in hf_flags():
+        return ",".join(map(str, value))
+    return json.dumps(value) if isinstance(value, list | dict) else str(value)
 
 
 def build(values: Mapping[str, Any]) -> Arguments:
     """Arguments from raw values by name (of a command line or a recipe). Raises ArgumentsError, DataError."""
-    values = dict(values)
+    values = {name: as_word(name, value) for name, value in values.items()}
     warnings = map_obsolete(values)
     own = {f.name: (cls, f) for cls in (ModelArguments, DataArguments) for f in fields(cls)}
     parsed: dict[type, dict[str, Any]] = {ModelArguments: {}, DataArguments: {}}
     hf: dict[str, Any] = {}
+    if values.get("resume_from_checkpoint") is True:  # the bare switch: the newest of the output folder
+        values["resume_from_checkpoint"] = "true"
     for name, raw in values.items():
         if name in own:
             cls, spec = own[name]
             parsed[cls][name] = _own_value(name, raw, spec.type)
         elif name in hf_flags():
             hf[name] = convert(hf_flags()[name], raw)
-        elif name.startswith("no_") and name[3:] in hf_flags() and raw is True:
+        elif name.startswith("no_") and name[3:] in hf_flags() and str(raw).lower() == "true":
             hf[name[3:]] = False
         else:
             raise ArgumentsError(f"unknown flag --{name}{nearest(name, known_flags())}")
@@ -192,7 +205,13 @@ def check_model_path(flag: str, value: str | None) -> None:
 
     ``owner/name`` that is no local path is a Hub name and passes. Raises ArgumentsError.
     """
-    if value is None or Path(value).is_dir():
+    if value is None:
+        return
+    if Path(value).is_dir():
+        if flag == "--model_name_or_path" and (Path(value) / "adapter_config.json").is_file():
+            raise ArgumentsError(
+                f"{flag} {value}: an adapter; name its base here, and the adapter to --resume_from_checkpoint"
+            )
         return
     if Path(value).exists():
         raise ArgumentsError(f"{flag} {value}: a file; the folder that holds it is expected")
@@ -201,7 +220,7 @@ def check_model_path(flag: str, value: str | None) -> None:
         raise ArgumentsError(f"{flag} {value}: no such folder (the current folder is {Path.cwd()})")
 
 
-def _own_value(name: str, raw: Any, kind: Any) -> Any:
+def _own_value(name: str, raw: str | bool, kind: Any) -> Any:
     """A raw value as the type of an own field."""
     if get_origin(kind) is Literal or any(get_origin(part) is Literal for part in get_args(kind)):
         choices = next(get_args(part) for part in (kind, *get_args(kind)) if get_origin(part) is Literal)
@@ -213,8 +232,6 @@ def _own_value(name: str, raw: Any, kind: Any) -> Any:
         if bool not in options:
             raise ArgumentsError(f"--{name} needs a value")
         return raw
-    if not isinstance(raw, str):
-        return float(raw) if float in options and isinstance(raw, int) else raw
     if bool in options:
         if raw.lower() not in ("true", "false", "1", "0", "yes", "no"):
             raise ArgumentsError(f"--{name} {raw}: true or false is expected")

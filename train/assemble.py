@@ -49,7 +49,9 @@ def assemble(args: Arguments) -> Run:
     runtime.start(settings)
     hf_args = _training_arguments(args, settings)
     runtime.check_world(hf_args.world_size)
-    resume_from = find_resume(args.hf.get("resume_from_checkpoint"), output_dir, runtime.say)
+    resume_from = find_resume(
+        args.hf.get("resume_from_checkpoint"), output_dir, runtime.say, deepspeed=settings is not None
+    )
     model = _model(args, hf_args, settings, tokenizer)
     pad_id = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     trainer = FinetuneTrainer(
@@ -80,9 +82,11 @@ def _datasets(args: Arguments, tokenizer: Any, output_dir: Path) -> tuple[Any, A
         _open_prepared(pattern, tokenizer, data, output_dir, over_long) if pattern else None
         for pattern in (data.train_data_file, data.eval_data_file)
     ]
-    if over_long and runtime.is_main():
+    if runtime.is_main():
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_text(output_dir / "over_long.jsonl", "".join(over_long))
+        (output_dir / "over_long.jsonl").unlink(missing_ok=True)  # an earlier run's
+        if over_long:
+            write_text(output_dir / "over_long.jsonl", "".join(over_long))
     return sets[0], sets[1]
 
 

@@ -4,7 +4,6 @@ The HF Trainer writes its files into a staging folder; when every rank is done, 
 and renames the folder to ``checkpoint-N``. Files and layout inside stay those of the Trainer.
 """
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..storage.manifest import ManifestError, newest_verified, steps, verify
-from ..storage.publish import commit, stage
+from ..storage.publish import clear_leftovers, commit, remove, stage
 from .hf_flags import ArgumentsError
 from .runtime import is_main
 
@@ -67,27 +66,42 @@ def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
     kept = {Path(keep).name} if keep else set[str]()
     older = [path for _, path in steps(output_dir, PREFIX)[1:] if path.name not in kept]
     for path in older[max(0, limit - 1 - len(kept)) :]:
-        doomed = path.with_name(f".{path.name}.tmp-deleted")
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove(path)
+    clear_leftovers(output_dir, f"{PREFIX}*")
 
 
-def find_resume(resume: str | bool | None, output_dir: Path, say: Callable[[str], None]) -> str | None:
+def find_resume(
+    resume: str | bool | None, output_dir: Path, say: Callable[[str], None], *, deepspeed: bool
+) -> str | None:
     """The checkpoint to resume from: a named one, or with True the newest that verifies; None to start afresh.
 
-    Raises ArgumentsError when a named checkpoint is not whole, or when checkpoints exist and none verifies.
+    Raises ArgumentsError when a named checkpoint is not whole, when checkpoints exist and none verifies, or when the
+    one found lacks the state of optimizer or schedule.
     """
-    if not resume:
+    found = _chosen(resume, output_dir, say) if resume else None
+    if found is None:
         return None
+    for name in ("trainer_state.json", *(("latest",) if deepspeed else ("optimizer.pt", "scheduler.pt"))):
+        if not (found / name).is_file():
+            raise ArgumentsError(
+                f"--resume_from_checkpoint {found}: no {name} there, so optimizer and schedule would start afresh "
+                "(saved with --save_only_model, or with another --deepspeed setting?); to start from its weights alone, "
+                "give it as --model_name_or_path"
+            )
+    return str(found)
+
+
+def _chosen(resume: str | bool, output_dir: Path, say: Callable[[str], None]) -> Path | None:
+    """The named checkpoint, or the newest that verifies."""
     if isinstance(resume, str):
         if not (Path(resume) / "manifest.json").is_file():
             say(f"resume: {resume} has no manifest (another tool wrote it), so its files cannot be verified")
-            return resume
+            return Path(resume)
         try:
             verify(Path(resume))
         except ManifestError as error:
             raise ArgumentsError(f"--resume_from_checkpoint: {error}") from None
-        return resume
+        return Path(resume)
     found, passed_over = newest_verified(output_dir, PREFIX)
     for reason in passed_over:
         say(f"resume: passed over {reason}")
@@ -96,4 +110,4 @@ def find_resume(resume: str | bool | None, output_dir: Path, say: Callable[[str]
             f"--resume_from_checkpoint: no checkpoint in {output_dir} is whole; remove them to start afresh"
         )
     say(f"resume: {found}" if found else f"resume: no checkpoint in {output_dir} yet, starting afresh")
-    return str(found) if found else None
+    return found

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..storage.assets import read_json
 from .arguments import ARCHITECTURE, ModelArguments
-from .hf_flags import ArgumentsError
+from .hf_flags import ArgumentsError, nearest
 
 
 class ModelError(ValueError):
@@ -76,16 +76,16 @@ def _new_model(args: ModelArguments, dtype: torch.dtype, tokenizer: Any, given: 
         values["max_position_embeddings"] = args.model_max_length
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         values[token] = getattr(tokenizer, token)
-    try:
-        if Path(name).exists():
-            settings = read_json(Path(name) / "config.json" if Path(name).is_dir() else Path(name))
-            config = AutoConfig.for_model(settings.pop("model_type"), **{**settings, **values})
-        else:
-            config = AutoConfig.for_model(name, **values)
-    except (KeyError, ValueError) as error:
-        raise ArgumentsError(
-            f"--config_name {name}: no usable config and no transformers model type: {error}"
-        ) from error
+    where = f"--config_name {name}: no such file, and it"
+    if Path(name).exists():
+        path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+        values = {**read_json(path), **values}
+        name = str(values.pop("model_type", None))
+        where = f"{path}: model_type {name!r}"
+    if name not in CONFIG_MAPPING:
+        hint = nearest(name, CONFIG_MAPPING).replace("--", "")
+        raise ArgumentsError(f"{where} is not a model type of transformers{hint}")
+    config = AutoConfig.for_model(name, **values)
     fields = set(type(config)().to_dict())
     for flag, field in ARCHITECTURE.items():
         if flag in given and field not in fields and getattr(args, flag):

@@ -63,8 +63,11 @@ def map_obsolete(values: Values) -> list[str]:
     said: list[str] = []
     for old, new in RENAMED.items():
         if old in values:
+            names = list(values)
+            old_is_later = new not in values or names.index(old) > names.index(new)  # the last one given wins
             raw = values.pop(old)
-            values.setdefault(new, raw)
+            if old_is_later:
+                values[new] = raw
             said.append(f"--{old} is now --{new}")
     for old, replace in OBSOLETE.items():
         if old in values and (text := replace(values, values.pop(old))):

@@ -15,7 +15,7 @@ _WITH_FLOOR: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def schedule(name: str, min_lr: float, learning_rate: float) -> tuple[str, dict[str, Any]]:
-    """Scheduler name and kwargs for ``TrainingArguments``, so that the last step has the learning rate ``min_lr``.
+    """Scheduler name and kwargs for ``TrainingArguments``, so that the learning rate ends at ``min_lr``.
 
     ``cosine`` and ``linear`` with a floor become the transformers scheduler of that shape that has one. Raises
     ArgumentsError when the floor is not below the peak or the shape has no floor.

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from .arguments import parse
 
-EXIT_BAD_INPUT = 2
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train; the process's exit code: 0 done, 2 bad input (said in one message)."""
+    """Train; the process's exit code: 0 done, 1 diverged, 2 bad input (said in one message)."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)  # before torch is imported
     except ValueError as error:
@@ -25,14 +25,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated.*")
     from . import runtime
     from .assemble import assemble
+    from .callbacks import DivergedError
 
     for text in args.warnings:
         runtime.say(f"warning: {text}")
     try:
         run = assemble(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return _refuse(error)
-    result = run.trainer.train(resume_from_checkpoint=run.resume_from)
+    try:
+        result = run.trainer.train(resume_from_checkpoint=run.resume_from)
+    except DivergedError as error:
+        runtime.say(f"error: {error}")
+        return EXIT_FAILED
     run.trainer.save_state()
     saved = Path(args.hf["output_dir"]) / f"checkpoint-{result.global_step}"
     runtime.say(
@@ -43,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _refuse(error: ValueError) -> int:
+def _refuse(error: Exception) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
     return EXIT_BAD_INPUT

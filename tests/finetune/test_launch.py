@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,14 +131,17 @@ def test_a_rank_that_ignores_sigterm_is_killed(module: str, folder: Path, monkey
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_launcher_ends_all_ranks(module: str, folder: Path, sent: signal.Signals) -> None:
-    code = "import sys; from finebridge.finetune.launch import run_ranks; sys.exit(run_ranks(*sys.argv[1:2], sys.argv[2:], 2))"
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", code, module, str(folder), "wait"], stderr=subprocess.PIPE, text=True
-    )
+    launch_two = f"""
+import signal, sys
+from finebridge.finetune.launch import run_ranks
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
+sys.exit(run_ranks({module!r}, [{str(folder)!r}, "wait"], 2))
+"""
+    launcher = subprocess.Popen([sys.executable, "-c", launch_two], stderr=subprocess.PIPE, text=True)
     try:
         while len(list(folder.glob("*.json"))) < 2:
             assert launcher.poll() is None, launcher.communicate()[1]
-            signal.sigtimedwait([], 0.02)
+            time.sleep(0.02)
         launcher.send_signal(sent)
         _, said = launcher.communicate(timeout=60)
     finally:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from finebridge.finetune.recipe import RecipeError, gather, read_recipe, to_argv
 from finebridge.train.arguments import Arguments, build, known_flags, read_flags
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 Write = Callable[..., str]
@@ -113,6 +113,7 @@ def test_a_bad_override_is_refused(word: str, message: str) -> None:
         gather([word])
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(known_flags()), st.text(st.characters(exclude_categories=["Cs"]))))
 def test_any_text_reaches_the_ranks_unchanged(values: dict[str, str]) -> None:
     assert read_flags(to_argv(values)) == values

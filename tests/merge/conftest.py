@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from finebridge.storage.safetensors_io import Checkpoint
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
@@ -39,6 +40,17 @@ def logits(model: Any) -> torch.Tensor:
 def peft_logits(base: Path, adapter: Path) -> torch.Tensor:
     """The truth: PEFT's own adapter on the base, in fp32."""
     return logits(PeftModel.from_pretrained(load(base), adapter).eval())
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint folder by name."""
+    with Checkpoint(folder) as checkpoint:
+        return {name: checkpoint.get(name).clone() for name in checkpoint}
+
+
+def arguments(base: Path, adapter: Path, output: Path, *more: str) -> list[str]:
+    names = {"--base_model_path": base, "--adapter_model_path": adapter, "--output_path": output}
+    return [str(word) for pair in names.items() for word in pair] + list(more)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,239 @@
+"""What cannot be merged truly is refused by name and leaves nothing; bad input is exit code 2."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finebridge.merge.lora_delta import AdapterError
+from finebridge.merge.merge_lora import main, merge
+from finebridge.storage.manifest import verify
+from safetensors.torch import save_file
+
+from .conftest import arguments, load, logits, peft_logits, save_base, tensors
+
+MakeAdapter = Callable[..., Path]
+Edited = Callable[..., Path]
+Q0 = "model.layers.0.self_attn.q_proj"
+KEY = f"base_model.model.{Q0}.lora_A.weight"
+
+
+def assert_refused(base: Path, adapter: Path, tmp_path: Path, message: str, **settings: Any) -> None:
+    folder = tmp_path / "new"
+    with pytest.raises(AdapterError, match=message):
+        merge(base, adapter, folder / "out", **settings)
+    assert not folder.exists() or list(folder.iterdir()) == []
+
+
+def test_fp16_overflow_is_an_error_and_leaves_no_output(base: Path, adapter: Path, tmp_path: Path) -> None:
+    own = tmp_path / "base"
+    shutil.copytree(base, own)
+    values = tensors(base)
+    values["model.norm.weight"][3] = 1e5
+    save_file(values, own / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(own, adapter, tmp_path, r"model\.norm\.weight: .*overflows fp16; use bf16", save_dtype="fp16")
+    merge(own, adapter, tmp_path / "out", "bf16")
+    assert tensors(tmp_path / "out")["model.norm.weight"][3] == torch.tensor(1e5).bfloat16()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_an_adapter_that_is_not_finite_is_refused(
+    base: Path, edited: Edited, tmp_path: Path, factor: str, bad: float
+) -> None:
+    broken = edited(lambda t: t[KEY.replace("lora_A", factor)].view(-1)[-1:].fill_(bad))
+    assert_refused(base, broken, tmp_path, rf"{Q0}: the adapter holds values that are not finite")
+
+
+def test_a_base_that_is_not_finite_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    own = tmp_path / "base"
+    shutil.copytree(base, own)
+    values = tensors(base)
+    values["model.norm.weight"][0] = float("nan")
+    save_file(values, own / "model.safetensors")
+    assert_refused(own, adapter, tmp_path, r"model\.norm\.weight: the merged weight holds values that are not finite")
+
+
+def rename(to: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(values: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in values if Q0 in key]:
+            values[key.replace(Q0, to)] = values.pop(key)
+
+    return change
+
+
+def narrower(values: dict[str, torch.Tensor]) -> None:
+    values[KEY] = values[KEY][:, :-1].contiguous()
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "another name": (rename("model.layers.7.self_attn.q_proj"), r"layers\.7\.self_attn\.q_proj\.weight: .*the base on disk"),
+    "another shape": (narrower, rf"{Q0}\.weight: the base's shape is \(32, 32\), the adapter was made for \(32, 31\)"),
+    "a tensor left over": (lambda t: t.update({"base_model.model.x": torch.ones(1)}), r"1 tensors are not LoRA.*model\.x"),
+    "B without A": (lambda t: t.pop(KEY), rf"1 tensors are not LoRA.*{Q0}\.lora_B"),
+    "A without B": (lambda t: t.pop(KEY.replace("lora_A", "lora_B")), rf"{Q0}: lora_A without lora_B"),
+    "ranks that differ": (lambda t: t.update({KEY: torch.ones(5, 32)}), rf"{Q0}: lora_A \(5, 32\) and lora_B \(32, 4\)"),
+    "empty as ZeRO-3 leaves it": (lambda t: t.update({KEY: torch.ones(0)}), rf"{Q0}: lora_A \(0,\)"),
+    "nothing": (lambda t: t.clear(), "holds no LoRA factors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_adapter_that_does_not_fit_is_refused_by_name(base: Path, edited: Edited, tmp_path: Path, name: str) -> None:
+    change, message = CHANGES[name]
+    assert_refused(base, edited(change), tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 32}}, "alpha_pattern"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, r"embed_tokens\."),
+    ],
+    ids=str,
+)
+def test_other_kinds_of_adapters_are_refused_by_name(
+    base: Path, make_adapter: MakeAdapter, tmp_path: Path, settings: dict[str, Any], key: str
+) -> None:
+    assert_refused(base, make_adapter(**settings), tmp_path, key)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "mica"},
+        {"alora_invocation_tokens": [5, 6]},
+    ],
+    ids=str,
+)
+def test_no_adapter_is_merged_to_other_numbers_than_pefts(
+    base: Path, make_adapter: MakeAdapter, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """These change the base at start, or act on some tokens only: refuse them, or merge what PEFT would compute."""
+    adapter = make_adapter(**settings)
+    truth = peft_logits(base, adapter)
+    try:
+        merge(base, adapter, tmp_path / "out")
+    except AdapterError as error:
+        assert next(iter(settings)) in str(error)  # noqa: PT017 - either outcome is right
+    else:
+        assert (logits(load(tmp_path / "out")) - truth).abs().max() < 1e-5
+
+
+def test_another_peft_type_is_refused(base: Path, edited: Edited, tmp_path: Path) -> None:
+    assert_refused(base, edited(peft_type="IA3"), tmp_path, "peft_type is 'IA3'; only LORA")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_of_a_tied_head_is_refused(make_adapter: MakeAdapter, tmp_path: Path, *, tied: bool) -> None:
+    base = save_base(tmp_path / "base", tied=tied)
+    adapter = make_adapter(base, target_modules=["lm_head", "q_proj"], save_embedding_layers=False)
+    if tied:
+        assert_refused(base, adapter, tmp_path, r"lm_head\.weight: the base ties its embeddings")
+    else:
+        assert "lm_head.weight" in merge(base, adapter, tmp_path / "out")
+        assert (logits(load(tmp_path / "out")) - peft_logits(base, adapter)).abs().max() < 1e-5
+
+
+def test_a_quantised_base_is_refused(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "base"
+    shutil.copytree(base, own)
+    config = json.loads((own / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (own / "config.json").write_text(json.dumps(config))
+    assert main(arguments(own, adapter, tmp_path / "out")) == 2
+    assert "the base is quantised" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapted_weight_that_is_no_float_stops_the_merge(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Every adapter tensor is used exactly once or the merge stops."""
+    own = tmp_path / "base"
+    shutil.copytree(base, own)
+    values = tensors(base)
+    values[f"{Q0}.weight"] = torch.ones(32, 32, dtype=torch.int8)
+    save_file(values, own / "model.safetensors")
+    assert_refused(own, adapter, tmp_path, Q0)
+
+
+def test_an_existing_output_needs_overwrite(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    assert main(arguments(base, adapter, tmp_path / "out")) == 2
+    assert "exists already; choose another --output_path or give --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "out" / "precious").exists()
+    assert main(arguments(base, adapter, tmp_path / "out", "--overwrite")) == 0
+    verify(tmp_path / "out")
+    assert not (tmp_path / "out" / "precious").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwrite_never_deletes_what_is_merged(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """An output folder that holds the base and the only copy of the adapter is not "what --output_path holds"."""
+    models = tmp_path / "models"
+    shutil.copytree(base, models / "base")
+    shutil.copytree(adapter, models / "adapter")
+    assert main(arguments(models / "base", models / "adapter", models, "--overwrite")) == 2
+    assert (models / "base" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    assert (models / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no base folder": (lambda x: shutil.rmtree(x / "base"), "no config.json there"),
+    "no base weights": (lambda x: (x / "base" / "model.safetensors").unlink(), "no model.safetensors"),
+    "base weights are a Git LFS pointer": (
+        lambda x: (x / "base" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
+        "model.safetensors: not a safetensors file",
+    ),
+    "base weights cut": (lambda x: cut(x / "base" / "model.safetensors"), "model.safetensors"),
+    "no adapter folder": (lambda x: shutil.rmtree(x / "adapter"), "adapter_config.json: missing"),
+    "no adapter weights": (
+        lambda x: (x / "adapter" / "adapter_model.safetensors").unlink(), "adapter_model.safetensors: missing",
+    ),
+    "adapter weights cut": (lambda x: cut(x / "adapter" / "adapter_model.safetensors"), "adapter_model.safetensors"),
+    "adapter config cut": (lambda x: cut(x / "adapter" / "adapter_config.json"), "adapter_config.json: not JSON"),
+    "adapter config without alpha": (
+        lambda x: (x / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}'), "lora_alpha",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_bad_input_is_exit_code_2_and_named(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    damage, message = DAMAGE[name]
+    shutil.copytree(base, tmp_path / "base")
+    shutil.copytree(adapter, tmp_path / "adapter")
+    damage(tmp_path)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert main(arguments(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+@pytest.mark.parametrize("size", ["5XB", "0", "inf"])
+def test_a_bad_shard_size_is_exit_code_2(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str
+) -> None:
+    assert main(arguments(base, adapter, tmp_path / "out", "--max_shard_size", size)) == 2
+    assert f"'{size}' is not a" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
