@@ -69,12 +69,19 @@ class RowEncoder:
 
 
 def prepare(
-    patterns: Sequence[str], tokenizer: Any, args: DataArguments, cache: Path, say: Callable[[str], None] = print
+    patterns: Sequence[str],
+    tokenizer: Any,
+    args: DataArguments,
+    cache: Path,
+    say: Callable[[str], None] = print,
+    *,
+    hashes: bool = True,
 ) -> Path:
     """The prepared dataset of these files, built when it does not stand yet.
 
-    Safe to call from many processes at once: one builds, the others wait. Raises DataError when a file is unusable, when
-    no row can be trained on, or when more than ``args.max_bad_ratio`` of the rows are rejected.
+    Safe to call from many processes at once: one builds, the others wait; one of them should check ``hashes``. Raises
+    DataError when a file is unusable, when no row can be trained on, or when more than ``args.max_bad_ratio`` of the
+    rows are rejected.
     """
     files = resolve_files(patterns)
     encoder = RowEncoder(tokenizer, args)
@@ -94,7 +101,7 @@ def prepare(
         _write(folder, files, _encode_all(files, encoder, args.preprocessing_num_workers))
         return {**settings, "sources": sources}
 
-    built = build_once(target, build, kind="dataset", say=say)
+    built = build_once(target, build, kind="dataset", say=say, hashes=hashes)
     report = json.loads((target / "report.json").read_text(encoding="utf-8"))
     say(f"data: {describe(report)}; {'prepared' if built else 'reused'} {target}")
     _check(report, target, args.max_bad_ratio)

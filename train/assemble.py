@@ -94,7 +94,7 @@ def _open_prepared(
     pattern: str, tokenizer: Any, data: DataArguments, output_dir: Path, over_long: list[str]
 ) -> PreparedDataset:
     cache = Path(data.prepared_data_dir) if data.prepared_data_dir else output_dir / "prepared_data"
-    folder = prepare([pattern], tokenizer, data, cache, runtime.say)
+    folder = prepare([pattern], tokenizer, data, cache, runtime.say, hashes=runtime.is_main())
     dataset = PreparedDataset(folder, data.max_seq_length, data.over_long, runtime.say)
     over_long += [
         json.dumps({"file": str(origin.file), "line": origin.line, "tokens": tokens}, ensure_ascii=False) + "\n"
@@ -123,7 +123,10 @@ def _training_arguments(args: Arguments, settings: dict[str, Any] | None) -> Tra
 
 def _model(args: Arguments, hf_args: TrainingArguments, settings: dict[str, Any] | None, tokenizer: Any) -> Any:
     stage = zero_stage(settings or {})
-    dtype = torch.bfloat16 if hf_args.bf16 else torch.float16 if hf_args.fp16 else torch.float32
+    dtype = torch.float32
+    if settings or args.model.use_lora:
+        # DeepSpeed keeps fp32 master weights and a frozen base needs none; a plain run's weights stay fp32 under autocast.
+        dtype = torch.bfloat16 if hf_args.bf16 else torch.float16 if hf_args.fp16 else torch.float32
     set_seed(hf_args.seed)  # random weights and the adapter's A must not depend on what ran before
     model: Any = load_model(args.model, dtype, tokenizer, args.given, runtime.say)
     if args.model.use_lora:

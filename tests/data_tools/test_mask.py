@@ -227,3 +227,32 @@ def test_template_without_terminator_is_rejected(tokenizers_by_template: dict[st
     stage = Tokenization(ChatTemplate(tokenizer, None))
     with pytest.raises(Rejected, match="no_terminator"):
         encode(stage, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
+
+
+CALL: Turns = [
+    {"role": "user", "content": "q"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"type": "function", "function": {"name": "look_up", "arguments": {"x": 1}}}],
+    },
+]
+
+
+@pytest.mark.parametrize("template", ["hunyuan_dense", "hunyuan_a13b", "hy3", "qwen3", "chatml"])
+def test_a_template_without_tools_refuses_calls(tokenizers_by_template: dict[str, Any], template: str) -> None:
+    with pytest.raises(Rejected, match="no tools"):
+        encode(tokenization(tokenizers_by_template, template), CALL)
+
+
+def test_a_call_that_the_template_leaves_out_is_rejected(tokenizers_by_template: dict[str, Any]) -> None:
+    tokenizer = tokenizers_by_template["chatml"]
+    turn = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}CALLS<|im_end|>{% endfor %}"
+    turn += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer.chat_template = turn.replace("CALLS", "")
+    with pytest.raises(Rejected, match="prompt_differs"):
+        encode(Tokenization(ChatTemplate(tokenizer, None)), CALL)
+    tokenizer.chat_template = turn.replace("CALLS", "{{ m.tool_calls | tojson if m.tool_calls else '' }}")
+    stage = Tokenization(ChatTemplate(tokenizer, None))
+    (text,) = marked(stage, encode(stage, CALL))
+    assert '{{[{"type": "function", "function": {"name": "look_up"' in text

@@ -212,3 +212,58 @@ def test_evaluation_data(ranks: RankRunner, models: Models, train_file: Path, tm
     ranks.run(flags(models("hunyuan_v1_dense"), train_file, tmp_path, **more), tmp_path / "log").check()
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [3]
+
+
+def test_adapter_folder_is_no_model(ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path) -> None:
+    more = {"use_lora": "true", "lora_rank": 4, "max_steps": 1}
+    ranks.run(flags(models("hunyuan_v1_dense"), train_file, tmp_path, **more), tmp_path / "log").check()
+    done = ranks.run(flags(tmp_path / "checkpoint-1", train_file, tmp_path / "b", max_steps=1), tmp_path / "log2")
+    assert done.codes == [2]
+    assert "checkpoint-1: an adapter; name its base here" in done.text
+
+
+@pytest.mark.parametrize("deepspeed", [{}, {"deepspeed": "ds_zero2_no_offload"}])
+def test_weights_alone_cannot_be_resumed(
+    deepspeed: dict[str, str], ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path
+) -> None:
+    argv = flags(models("hunyuan_v1_dense"), train_file, tmp_path, max_steps=1, save_only_model="true", **deepspeed)
+    ranks.run(argv, tmp_path / "log").check()
+    done = ranks.run([*argv, "--resume_from_checkpoint"], tmp_path / "log2")
+    assert done.codes == [2]
+    assert "optimizer and schedule would start afresh" in done.text
+
+
+def test_an_output_folder_that_cannot_be_made_is_one_message(
+    ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    argv = flags(models("hunyuan_v1_dense"), train_file, tmp_path / "file" / "out", max_steps=1)
+    done = ranks.run(argv, tmp_path / "log")
+    assert done.codes == [2]
+    assert "Traceback" not in done.text
+    assert f"{tmp_path}/file" in done.text
+
+
+def test_unknown_model_type_gives_the_nearest(ranks: RankRunner, models: Models, tmp_path: Path) -> None:
+    argv = [
+        "--config_name",
+        "hunyuan_v1_dens",
+        "--tokenizer_name_or_path",
+        models("hunyuan_v1_dense"),
+        "--use_dummy_data",
+    ]
+    done = ranks.run([*argv, "--output_dir", tmp_path], tmp_path / "log")
+    assert done.codes == [2]
+    assert "did you mean hunyuan_v1_dense?" in done.text
+
+
+@pytest.mark.parametrize(
+    ("more", "dtype"), [({}, "float32"), ({"deepspeed": "ds_zero2_no_offload"}, "bfloat16")], ids=["plain", "deepspeed"]
+)
+def test_bf16_never_trains_without_fp32_masters(
+    more: dict[str, str], dtype: str, ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path
+) -> None:
+    """DeepSpeed keeps fp32 masters beside bf16 weights; a plain Trainer does not, so its weights stay fp32."""
+    argv = flags(models("hunyuan_v1_dense"), train_file, tmp_path, max_steps=1, bf16="true", **more)
+    ranks.run(argv, tmp_path / "log").check()
+    assert json.loads((tmp_path / "checkpoint-1" / "config.json").read_text())["dtype"] == dtype
