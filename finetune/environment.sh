@@ -16,7 +16,7 @@ find_python() {
 
 install_torch() {
   if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-    "$PYTHON" -m pip install -qq "torch>=2.13"
+    "$PYTHON" -m pip install -qq "torch>=2.11"
   elif ! "$PYTHON" -m pip install -qq "torch==2.13.0+cpu" 2>/dev/null; then
     echo "set-up: your package index has no CPU build of torch; installing the default build (several GB)." \
       "PIP_EXTRA_INDEX_URL can name PyTorch's CPU index instead" >&2
