@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 from ..data_tools.arguments import DataArguments
 from ..data_tools.readers import resolve_files
 from ..ds_configs.resolve import check_precision, resolve, zero_stage
-from .hf_flags import ArgumentsError, convert, hf_flags, nearest
+from .hf_flags import ArgumentsError, convert, hf_flags, hf_value, nearest
 from .obsolete import OBSOLETE, RENAMED, map_obsolete
 from .schedule import schedule
 
@@ -260,7 +260,7 @@ def _check_together(args: Arguments) -> None:
         resolve_files([data.eval_data_file])
     if hf.get("bf16") and hf.get("fp16"):
         raise ArgumentsError("--bf16 and --fp16 exclude each other")
-    schedule(hf.get("lr_scheduler_type", "linear"), model.min_lr, float(hf.get("learning_rate", 5e-5)))
+    schedule(hf_value(hf, "lr_scheduler_type"), model.min_lr, float(hf_value(hf, "learning_rate")))
     if model.use_flash_attn and find_spec("flash_attn") is None:
         raise ArgumentsError(
             "--use_flash_attn: the flash_attn package is not installed (pip install 'finebridge[flash-attn]', needs a GPU); "

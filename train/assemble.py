@@ -22,7 +22,7 @@ from .arguments import Arguments
 from .callbacks import FiniteGuard, SaveLastStep
 from .checkpoint import find_resume
 from .freeze import train_only
-from .hf_flags import ArgumentsError
+from .hf_flags import ArgumentsError, hf_value
 from .lora import add_lora
 from .model import load_model, load_tokenizer
 from .moe import has_listed_experts, make_leaf_modules
@@ -106,7 +106,7 @@ def _open_prepared(
 def _training_arguments(args: Arguments, settings: dict[str, Any] | None) -> TrainingArguments:
     values = dict(args.hf)
     name, kwargs = schedule(
-        values.get("lr_scheduler_type", "linear"), args.model.min_lr, float(values.get("learning_rate", 5e-5))
+        hf_value(values, "lr_scheduler_type"), args.model.min_lr, float(hf_value(values, "learning_rate"))
     )
     values["lr_scheduler_type"] = name
     values["lr_scheduler_kwargs"] = {**(values.get("lr_scheduler_kwargs") or {}), **kwargs} or None

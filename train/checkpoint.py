@@ -63,9 +63,9 @@ def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
     """Delete the oldest checkpoints by step beyond ``limit``; ``keep`` (the best one) and the newest always stay."""
     if limit is None or limit <= 0:
         return
-    kept = {Path(keep).name} if keep else set[str]()
-    older = [path for _, path in steps(output_dir, PREFIX)[1:] if path.name not in kept]
-    for path in older[max(0, limit - 1 - len(kept)) :]:
+    older = [path for _, path in steps(output_dir, PREFIX)[1:]]
+    best = [path for path in older if keep and path.name == Path(keep).name]
+    for path in [path for path in older if path not in best][max(0, limit - 1 - len(best)) :]:
         remove(path)
     clear_leftovers(output_dir, f"{PREFIX}*")
 

@@ -7,6 +7,7 @@ installed version's own file is parsed, so names, types and defaults are always 
 import ast
 import difflib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -82,6 +83,11 @@ def convert(flag: HFFlag, raw: Any) -> Any:
     if kinds <= {"int", "float", "bool", "None"}:
         raise ArgumentsError(f"--{flag.name} {raw}: a value of type {flag.annotation} is expected")
     return raw
+
+
+def hf_value(given: Mapping[str, Any], name: str) -> Any:
+    """The value given for a field of TrainingArguments, else the installed transformers' default."""
+    return given[name] if name in given else ast.literal_eval(hf_flags()[name].default)
 
 
 def nearest(name: str, known: Any) -> str:
