@@ -60,5 +60,7 @@ class DataArguments:
             raise DataError(f"--max_seq_length {self.max_seq_length}: at least 2 tokens are needed")
         if not 0 <= self.max_bad_ratio <= 1:
             raise DataError(f"--max_bad_ratio {self.max_bad_ratio}: a share between 0 and 1 is expected")
+        if self.preprocessing_num_workers is not None and self.preprocessing_num_workers < 1:
+            raise DataError(f"--preprocessing_num_workers {self.preprocessing_num_workers}: at least 1 is needed")
         if self.use_dummy_data and self.train_data_file:
             raise DataError("--use_dummy_data and --train_data_file exclude each other")

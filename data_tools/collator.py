@@ -14,14 +14,11 @@ class PaddingCollator:
     would be not a number.
     """
 
-    def __init__(self, pad_id: int, multiple_of: int = 1) -> None:
+    def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
-        self.multiple_of = multiple_of
 
     def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
-        longest = max(len(item["input_ids"]) for item in items)
-        width = -(-longest // self.multiple_of) * self.multiple_of
-        shape = (len(items), width)
+        shape = (len(items), max(len(item["input_ids"]) for item in items))
         batch = {
             "input_ids": torch.full(shape, self.pad_id, dtype=torch.long),
             "labels": torch.full(shape, IGNORE_INDEX, dtype=torch.long),

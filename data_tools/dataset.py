@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +28,13 @@ class PreparedDataset:
         self, folder: Path, max_length: int, over_long: OverLong = "drop", say: Callable[[str], None] = print
     ) -> None:
         self.max_length = max_length
+        self.key = folder.name  # the hash of all that shaped the data
         self._tokens = IndexedReader(folder / "text_document")
         self._spans = IndexedReader(folder / "spans_document")
         self._rows = np.load(folder / "rows.npy", allow_pickle=False)
-        self._files = [Path(name) for name in json.loads((folder / "report.json").read_text(encoding="utf-8"))["files"]]
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        self.terminators: list[int] = report["terminators"]  # ids that end the trained answers
+        self._files = [Path(name) for name in report["files"]]
         if not len(self._tokens) == len(self._spans) == len(self._rows):
             raise DataError(f"{folder}: tokens, spans and rows differ in number; delete the folder and run again")
         too_long = np.flatnonzero(self._tokens.lengths > max_length)
@@ -78,6 +80,8 @@ class DummyDataset:
 
     def __init__(self, vocab_size: int, length: int, count: int = 1000, seed: int = 0) -> None:
         self.vocab_size, self.length, self.count, self.seed = vocab_size, length, count, seed
+        self.key = f"dummy-{vocab_size}-{length}-{count}-{seed}"
+        self.terminators: list[int] = []
 
     def __len__(self) -> int:
         return self.count
@@ -87,8 +91,3 @@ class DummyDataset:
             raise IndexError(index)
         ids = np.random.default_rng([self.seed, index]).integers(0, self.vocab_size, self.length, dtype=np.int64)
         return {"input_ids": ids, "labels": ids.copy()}
-
-
-def loss_tokens(item: Any) -> int:
-    """How many positions of a sample are trained: labels after the shift by one."""
-    return int((item["labels"][1:] != IGNORE_INDEX).sum())

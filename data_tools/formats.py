@@ -11,6 +11,7 @@ from typing import Any, cast
 from .schema import ROLES, Message, Rejected, Sample
 
 _ROW_KWARGS = ("tools", "reasoning_effort", "enable_thinking")
+_ROW_KEYS = ("messages", "chat_template_kwargs", *_ROW_KWARGS)
 _MESSAGE_EXTRA = ("tool_calls", "tool_call_id", "name")
 _MESSAGE_KEYS = {"role", "content", "reasoning_content", "loss", *_MESSAGE_EXTRA}
 _KWARGS_RESERVED = {"messages", "add_generation_prompt", "tokenize", "return_dict", "chat_template"}
@@ -30,11 +31,18 @@ def parse_row(row: object) -> Sample:
     if not isinstance(turns, list) or not turns:
         near = difflib.get_close_matches("messages", fields, n=1, cutoff=0.6)
         hint = f"; did you mean to name {near[0]!r} 'messages'?" if near and turns is None else ""
-        raise Rejected("no_messages", f"'messages' must be a list with at least one turn{hint}")
+        state = f"there is no 'messages'; the keys are {', '.join(map(str, fields)) or 'none'}"
+        state = state if turns is None else "'messages' must be a list with at least one turn"
+        raise Rejected("no_messages", state + hint)
     messages = [_message(number, turn) for number, turn in enumerate(cast("list[object]", turns), 1)]
     if messages[0].role == "system" and not messages[0].content:
         messages = messages[1:]
     _check_order(messages)
+    for key in fields:
+        near = difflib.get_close_matches(key, _ROW_KEYS, n=1, cutoff=0.8)
+        if key == "system" or (near and key not in _ROW_KEYS):
+            hint = "the system prompt is the first message" if key == "system" else f"did you mean {near[0]!r}?"
+            raise Rejected("unknown_key", f"the row has the key {key!r}; {hint}")
     kwargs: dict[str, Any] = {key: fields[key] for key in _ROW_KWARGS if fields.get(key) is not None}
     extra = fields.get("chat_template_kwargs") or {}
     if not isinstance(extra, dict) or _KWARGS_RESERVED & set(cast("dict[str, Any]", extra)):
@@ -56,6 +64,8 @@ def _message(number: int, turn: object) -> Message:
     reasoning = fields.get("reasoning_content")
     if reasoning is not None and not (isinstance(reasoning, str) and role == "assistant"):
         raise Rejected("bad_reasoning", f"message {number}: 'reasoning_content' is a string of an assistant turn")
+    if not (reasoning or "").strip():
+        reasoning = None  # many data sets write it empty on every turn
     loss = fields.get("loss", True)
     if not isinstance(loss, bool):
         raise Rejected("bad_message", f"message {number}: 'loss' is true or false")

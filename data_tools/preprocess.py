@@ -32,7 +32,7 @@ from .templates import ChatTemplate
 from .thinking import apply_mode
 from .tokenization import Tokenization
 
-FORMAT = 1  # raise when the same input would give other tokens or spans
+FORMAT = 2  # raise when the same input would give other tokens or spans
 _BATCH = 64
 _SMALL = 2000  # rows below which starting worker processes costs more than it saves
 _MAX_WORKERS = 16  # each holds a tokenizer and the libraries, some 300 MB
@@ -69,26 +69,19 @@ class RowEncoder:
 
 
 def prepare(
-    patterns: Sequence[str],
-    tokenizer: Any,
-    args: DataArguments,
-    cache: Path,
-    say: Callable[[str], None] = print,
-    *,
-    hashes: bool = True,
+    patterns: Sequence[str], tokenizer: Any, args: DataArguments, cache: Path, say: Callable[[str], None] = print
 ) -> Path:
     """The prepared dataset of these files, built when it does not stand yet.
 
-    Safe to call from many processes at once: one builds, the others wait; one of them should check ``hashes``. Raises
-    DataError when a file is unusable, when no row can be trained on, or when more than ``args.max_bad_ratio`` of the
-    rows are rejected.
+    Safe to call from many processes at once: one builds, the others wait. Raises DataError when a file is unusable, when
+    no row can be trained on, or when more than ``args.max_bad_ratio`` of the rows are rejected.
     """
     files = resolve_files(patterns)
     encoder = RowEncoder(tokenizer, args)
-    sources = {str(file): file_sha256(file) for file in files}
+    hashes = {file: file_sha256(file) for file in files}
     settings = {
         "format": FORMAT,
-        "sources": list(sources.values()),
+        "sources": [hashes[file] for file in files],  # a file that is named twice counts twice
         "tokenizer": tokenizer_sha256(tokenizer),
         "chat_template": encoder.tokenization.template.source,
         "think_mode": args.think_mode,
@@ -99,11 +92,13 @@ def prepare(
 
     def build(folder: Path) -> Mapping[str, Any]:
         _write(folder, files, _encode_all(files, encoder, args.preprocessing_num_workers))
-        return {**settings, "sources": sources}
+        return {**settings, "files": {str(file): value for file, value in hashes.items()}}
 
-    built = build_once(target, build, kind="dataset", say=say, hashes=hashes)
+    built = build_once(target, build, kind="dataset", say=say)
     report = json.loads((target / "report.json").read_text(encoding="utf-8"))
     say(f"data: {describe(report)}; {'prepared' if built else 'reused'} {target}")
+    if report["rejects"]:
+        say(f"data: rejected rows are listed in {target / 'rejects.jsonl'}")
     _check(report, target, args.max_bad_ratio)
     return target
 
@@ -125,10 +120,13 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     """A hash of what a tokenizer does to text, without its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(f"{type(tokenizer).__name__}\n{words}".encode()).hexdigest()
+    special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
+    return hashlib.sha256(f"{type(tokenizer).__name__}\n{special}\n{words}".encode()).hexdigest()
 
 
 def _check(report: Mapping[str, Any], folder: Path, max_bad_ratio: float) -> None:
+    if not report["rows"]:
+        raise DataError(f"{', '.join(report['files'])}: no rows, only blank lines")
     bad = sum(report["rejects"].values())
     if report["samples"] and bad <= max_bad_ratio * report["rows"]:
         return
@@ -163,10 +161,11 @@ def _encode_all(files: Sequence[Path], encoder: RowEncoder, workers: int | None)
 
 
 def _write(folder: Path, files: Sequence[Path], rows: Iterable[Encoded]) -> None:
-    numbers = {file: number for number, file in enumerate(files)}
+    numbers = {file: files.index(file) for file in files}
     rejects: Counter[str] = Counter()
     total = Counter(rows=0, samples=0, tokens=0, loss_tokens=0, neutralised=0)
     origins: list[tuple[int, int]] = []
+    terminators: set[int] = set()
     with (
         IndexedWriter(folder / "text_document") as tokens,
         IndexedWriter(folder / "spans_document") as spans,
@@ -184,11 +183,13 @@ def _write(folder: Path, files: Sequence[Path], rows: Iterable[Encoded]) -> None
                 tokens.add(sample.ids)
                 spans.add(sample.spans.reshape(-1))
                 origins.append((numbers[row.origin.file], row.origin.line))
+                terminators.update(sample.ids[sample.spans[:, 1] - 1].tolist())
                 total["samples"] += 1
                 total["tokens"] += sample.ids.size
                 total["loss_tokens"] += int((sample.spans[:, 1] - sample.spans[:, 0]).sum())
     np.save(folder / "rows.npy", np.asarray(origins, dtype=np.int64).reshape(-1, 2), allow_pickle=False)
-    report = {**total, "rejects": dict(rejects.most_common()), "files": [str(file) for file in files]}
+    report: dict[str, Any] = {**total, "rejects": dict(rejects.most_common()), "files": [str(file) for file in files]}
+    report["terminators"] = sorted(terminators)  # ids that end an answer: generation must stop at them
     (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -16,6 +16,7 @@ from .preprocess import RowEncoder
 from .readers import read_lines, resolve_files
 from .schema import TokenizedSample
 from .thinking import THINK_MODES
+from .tokenizer_files import load_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,9 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the first rows; exit code 0. Raises DataError."""
     args = parser().parse_args(argv)
     files = resolve_files([args.file])
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=args.trust_remote_code)
+    tokenizer = load_tokenizer(args.tokenizer, trust_remote_code=args.trust_remote_code)
     encoder = RowEncoder(
         tokenizer,
         DataArguments(chat_template=args.chat_template, think_mode=args.think_mode, mask_compat=args.mask_compat),
@@ -49,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         row = encoder(origin, line)
         if row.reject:
             console.print(Text(f"{origin}: rejected, {row.reject[0]}: {row.reject[1]}", style="red"))
+        if row.neutralised:
+            console.print(Text(f"{origin}: control tokens in its text are encoded as plain text", style="yellow"))
         for sample in row.samples:
             trained = int((sample.spans[:, 1] - sample.spans[:, 0]).sum())
             console.print(Text(f"{origin}: {sample.ids.size} tokens, {trained} with loss", style="bold"))

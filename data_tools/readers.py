@@ -54,6 +54,12 @@ def parse_json(line: bytes) -> object:
     if len(line) > MAX_LINE_BYTES:
         raise Rejected("line_too_long", f"over {MAX_LINE_BYTES} bytes")
     try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Rejected(
+            "not_utf8", f"byte {error.start + 1} is not UTF-8; convert the file (it may be GBK, Latin-1 or UTF-16)"
+        ) from None
+    try:
         return orjson.loads(line)
     except orjson.JSONDecodeError as error:
         raise Rejected("not_json", f"column {error.colno}: {error.msg}") from None

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -50,16 +50,21 @@ class Tokenization:
         self._split = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
         self._ids: dict[str, int] = {token: self.tokenizer.convert_tokens_to_ids(token) for token in tokens}
         self._special_ids = {self._ids[token] for token in template.special_tokens if token in self._ids}
+        self._control_ids = {self._ids[token] for token in template.control_tokens if token in self._ids}
+        self._control_ids.discard(self.tokenizer.unk_token_id)  # what stands for any text is no control token
 
     def encode(self, sample: Sample) -> list[TokenizedSample]:
         """The samples of one conversation, at least one. Raises Rejected."""
+        self._check_kwargs(sample)
         messages, literals = self._neutralise(sample.messages)
         self.neutralised += bool(literals)
         stretches: list[tuple[list[int], list[tuple[int, int]]]] = []
+        checked = 0
         for index, message in enumerate(messages):
             if not message.trained:
                 continue
-            turn = self._prove(messages[: index + 1], sample.template_kwargs, literals, index)
+            turn = self._prove(messages[: index + 1], checked, sample.template_kwargs, literals)
+            checked = index + 1
             start = len(turn.prompt)
             if self.mask_compat == "hunyuan":
                 if turn.prompt[-1] not in self._special_ids:
@@ -79,57 +84,72 @@ class Tokenization:
         ]
 
     def _prove(
-        self, history: Sequence[Message], kwargs: Mapping[str, Any], literals: Mapping[str, str], index: int
+        self, history: Sequence[Message], checked: int, kwargs: Mapping[str, Any], literals: Mapping[str, str]
     ) -> _Turn:
-        """The last turn of ``history`` as prompt and answer ids. Raises Rejected when a proof fails."""
-        where = f"message {index + 1}"
+        """The last turn of ``history`` as prompt and answer ids; messages before ``checked`` were seen in a prompt.
+
+        Raises Rejected when a proof fails.
+        """
+        where = f"message {len(history)}"
         full = self.template.render(history, prompt=False, kwargs=kwargs)
-        prompt, completion = self._cut(history, full, kwargs, where)
-        pieces = list(self._split.finditer(completion))
-        ends = [piece.end() for piece in pieces if piece[0] in self.template.special_tokens]
-        if not ends or completion[ends[-1] :].strip():
+        special = [match for match in self._split.finditer(full) if match[0] in self.template.special_tokens]
+        if not special or full[special[-1].end() :].strip():
             raise Rejected(
                 "no_terminator", f"{where}: the template ends the turn with no control token; it would never stop"
             )
-        completion = completion[: ends[-1]]
-        prompt_ids = self._encode(prompt, literals)
-        both = self._encode(prompt + completion, literals)
-        answer_ids = (
-            both[len(prompt_ids) :] if both[: len(prompt_ids)] == prompt_ids else self._encode(completion, literals)
-        )
+        full, said = full[: special[-1].end()], full[: special[-1].start()]
+        prompt = self._prompt_of(history, said, kwargs, where)
+        for number, message in enumerate(history[checked:-1], checked + 1):
+            if message.role != "assistant" and not _occurs(message.content, prompt):
+                raise Rejected("turn_dropped", f"message {number}: the template leaves this {message.role} turn out")
+        completion = full[len(prompt) :]
+        prompt_ids, both = self._encode(prompt, literals), self._encode(full, literals)
+        seam = both[: len(prompt_ids)] == prompt_ids
+        answer_ids = both[len(prompt_ids) :] if seam else self._encode(completion, literals)
         if not answer_ids or answer_ids[-1] not in self._special_ids:
             raise Rejected("no_terminator", f"{where}: the turn's last token is not the control token that ends it")
-        if not self._says(answer_ids, _restore(completion, literals)):
+        if not self._says(prompt_ids, answer_ids, _restore(completion, literals)):
             raise Rejected("not_reversible", f"{where}: the tokens of the answer do not decode to the answer")
         return _Turn(prompt_ids, answer_ids)
 
-    def _cut(self, history: Sequence[Message], full: str, kwargs: Mapping[str, Any], where: str) -> tuple[str, str]:
-        """The inference prompt that ``full`` continues, and the continuation.
+    def _prompt_of(self, history: Sequence[Message], said: str, kwargs: Mapping[str, Any], where: str) -> str:
+        """The inference prompt that ``said`` (the text up to the terminator) continues with the whole answer.
 
-        Inference may ask with thinking on (the template's default) or off. A question marked ``/no_think`` is asked
-        the default way; else the prompt after which exactly the answer's own text follows is preferred, so that an
-        empty thought that only the template adds stays in the prompt, without loss.
+        Inference may ask with thinking on (the template's default) or, where the template knows the switch and the row
+        does not set it, off. A question marked ``/no_think`` is asked the default way; else the prompt after which
+        exactly the answer's own text follows is preferred, so that an empty thought that only the template adds stays
+        in the prompt, without loss.
         """
         answer = history[-1]
-        found: list[tuple[str, str]] = []
-        for switch in ({}, {"enable_thinking": False}):
-            prompt = self.template.render(history[:-1], prompt=True, kwargs={**kwargs, **switch})
-            if full.startswith(prompt) and len(prompt) < len(full):
-                completion = full[len(prompt) :]
-                if _holds(completion, answer):
-                    found.append((prompt, completion))
+        switches: list[dict[str, Any]] = [{}]
+        if "enable_thinking" in self.template.source and "enable_thinking" not in kwargs:
+            switches.append({"enable_thinking": False})
+        prompts = [self.template.render(history[:-1], prompt=True, kwargs={**kwargs, **switch}) for switch in switches]
+        found = [prompt for prompt in prompts if said.startswith(prompt) and _holds(said[len(prompt) :], answer)]
         if not found:
             raise Rejected(
                 "prompt_differs",
-                f"{where}: the training text does not continue the inference prompt with the whole answer "
-                "(the template changes or drops part of it; do the row's thinking settings and its thoughts agree?)",
+                f"{where}: the training text is not the inference prompt and then the answer as it stands "
+                "(the template changes it; do the row's thinking settings and its thoughts agree?)",
             )
         question = next((message.content for message in reversed(history[:-1]) if message.role == "user"), "")
-        if not question.startswith(NO_THINK):
-            for prompt, completion in found:
-                if _SPACE.sub("", completion).startswith(_SPACE.sub("", answer.content)) and not answer.reasoning:
-                    return prompt, completion
+        if not question.startswith(NO_THINK) and not answer.reasoning:
+            for prompt in found:
+                if said[len(prompt) :].strip() == answer.content.strip():
+                    return prompt
         return found[0]
+
+    def _check_kwargs(self, sample: Sample) -> None:
+        """Refuse what the template would ignore, and control tokens where they cannot be kept apart."""
+        for name in sample.template_kwargs:
+            if name not in self.template.source:
+                raise Rejected("template_ignores", f"the chat template does not read the row's {name!r}")
+        values = [*sample.template_kwargs.values(), *(value for m in sample.messages for value in m.extra.values())]
+        for match in self._split.finditer(json.dumps(values, ensure_ascii=False)):
+            if match[0] in self.template.control_tokens:
+                raise Rejected(
+                    "control_token_in_tools", f"{match[0]!r} stands in a tool, a call or a template variable"
+                )
 
     def _neutralise(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
         """Messages with stand-ins for control tokens that are only text, and what each stand-in means."""
@@ -160,10 +180,20 @@ class Tokenization:
 
     def _encode(self, text: str, literals: Mapping[str, str]) -> list[int]:
         """Token ids of a rendered text; stand-ins become the plain sub-words of what they stand for."""
+        ids = self._ids_of(text, literals)
+        wanted = sum(match[0] in self.template.control_tokens for match in self._split.finditer(text))
+        if sum(token in self._control_ids for token in ids) != wanted:
+            raise Rejected("control_token_in_text", "the tokenizer reads a control token where the text has none")
+        return ids
+
+    def _ids_of(self, text: str, literals: Mapping[str, str]) -> list[int]:
         if not literals:
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         harmless = "".join("x" if char in literals else char for char in text)
-        if self._by_pieces(harmless, {}) != self.tokenizer(harmless, add_special_tokens=False)["input_ids"]:
+        if (
+            self._by_pieces(harmless, {})
+            != self.tokenizer(harmless, add_special_tokens=False, verbose=False)["input_ids"]
+        ):
             raise Rejected(
                 "control_token_in_text", "control tokens in the text cannot be kept apart with this tokenizer"
             )
@@ -182,13 +212,18 @@ class Tokenization:
                 position = match.end()
         return ids
 
-    def _says(self, ids: list[int], text: str) -> bool:
-        """Whether ids decode to the text, up to the tokenizer's own Unicode normaliser."""
-        decoded = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if decoded == text:
-            return True
+    def _says(self, prompt: list[int], answer: list[int], text: str) -> bool:
+        """Whether the answer's ids decode to the text, alone or after the prompt, up to the Unicode normaliser."""
         normalizer = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None)
-        return normalizer is not None and decoded == normalizer.normalize_str(text)
+        wanted = {text, normalizer.normalize_str(text)} if normalizer is not None else {text}
+        if self._decode(answer) in wanted:
+            return True
+        before = self._decode(prompt)  # decoders of the SentencePiece kind drop a leading space of what they are given
+        together = self._decode(prompt + answer)
+        return together.startswith(before) and together[len(before) :] in wanted
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _plain_encoder(tokenizer: Any) -> Any | None:
@@ -208,12 +243,47 @@ def _restore(text: str, literals: Mapping[str, str]) -> str:
     return text
 
 
-def _holds(completion: str, answer: Message) -> bool:
-    """Whether a rendered turn says all of the answer: thought and text in this order, and every tool called."""
+def _holds(said: str, answer: Message) -> bool:
+    """Whether a rendered turn says the answer and nothing else.
+
+    The text must stand at its end, to the letter but for white space at its ends; before it only the thought may stand,
+    with tags and white space as the template likes them. Tools called must be there with every string of their arguments.
+    """
     calls: list[Any] = answer.extra.get("tool_calls", [])
-    names = [str((call.get("function") or call).get("name")) for call in calls]
-    said = _letters((answer.reasoning or "") + answer.content)
-    return _letters(completion).startswith(said) and all(name in completion for name in names)
+    if calls:
+        wanted = [text for call in calls for text in _strings(call.get("function") or call)]
+        return answer.content.strip() in said and all(said.count(text) >= wanted.count(text) for text in wanted)
+    ways = [(answer.reasoning or "", answer.content)]
+    thought, closed, text = answer.content.partition("</think>")
+    if closed and thought.lstrip().startswith("<think>"):
+        ways.append((thought, text))  # a template may render the thought of the content in its own way
+    return any(
+        said.rstrip().endswith(text.strip()) and _letters(said.rstrip().removesuffix(text.strip())) == _letters(thought)
+        for thought, text in ways
+    )
+
+
+def _strings(value: Any) -> list[str]:
+    """Every string in a tool call, JSON texts opened: names and arguments."""
+    if isinstance(value, dict):
+        return [
+            text for key, inner in cast("dict[str, Any]", value).items() if key != "type" for text in _strings(inner)
+        ]
+    if isinstance(value, list):
+        return [text for inner in cast("list[Any]", value) for text in _strings(inner)]
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            return _strings(json.loads(value))
+        except ValueError:
+            return [value]
+    return [json.dumps(value, ensure_ascii=False)[1:-1]] if isinstance(value, str) else []
+
+
+def _occurs(content: str, text: str) -> bool:
+    """Whether a turn's text stands in a rendered text, as it is or as a JSON string, white space aside."""
+    bare = _SPACE.sub("", text)
+    as_json = json.dumps(content, ensure_ascii=False)[1:-1]
+    return _SPACE.sub("", content) in bare or _SPACE.sub("", as_json) in bare
 
 
 def _letters(text: str) -> str:

@@ -165,3 +165,28 @@ def check_precision(settings: dict[str, Any], *, bf16: bool, fp16: bool, where: 
             raise DeepSpeedConfigError(
                 f'{where}: {name}.enabled is {json.dumps(enabled)} but --{name} is {wanted}; set it to "auto"'
             )
+
+
+# Keys that DeepSpeed settings may fix instead of "auto", and the flag that says the same.
+FIXED_BY_FLAGS = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.weight_decay": "weight_decay",
+    "optimizer.params.eps": "adam_epsilon",
+}
+
+
+def check_fixed(settings: dict[str, Any], flags: dict[str, Any], where: str) -> None:
+    """Refuse settings that fix a value which the flags say otherwise. Raises DeepSpeedConfigError naming both."""
+    for path, flag in FIXED_BY_FLAGS.items():
+        value: Any = settings
+        for key in path.split("."):
+            value = value.get(key, "auto") if isinstance(value, dict) else "auto"
+        if value == "auto":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise DeepSpeedConfigError(f'{where}: {path} must be a number or "auto", not {json.dumps(value)}')
+        if float(value) != float(flags[flag]):
+            raise DeepSpeedConfigError(f'{where}: {path} is {value} but --{flag} is {flags[flag]}; set it to "auto"')

@@ -92,6 +92,8 @@ def _merge(words: list[str]) -> int:
 def _data(words: list[str]) -> int:
     from ..data_tools.preview import main as preview
 
+    if words[:1] in (["-h"], ["--help"]):
+        words = ["preview", "--help"]
     if not words or words[0] != "preview":
         raise ValueError("finebridge data preview FILE --tokenizer_name_or_path FOLDER [...]")
     return preview(words[1:])

@@ -42,6 +42,7 @@ def run_ranks(module: str, argv: Sequence[str], processes: int) -> int:
         for rank in range(processes):
             env = {
                 **os.environ,
+                **_cpu_only(),
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(processes),
@@ -49,6 +50,7 @@ def run_ranks(module: str, argv: Sequence[str], processes: int) -> int:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": threads,
+                "PYTHONUNBUFFERED": "1",  # losses reach a log file when they are printed
             }
             ranks.append(subprocess.Popen([sys.executable, "-P", "-m", module, *argv], env=env))  # noqa: S603 - no shell
         return _wait(ranks)
@@ -60,6 +62,11 @@ def run_ranks(module: str, argv: Sequence[str], processes: int) -> int:
         signal.signal(signal.SIGTERM, previous)
 
 
+def _cpu_only() -> dict[str, str]:
+    """Without a GPU DeepSpeed need not look for one, and warn on every rank that it found none."""
+    return {} if gpu_count() or "DS_ACCELERATOR" in os.environ else {"DS_ACCELERATOR": "cpu"}
+
+
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     """Wait until all ranks are done or one has failed; its exit code (128 + signal when it was killed)."""
     while True:
@@ -69,6 +76,10 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
                 if code < 0:
                     name = next((s.name for s in signal.Signals if s == -code), f"signal {-code}")
                     print(f"error: rank {number} was ended by {name}; the run stops", file=sys.stderr, flush=True)
+                elif number > 0:
+                    print(
+                        f"error: rank {number} ended with exit code {code}; the run stops", file=sys.stderr, flush=True
+                    )
                 return code if code > 0 else _SIGNAL_EXIT - code
         if all(code == 0 for code in codes):
             return 0

@@ -8,6 +8,7 @@ tensor is used exactly once or the merge stops; the output appears whole or not 
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -161,8 +162,10 @@ def _check_fit(adapter: dict[str, "LoraWeight"], weights: "Checkpoint", config: 
 
 
 def _carry_assets(base: Path, adapter: Path, folder: Path) -> None:
-    """Tokenizer and all other files. The adapter's own tokenizer wins over the base's: it was trained with."""
+    """Tokenizer and all other files. The adapter's tokenizer and generation config win: they were trained with."""
     tokenizer_of = adapter if (adapter / "tokenizer_config.json").is_file() else base
+    if (adapter / "generation_config.json").is_file():
+        shutil.copyfile(adapter / "generation_config.json", folder / "generation_config.json")
     carry(
         tokenizer_of, folder, skip={path.name for path in tokenizer_of.iterdir() if not is_tokenizer_asset(path.name)}
     )

@@ -22,18 +22,16 @@ def build_once(
     *,
     kind: str,
     say: Callable[[str], None] = print,
-    hashes: bool = True,
 ) -> bool:
     """Make sure that ``target`` stands and verifies; True when this call built it.
 
     ``build`` fills the folder it is given and returns what the manifest should say of the sources. A target that no
-    longer verifies (a changed or cut file) is built again, and that is said. Of many processes that share a target one
-    should check the files' contents (``hashes``); sizes are enough for the others.
+    longer verifies (a changed or cut file) is built again, and that is said.
     """
-    if _stands(target, hashes=hashes):
+    if _stands(target):
         return False
     with locked(target.with_name(f".{target.name}.lock"), say):
-        if _stands(target, say, hashes=hashes):
+        if _stands(target, say):
             return False  # another process built it while this one waited
         made_from: dict[str, Any] = {}
         with publish(target, kind=kind, made_from=made_from, replace=True) as folder:
@@ -59,11 +57,11 @@ def locked(path: Path, say: Callable[[str], None] = print, every: float = 10.0) 
         yield
 
 
-def _stands(target: Path, say: Callable[[str], None] | None = None, *, hashes: bool) -> bool:
+def _stands(target: Path, say: Callable[[str], None] | None = None) -> bool:
     if not target.exists():
         return False
     try:
-        verify(target, hashes=hashes)
+        verify(target)
     except (ManifestError, FileNotFoundError) as error:  # or it is being replaced at this moment
         if say:
             say(f"building again: {error}")

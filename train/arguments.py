@@ -7,15 +7,18 @@ installed transformers' ``TrainingArguments``. Nothing here imports torch.
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from ..data_tools.arguments import DataArguments
 from ..data_tools.readers import resolve_files
-from ..ds_configs.resolve import check_precision, resolve, zero_stage
+from ..ds_configs.resolve import FIXED_BY_FLAGS, check_fixed, check_precision, resolve, zero_stage
+from ..storage.manifest import steps
 from .hf_flags import ArgumentsError, convert, hf_flags, hf_value, nearest
 from .obsolete import OBSOLETE, RENAMED, map_obsolete
 from .schedule import schedule
@@ -136,6 +139,10 @@ def read_flags(argv: Sequence[str]) -> dict[str, str | bool]:
             given = value
         elif words and not re.match(r"--[A-Za-z]", words[0]):
             given = words.pop(0)
+            if name in hf_flags() and "list" in hf_flags()[name].kinds:  # --report_to tensorboard wandb
+                more = list(takewhile(lambda word: not re.match(r"--[A-Za-z]", word), words))
+                del words[: len(more)]
+                given = json.dumps([given, *more]) if more else given
         values.pop(name, None)  # what is given later stands later, also under an older name of the same flag
         values[name] = given
     return values
@@ -163,6 +170,9 @@ def build(values: Mapping[str, Any]) -> Arguments:
         if name in own:
             cls, spec = own[name]
             parsed[cls][name] = _own_value(name, raw, spec.type)
+        elif name.startswith("no_") and name[3:] in own and str(raw).lower() == "true":
+            cls, _ = own[name[3:]]
+            parsed[cls][name[3:]] = False
         elif name in hf_flags():
             hf[name] = convert(hf_flags()[name], raw)
         elif name.startswith("no_") and name[3:] in hf_flags() and str(raw).lower() == "true":
@@ -201,22 +211,28 @@ def own_flags() -> dict[str, tuple[str, Any, str]]:
 
 
 def check_model_path(flag: str, value: str | None) -> None:
-    """Refuse a local path that does not exist and a folder without the files of a model or tokenizer.
+    """Refuse a local path that does not exist and a folder that holds no model; ``owner/name`` may be a Hub name.
 
-    ``owner/name`` that is no local path is a Hub name and passes. Raises ArgumentsError.
+    Raises ArgumentsError.
     """
     if value is None:
         return
-    if Path(value).is_dir():
-        if flag == "--model_name_or_path" and (Path(value) / "adapter_config.json").is_file():
+    path = Path(value)
+    if path.is_dir():
+        if flag != "--model_name_or_path" or (path / "config.json").is_file():
+            return
+        if (path / "adapter_config.json").is_file():
             raise ArgumentsError(
                 f"{flag} {value}: an adapter; name its base here, and the adapter to --resume_from_checkpoint"
             )
-        return
-    if Path(value).exists():
+        inside = [folder for _, folder in steps(path)]
+        hint = f"; did you mean {inside[0]}?" if inside else "; the folder of a model is expected"
+        raise ArgumentsError(f"{flag} {value}: no config.json there{hint}")
+    if path.exists():
         raise ArgumentsError(f"{flag} {value}: a file; the folder that holds it is expected")
     offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-    if not _HUB_NAME.fullmatch(value) or offline:
+    beside = len(path.parts) > 1 and path.parent.is_dir()  # a mistyped folder, not a name on the Hub
+    if not _HUB_NAME.fullmatch(value) or offline or beside:
         raise ArgumentsError(f"{flag} {value}: no such folder (the current folder is {Path.cwd()})")
 
 
@@ -249,6 +265,44 @@ def _near_choice(raw: str, choices: Sequence[str]) -> str:
     return nearest(raw, choices).replace("--", "")
 
 
+# What --report_to names, and the module that must be installed for it.
+_REPORTERS = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "swanlab": "swanlab",
+    "trackio": "trackio",
+}
+
+
+def _check_hf(args: Arguments) -> None:
+    """What transformers would say late, or not at all. Raises ArgumentsError; adds warnings."""
+    hf = args.hf
+    evaluates = str(hf_value(hf, "eval_strategy")) != "no"
+    if args.data.eval_data_file and not evaluates:
+        args.warnings.append("--eval_data_file is never evaluated: say when with --eval_strategy steps or epoch")
+    if evaluates and not args.data.eval_data_file:
+        raise ArgumentsError(f"--eval_strategy {hf['eval_strategy']} needs --eval_data_file")
+    if args.model.min_lr and {"min_lr", "min_lr_rate", "lr_end"} & set(hf.get("lr_scheduler_kwargs") or {}):
+        raise ArgumentsError("--min_lr and --lr_scheduler_kwargs both set a floor; give one of them")
+    if hf.get("save_on_each_node"):
+        raise ArgumentsError(
+            "--save_on_each_node is not supported: --output_dir must be one folder that all ranks share"
+        )
+    wanted = hf.get("report_to") or []
+    for name in [wanted] if isinstance(wanted, str) else wanted:
+        if name in _REPORTERS and find_spec(_REPORTERS[name]) is None:
+            raise ArgumentsError(
+                f"--report_to {name}: not installed; {sys.executable} -m pip install {_REPORTERS[name]}"
+            )
+    output = Path(hf["output_dir"]).absolute()
+    there = next(path for path in (output, *output.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ArgumentsError(
+            f"--output_dir {hf['output_dir']}: {there} is {'not writable' if there.is_dir() else 'a file'}"
+        )
+
+
 def _check_together(args: Arguments) -> None:
     """What one flag alone cannot tell. Raises ArgumentsError, DataError, DeepSpeedConfigError; adds warnings."""
     model, data, hf = args.model, args.data, args.hf
@@ -258,18 +312,21 @@ def _check_together(args: Arguments) -> None:
         resolve_files([data.train_data_file])
     if data.eval_data_file:
         resolve_files([data.eval_data_file])
+    _check_hf(args)
     if hf.get("bf16") and hf.get("fp16"):
         raise ArgumentsError("--bf16 and --fp16 exclude each other")
     schedule(hf_value(hf, "lr_scheduler_type"), model.min_lr, float(hf_value(hf, "learning_rate")))
     if model.use_flash_attn and find_spec("flash_attn") is None:
         raise ArgumentsError(
-            "--use_flash_attn: the flash_attn package is not installed (pip install 'finebridge[flash-attn]', needs a GPU); "
-            "leave the flag out to use PyTorch's own attention"
+            f"--use_flash_attn: the flash_attn package is not installed ({sys.executable} -m pip install flash-attn, needs a "
+            "GPU); leave the flag out to use PyTorch's own attention"
         )
     stage = 0
     if hf.get("deepspeed"):
         settings = resolve(str(hf["deepspeed"]))
         check_precision(settings, bf16=bool(hf.get("bf16")), fp16=bool(hf.get("fp16")), where=str(hf["deepspeed"]))
+        fixed = {name: hf_value(hf, name) for name in FIXED_BY_FLAGS.values()}
+        check_fixed(settings, fixed, where=str(hf["deepspeed"]))
         stage = zero_stage(settings)
     if model.make_moe_param_leaf_module and stage != 3:  # noqa: PLR2004
         args.warnings.append("--make_moe_param_leaf_module has no effect without ZeRO-3 (--deepspeed ds_zero3_...)")

@@ -15,16 +15,17 @@ from ..data_tools.arguments import DataArguments
 from ..data_tools.collator import PaddingCollator
 from ..data_tools.dataset import DummyDataset, PreparedDataset
 from ..data_tools.preprocess import prepare
+from ..data_tools.tokenizer_files import load_tokenizer
 from ..ds_configs.resolve import resolve, zero_stage
 from ..storage.publish import write_text
 from . import runtime
 from .arguments import Arguments
 from .callbacks import FiniteGuard, SaveLastStep
-from .checkpoint import find_resume
+from .checkpoint import find_resume, on_main
 from .freeze import train_only
 from .hf_flags import ArgumentsError, hf_value
 from .lora import add_lora
-from .model import load_model, load_tokenizer
+from .model import load_model
 from .moe import has_listed_experts, make_leaf_modules
 from .schedule import schedule
 from .trainer import FinetuneTrainer
@@ -41,7 +42,11 @@ class Run:
 def assemble(args: Arguments) -> Run:
     """Everything that a run needs. Raises ArgumentsError, DataError, ModelError, RuntimeSetupError."""
     output_dir = Path(args.hf["output_dir"])
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(
+        str(args.model.tokenizer_name_or_path or args.model.model_name_or_path),
+        trust_remote_code=args.model.trust_remote_code,
+        cache_dir=args.model.cache_dir,
+    )
     train_data, eval_data = _datasets(args, tokenizer, output_dir)
     settings = None
     if args.hf.get("deepspeed"):
@@ -49,10 +54,13 @@ def assemble(args: Arguments) -> Run:
     runtime.start(settings)
     hf_args = _training_arguments(args, settings)
     runtime.check_world(hf_args.world_size)
-    resume_from = find_resume(
-        args.hf.get("resume_from_checkpoint"), output_dir, runtime.say, deepspeed=settings is not None
+    made_from = _made_from(args, hf_args, train_data)
+    resume = args.hf.get("resume_from_checkpoint")
+    resume_from = on_main(
+        lambda: find_resume(resume, output_dir, made_from, runtime.say, deepspeed=settings is not None)
     )
     model = _model(args, hf_args, settings, tokenizer)
+    _stop_at(model, train_data.terminators, tokenizer)
     pad_id = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
     trainer = FinetuneTrainer(
         model=model,
@@ -65,10 +73,8 @@ def assemble(args: Arguments) -> Run:
     )
     if args.model.model_name_or_path and Path(args.model.model_name_or_path).is_dir():
         trainer.base = Path(args.model.model_name_or_path)
-    trainer.made_from = {
-        "model": args.model.model_name_or_path or args.model.config_name,
-        "data": args.data.train_data_file,
-    }
+    trainer.keep = args.hf.get("save_total_limit")
+    trainer.made_from = made_from
     return Run(trainer, resume_from)
 
 
@@ -94,7 +100,7 @@ def _open_prepared(
     pattern: str, tokenizer: Any, data: DataArguments, output_dir: Path, over_long: list[str]
 ) -> PreparedDataset:
     cache = Path(data.prepared_data_dir) if data.prepared_data_dir else output_dir / "prepared_data"
-    folder = prepare([pattern], tokenizer, data, cache, runtime.say, hashes=runtime.is_main())
+    folder = prepare([pattern], tokenizer, data, cache, runtime.say)
     dataset = PreparedDataset(folder, data.max_seq_length, data.over_long, runtime.say)
     over_long += [
         json.dumps({"file": str(origin.file), "line": origin.line, "tokens": tokens}, ensure_ascii=False) + "\n"
@@ -109,8 +115,9 @@ def _training_arguments(args: Arguments, settings: dict[str, Any] | None) -> Tra
         hf_value(values, "lr_scheduler_type"), args.model.min_lr, float(hf_value(values, "learning_rate"))
     )
     values["lr_scheduler_type"] = name
-    values["lr_scheduler_kwargs"] = {**(values.get("lr_scheduler_kwargs") or {}), **kwargs} or None
+    values["lr_scheduler_kwargs"] = {**kwargs, **(values.get("lr_scheduler_kwargs") or {})} or None
     values["resume_from_checkpoint"] = None  # decided by find_resume
+    values["save_total_limit"] = None  # kept by our own rotation
     values["remove_unused_columns"] = False
     values["deepspeed"] = settings
     if not runtime.has_accelerator():
@@ -121,6 +128,32 @@ def _training_arguments(args: Arguments, settings: dict[str, Any] | None) -> Tra
         raise ArgumentsError(f"transformers refuses these arguments: {error}") from error
 
 
+def _made_from(args: Arguments, hf_args: TrainingArguments, data: Any) -> dict[str, Any]:
+    """What a checkpoint is made from; ``order`` holds all that decides which samples a step sees."""
+    order = {
+        "world_size": hf_args.world_size,
+        "per_device_train_batch_size": hf_args.per_device_train_batch_size,
+        "gradient_accumulation_steps": hf_args.gradient_accumulation_steps,
+        "seed": hf_args.seed,
+        "data_seed": hf_args.data_seed,
+        "data": data.key,
+        "max_seq_length": args.data.max_seq_length,
+        "samples": len(data),
+    }
+    model = args.model.model_name_or_path or args.model.config_name
+    return {"model": model, "train_data_file": args.data.train_data_file, "order": order}
+
+
+def _stop_at(model: Any, terminators: list[int], tokenizer: Any) -> None:
+    """Make generation stop at what ends the trained answers: a chat template's end is not always the model's own."""
+    known = model.generation_config.eos_token_id
+    known = [] if known is None else [known] if isinstance(known, int) else list(known)
+    if lacking := [token for token in terminators if token not in known]:
+        model.generation_config.eos_token_id = [*known, *lacking]
+        names = ", ".join(tokenizer.convert_ids_to_tokens(lacking))
+        runtime.say(f"model: generation will stop at {names} too, which ends the trained answers")
+
+
 def _model(args: Arguments, hf_args: TrainingArguments, settings: dict[str, Any] | None, tokenizer: Any) -> Any:
     stage = zero_stage(settings or {})
     dtype = torch.float32
@@ -129,6 +162,9 @@ def _model(args: Arguments, hf_args: TrainingArguments, settings: dict[str, Any]
         dtype = torch.bfloat16 if hf_args.bf16 else torch.float16 if hf_args.fp16 else torch.float32
     set_seed(hf_args.seed)  # random weights and the adapter's A must not depend on what ran before
     model: Any = load_model(args.model, dtype, tokenizer, args.given, runtime.say)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest and args.data.max_seq_length > longest:
+        runtime.say(f"warning: --max_seq_length {args.data.max_seq_length} is over the model's {longest} positions")
     if args.model.use_lora:
         model = add_lora(model, args.model)
     elif args.model.train_attention_params_only:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from ..storage.manifest import ManifestError, newest_verified, steps, verify
+from ..storage.manifest import MANIFEST_NAME, ManifestError, newest_verified, read, steps, verify
 from ..storage.publish import clear_leftovers, commit, remove, stage
 from .hf_flags import ArgumentsError
 from .runtime import is_main
@@ -23,21 +24,35 @@ class SaveError(RuntimeError):
 
 
 def on_main(work: Callable[[], Any]) -> Any:
-    """Run ``work`` on rank 0 and give its result to all ranks; its error is raised on every rank as SaveError.
+    """Run ``work`` on rank 0 and give its result to all ranks; its error is raised on all, as ArgumentsError or SaveError.
 
     Every rank must call it. Nobody waits in the dark: the others receive the error, not a time-out.
     """
-    outcome: list[Any] = [None, None]
+    outcome: list[Any] = [None, None, None]
     if is_main():
         try:
-            outcome = [work(), None]
+            outcome = [work(), None, None]
+        except ArgumentsError as error:
+            outcome = [None, ArgumentsError, str(error)]
         except Exception as error:  # noqa: BLE001 - it is raised again, on every rank
-            outcome = [None, f"{type(error).__name__}: {error}"]
+            outcome = [None, SaveError, f"{type(error).__name__}: {error}"]
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
-        raise SaveError(outcome[1])
+        raise outcome[1](outcome[2])
     return outcome[0]
+
+
+def finite_on_all_ranks(model: Any) -> bool:
+    """Whether every trained weight is a finite number, on every rank's part of it. Every rank must call it."""
+    device = next(model.parameters()).device
+    finite = torch.ones((), dtype=torch.int32, device=device)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            finite &= torch.isfinite(getattr(parameter, "ds_tensor", parameter).detach()).all().to(device)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    return bool(finite)
 
 
 def open_staging(output_dir: Path, step: int) -> Path:
@@ -71,12 +86,17 @@ def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
 
 
 def find_resume(
-    resume: str | bool | None, output_dir: Path, say: Callable[[str], None], *, deepspeed: bool
+    resume: str | bool | None,
+    output_dir: Path,
+    made_from: Mapping[str, Any],
+    say: Callable[[str], None],
+    *,
+    deepspeed: bool,
 ) -> str | None:
     """The checkpoint to resume from: a named one, or with True the newest that verifies; None to start afresh.
 
-    Raises ArgumentsError when a named checkpoint is not whole, when checkpoints exist and none verifies, or when the
-    one found lacks the state of optimizer or schedule.
+    Raises ArgumentsError when a named checkpoint is not whole or was made with another ``order`` of samples, when
+    checkpoints exist and none verifies, or when the one found lacks the state of optimizer or schedule.
     """
     found = _chosen(resume, output_dir, say) if resume else None
     if found is None:
@@ -88,7 +108,22 @@ def find_resume(
                 "(saved with --save_only_model, or with another --deepspeed setting?); to start from its weights alone, "
                 "give it as --model_name_or_path"
             )
+    _check_order(found, made_from)
     return str(found)
+
+
+def _check_order(found: Path, made_from: Mapping[str, Any]) -> None:
+    """Refuse to go on with other ranks, batches, seeds or data: samples would be repeated or skipped."""
+    if not (found / MANIFEST_NAME).is_file():
+        return  # another tool's checkpoint; that was said
+    then: dict[str, Any] = read(found)["made_from"].get("order", {})
+    now: dict[str, Any] = made_from["order"]
+    changed = [f"{name} was {then[name]}, is {now[name]}" for name in now if name in then and then[name] != now[name]]
+    if changed:
+        raise ArgumentsError(
+            f"--resume_from_checkpoint {found}: {'; '.join(changed)}. Samples would be repeated or skipped; set them back, "
+            "or start from the checkpoint's weights with --model_name_or_path"
+        )
 
 
 def _chosen(resume: str | bool, output_dir: Path, say: Callable[[str], None]) -> Path | None:

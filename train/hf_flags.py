@@ -21,12 +21,11 @@ class ArgumentsError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class HFFlag:
-    """One field of TrainingArguments: its annotation as written and the first line of its help."""
+    """One field of TrainingArguments: its annotation and default as written in the source."""
 
     name: str
     annotation: str
     default: str
-    help: str
 
     @property
     def kinds(self) -> set[str]:
@@ -50,9 +49,8 @@ def hf_flags() -> dict[str, HFFlag]:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Call):
             keywords = {keyword.arg: keyword.value for keyword in node.value.keywords}
             default = keywords.get("default", keywords.get("default_factory"))
-            flags[node.target.id] = HFFlag(
-                node.target.id, ast.unparse(node.annotation), ast.unparse(default) if default else "", _help(keywords)
-            )
+            written = ast.unparse(default) if default else ""
+            flags[node.target.id] = HFFlag(node.target.id, ast.unparse(node.annotation), written)
     return flags
 
 
@@ -63,8 +61,8 @@ def convert(flag: HFFlag, raw: Any) -> Any:
         if isinstance(raw, bool) and "bool" not in kinds:
             raise ArgumentsError(f"--{flag.name} takes a value ({flag.annotation}), not {raw}")
         return raw
-    if raw.lower() in ("none", "null") and ("None" in kinds or "Optional" in kinds):
-        return None
+    if raw.lower() in ("none", "null") and "None" in kinds and flag.default != repr(raw):
+        return None  # unless the word itself is a value, as in --report_to none
     if "bool" in kinds and raw.lower() in ("true", "false", "1", "0", "yes", "no"):
         return raw.lower() in ("true", "1", "yes")
     for kind, parse in (("int", int), ("float", float)):
@@ -94,12 +92,3 @@ def nearest(name: str, known: Any) -> str:
     """``; did you mean --x?`` for a mistyped flag, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.45)
     return f"; did you mean --{near[0]}?" if near else ""
-
-
-def _help(keywords: dict[str | None, ast.expr]) -> str:
-    meta = keywords.get("metadata")
-    if isinstance(meta, ast.Dict):
-        for key, value in zip(meta.keys, meta.values, strict=True):
-            if isinstance(key, ast.Constant) and key.value == "help" and isinstance(value, ast.Constant):
-                return str(value.value).split(". ")[0].strip()
-    return ""

@@ -1,12 +1,13 @@
-"""Load the tokenizer and the model, or build a new model; never a random weight where a trained one was asked for."""
+"""Load the model, or build a new one; never a random weight where a trained one was asked for."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ..data_tools.tokenizer_files import remote_code_hint
 from ..storage.assets import read_json
 from .arguments import ARCHITECTURE, ModelArguments
 from .hf_flags import ArgumentsError, nearest
@@ -14,16 +15,6 @@ from .hf_flags import ArgumentsError, nearest
 
 class ModelError(ValueError):
     """The weights on disk are not the model; the message names the tensor."""
-
-
-def load_tokenizer(args: ModelArguments) -> Any:
-    """The tokenizer of ``tokenizer_name_or_path``, else of the model. Raises ArgumentsError when it does not load."""
-    path = args.tokenizer_name_or_path or args.model_name_or_path
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=args.trust_remote_code, cache_dir=args.cache_dir)
-    except (OSError, ValueError, KeyError) as error:
-        hint = _remote_code_hint(path, args)
-        raise ArgumentsError(f"the tokenizer of {path} does not load: {error}{hint}") from error
 
 
 def load_model(
@@ -45,6 +36,8 @@ def load_model(
 
 def _pretrained(args: ModelArguments, dtype: torch.dtype, say: Callable[[str], None]) -> PreTrainedModel:
     path = str(args.model_name_or_path)
+    if not Path(path).exists():
+        say(f"model: there is no folder {path} here; asking the Hub for it")
     options: dict[str, Any] = {"attn_implementation": "flash_attention_2"} if args.use_flash_attn else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -56,7 +49,9 @@ def _pretrained(args: ModelArguments, dtype: torch.dtype, say: Callable[[str], N
             **options,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ArgumentsError(f"the model {path} does not load: {error}{_remote_code_hint(path, args)}") from error
+        raise ArgumentsError(
+            f"the model {path} does not load: {error}{remote_code_hint(Path(path), allowed=args.trust_remote_code)}"
+        ) from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{path}: {len(missing)} weights are not in the checkpoint, the first is {missing[0]}")
@@ -100,9 +95,3 @@ def _rows(embedding: Any) -> int:
     """Rows of an embedding; under ZeRO-3 the parameter itself is empty and ``ds_shape`` tells."""
     weight = embedding.weight
     return int(getattr(weight, "ds_shape", weight.shape)[0])
-
-
-def _remote_code_hint(path: str | None, args: ModelArguments) -> str:
-    if args.trust_remote_code or path is None or not any(Path(path).glob("*.py")):
-        return ""
-    return f"\n{path} comes with Python code of its own; read it, then allow it with --trust_remote_code"

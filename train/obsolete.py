@@ -26,14 +26,14 @@ def _save_safetensors(_values: Values, _raw: Any) -> str:
 
 
 def _warmup_ratio(values: Values, raw: Any) -> str:
-    if "warmup_steps" in values:
+    if float(values.get("warmup_steps", 0)) != 0:
         return f"--warmup_ratio {raw} is ignored, --warmup_steps {values['warmup_steps']} is given too"
     values["warmup_steps"] = raw
     return f"--warmup_ratio is now --warmup_steps {raw} (below 1 it is a share of all steps)"
 
 
 def _group_by_length(values: Values, raw: Any) -> str:
-    if str(raw).lower() in ("false", "0"):
+    if str(raw).lower() in ("false", "0", "no"):
         return "--group_by_length is gone; samples are drawn at random by default"
     values.setdefault("train_sampling_strategy", "group_by_length")
     return "--group_by_length is now --train_sampling_strategy group_by_length"

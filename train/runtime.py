@@ -50,6 +50,9 @@ def start(settings: dict[str, Any] | None) -> None:
     ``settings`` are the resolved DeepSpeed settings, or None for a run without DeepSpeed, which the Trainer starts.
     """
     if settings is None:
+        if world_size() == 1:
+            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+                os.environ.pop(name, None)  # one rank needs no process group, nor DDP's copies of the gradients
         return
     if "RANK" not in os.environ:
         _be_the_only_rank()

@@ -4,8 +4,11 @@ Started by ``finebridge sft`` or ``bash train/train.sh``, or by any launcher tha
 MASTER_ADDR and MASTER_PORT:  ``torchrun --nproc_per_node 8 -m finebridge.train.sft --model_name_or_path ...``
 """
 
+import math
 import os
+import socket
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +16,7 @@ from pathlib import Path
 from .arguments import parse
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+_RANK_0_SPEAKS_WITHIN = 3.0  # seconds; the launcher ends the other ranks when rank 0 has ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(error)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
     from . import runtime
     from .assemble import assemble
     from .callbacks import DivergedError
@@ -42,15 +47,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     saved = Path(args.hf["output_dir"]) / f"checkpoint-{result.global_step}"
     runtime.say(
         f"done: {result.global_step} steps, mean loss {result.training_loss:.4f}, "
-        + (f"checkpoint {saved}" if saved.is_dir() else "no checkpoint (--save_strategy no)")
+        + (f"checkpoint {saved}" if saved.is_dir() else "nothing saved (--save_strategy no)")
     )
     runtime.finish()
+    if not math.isfinite(result.training_loss):
+        runtime.say("error: the mean loss is not finite; lower --learning_rate or lengthen the warm-up")
+        return EXIT_FAILED
     return 0
 
 
 def _refuse(error: Exception) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    """Say it once: rank 0 at once; another rank only when rank 0, still alive after a while, did not meet the error."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(_RANK_0_SPEAKS_WITHIN)
+    who = "" if rank == "0" else f" on rank {rank} ({socket.gethostname()})"
+    print(f"error{who}: {error}", file=sys.stderr, flush=True)
     return EXIT_BAD_INPUT
 
 

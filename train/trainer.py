@@ -7,17 +7,20 @@ from torch import nn
 from transformers import Trainer
 
 from ..storage.assets import carry
-from .checkpoint import SaveError, open_staging, publish_checkpoint, rotate
+from .callbacks import DivergedError
+from .checkpoint import SaveError, finite_on_all_ranks, open_staging, publish_checkpoint, rotate
 
 
 class FinetuneTrainer(Trainer):
     """Trainer whose saves are staged, hashed and renamed into place.
 
     ``base`` is the local folder that the model came from: its remote code and other files are carried into every full
-    checkpoint. ``made_from`` goes into the checkpoint's manifest.
+    checkpoint. ``made_from`` goes into the checkpoint's manifest. ``keep`` is how many checkpoints stay (the Trainer's
+    own ``save_total_limit`` would go by time and may delete the last one).
     """
 
     base: Path | None = None
+    keep: int | None = None
     made_from: dict[str, Any] = {}  # noqa: RUF012 - replaced per instance by assemble
     _staging: Path | None = None
 
@@ -34,6 +37,11 @@ class FinetuneTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         output_dir = Path(self._get_output_dir(trial))
         step = self.state.global_step
+        if not finite_on_all_ranks(self.model):
+            raise DivergedError(
+                f"step {step}: the weights are not finite any more, so no checkpoint of this step is written. Lower "
+                "--learning_rate or lengthen the warm-up"
+            )
         self._staging = open_staging(output_dir, step)
         try:
             super()._save_checkpoint(model, trial)
@@ -46,12 +54,15 @@ class FinetuneTrainer(Trainer):
         finally:
             self._staging = None
         if self.args.should_save:
-            rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+            rotate(output_dir, self.keep, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         try:
             super()._save(output_dir, state_dict)
+            if self.args.should_save and (folder / "adapter_config.json").is_file():
+                model: Any = self.accelerator.unwrap_model(self.model)
+                model.generation_config.save_pretrained(folder)
             if self.args.should_save and self.base is not None and (folder / "config.json").is_file():
                 carry(self.base, folder)
         except ValueError as error:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from finebridge.data_tools.arguments import DataArguments
 from finebridge.data_tools.collator import PaddingCollator
-from finebridge.data_tools.dataset import DummyDataset, PreparedDataset, loss_tokens
+from finebridge.data_tools.dataset import DummyDataset, PreparedDataset
 from finebridge.data_tools.indexed import IndexedError, IndexedReader, IndexedWriter
 from finebridge.data_tools.preprocess import prepare
 from finebridge.data_tools.schema import DataError
@@ -46,7 +46,7 @@ def test_what_is_written_is_what_was_encoded(tmp_path: Path, tokenizer: Any) -> 
     trained = item["labels"] != -100
     assert tokenizer.decode(item["input_ids"][trained].tolist()) == "two two<｜hy_place▁holder▁no▁2｜>"
     assert (item["labels"][trained] == item["input_ids"][trained]).all()
-    assert loss_tokens(item) == trained.sum()
+    assert data.terminators == [tokenizer.convert_tokens_to_ids("<｜hy_place▁holder▁no▁2｜>")]
     assert str(data.origin_of(2)) == f"{file}:3"
     assert "3 rows -> 3 samples" in said[-1]
 
@@ -98,8 +98,9 @@ def test_rejects_are_counted_and_listed(tmp_path: Path, tokenizer: Any) -> None:
     folder = prepare([str(file)], tokenizer, args, tmp_path / "cache", said.append)
     listed = [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
     assert [(row["line"], row["code"]) for row in listed] == [(2, "not_json"), (3, "bad_think")]
-    assert "4 rows -> 2 samples" in said[-1]
-    assert "not_json 1" in said[-1]
+    assert "4 rows -> 2 samples" in said[0]
+    assert "not_json 1" in said[0]
+    assert str(folder / "rejects.jsonl") in said[1]
 
 
 def test_too_many_rejects_stop_the_run(tmp_path: Path, tokenizer: Any) -> None:
@@ -122,7 +123,7 @@ def test_over_long_samples(tmp_path: Path, tokenizer: Any) -> None:
     assert "1 of 3 samples are over --max_seq_length 40" in said[0]
     cut = PreparedDataset(folder, 40, "truncate", said.append)
     assert len(cut[1]["input_ids"]) == 40
-    assert loss_tokens(cut[1]) > 0
+    assert (cut[1]["labels"][1:] != -100).any()
     with pytest.raises(DataError, match=f"{file}:2"):
         PreparedDataset(folder, 40, "error")
     # cut so short that only the prompt is left: never a sample without loss
@@ -150,7 +151,6 @@ def test_padding_is_told_by_lengths_not_by_the_pad_token() -> None:
     assert batch["input_ids"].tolist() == [[1, 2, 0], [3, 4, 0]]
     assert batch["labels"].tolist() == [[-100, 2, 0], [-100, 4, -100]]  # token 0 of the first row is trained
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert PaddingCollator(0, multiple_of=8)(items)["input_ids"].shape == (2, 8)
 
 
 def test_a_batch_without_loss_is_an_error() -> None:

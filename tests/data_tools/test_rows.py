@@ -19,7 +19,7 @@ ANSWER = {"role": "assistant", "content": "a"}
     ("row", "code", "detail"),
     [
         ([], "not_an_object", "JSON list"),
-        ({}, "no_messages", "must be a list"),
+        ({}, "no_messages", "the keys are none"),
         ({"message": [USER, ANSWER]}, "no_messages", "'message'"),
         ({"messages": []}, "no_messages", ""),
         ({"messages": [USER]}, "no_assistant_turn", ""),

@@ -15,6 +15,7 @@ ROOT = Path(finebridge.__file__).parent
 def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder with a model folder ``m`` and a data file ``d.jsonl``; no rank can be started by mistake."""
     (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
     (tmp_path / "d.jsonl").write_text('{"messages": []}\n')
     monkeypatch.chdir(tmp_path)
     for name in ("NODE_IP_LIST", "HOST_GPU_NUM"):

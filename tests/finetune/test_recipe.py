@@ -28,6 +28,7 @@ def needed(tmp_path: Path) -> dict[str, Any]:
     """The least that a run needs: a model folder and a data file."""
     (tmp_path / "model").mkdir()
     (tmp_path / "data.jsonl").write_text('{"messages": []}\n')
+    (tmp_path / "model" / "config.json").write_text("{}")
     return {"model_name_or_path": str(tmp_path / "model"), "train_data_file": str(tmp_path / "data.jsonl")}
 
 
@@ -126,7 +127,7 @@ EQUAL: list[dict[str, Any]] = [
     {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
     {"label_names": ["a", "b"], "include_for_metrics": ["loss"]},
     {"report_to": "none"},
-    {"report_to": ["tensorboard", "wandb"]},
+    {"report_to": ["clearml", "comet_ml"]},
     {"report_to": []},
     {"optim_target_modules": ["q_proj", "v_proj"]},
     {"run_name": "a b=c ä $(x)"},

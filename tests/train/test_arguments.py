@@ -19,6 +19,7 @@ FROZEN = Path(__file__).parents[1] / "house" / "flags.json"
 
 @pytest.fixture
 def base(tmp_path: Path, train_file: Path) -> list[str]:
+    (tmp_path / "config.json").write_text("{}")
     return ["--model_name_or_path", str(tmp_path), "--train_data_file", str(train_file)]
 
 
@@ -191,16 +192,17 @@ def test_wrong_flags_are_told(base: list[str], words: str, message: str) -> None
     [
         ("--train_data_file x.jsonl", ArgumentsError, "--model_name_or_path is missing"),
         ("--model_name_or_path ./nowhere --train_data_file x.jsonl", ArgumentsError, "no such folder"),
-        ("--model_name_or_path /tmp", ArgumentsError, "--train_data_file is missing"),
-        ("--model_name_or_path /tmp --train_data_file gone.jsonl", DataError, "no such data file"),
-        ("--model_name_or_path /tmp --use_dummy_data --deepspeed ds_zero4", DeepSpeedConfigError, "no such file"),
-        ("--model_name_or_path /tmp --use_dummy_data --max_seq_length 1", DataError, "at least 2"),
+        ("--model_name_or_path MODEL", ArgumentsError, "--train_data_file is missing"),
+        ("--model_name_or_path MODEL --train_data_file gone.jsonl", DataError, "no such data file"),
+        ("--model_name_or_path MODEL --use_dummy_data --deepspeed ds_zero4", DeepSpeedConfigError, "no such file"),
+        ("--model_name_or_path MODEL --use_dummy_data --max_seq_length 1", DataError, "at least 2"),
         ("--config_name qwen3 --use_dummy_data", ArgumentsError, "needs --tokenizer_name_or_path"),
     ],
 )
-def test_missing_inputs_are_told(words: str, error: type[Exception], message: str) -> None:
+def test_missing_inputs_are_told(words: str, error: type[Exception], message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(error, match=re.escape(message)):
-        parse(words.split())
+        parse(words.replace("MODEL", str(tmp_path)).split())
 
 
 def test_forms_of_a_flag() -> None:
@@ -229,6 +231,7 @@ def test_values_of_a_recipe_have_their_types(base: list[str]) -> None:
 
 def test_resume_without_a_model_takes_the_checkpoint(train_file: Path, tmp_path: Path) -> None:
     """As the Hunyuan README says: give --resume_from_checkpoint and leave --model_name_or_path out."""
+    (tmp_path / "config.json").write_text("{}")
     args = parse(["--train_data_file", str(train_file), "--resume_from_checkpoint", str(tmp_path)])
     assert args.model.model_name_or_path == str(tmp_path)
 
@@ -252,3 +255,42 @@ def test_hf_flags_are_those_of_the_class() -> None:
 )
 def test_schedule(name: str, min_lr: float, expected: tuple[str, dict[str, Any]]) -> None:
     assert schedule(name, min_lr, 1e-5) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--eval_strategy steps", "--eval_strategy steps needs --eval_data_file"),
+        ("--report_to wandb", "--report_to wandb: not installed"),
+        ("--save_on_each_node", "must be one folder that all ranks share"),
+        ('--min_lr 1e-6 --lr_scheduler_type cosine --lr_scheduler_kwargs {"min_lr":1e-7}', "both set a floor"),
+        ("--preprocessing_num_workers 0", "at least 1"),
+    ],
+)
+def test_what_transformers_would_say_late_is_said_at_once(base: list[str], words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse([*base, *words.split()])
+
+
+def test_settings_that_fix_what_a_flag_says_otherwise(base: list[str], tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(
+        json.dumps({"train_micro_batch_size_per_gpu": 1, "optimizer": {"params": {"lr": 3e-4}}})
+    )
+    words = ["--deepspeed", str(tmp_path / "ds.json"), "--learning_rate", "3e-4"]
+    with pytest.raises(DeepSpeedConfigError, match=r"per_gpu is 1 but --per_device_train_batch_size is 2"):
+        parse([*base, *words, "--per_device_train_batch_size", "2"])
+    assert parse([*base, *words, "--per_device_train_batch_size", "1"])
+
+
+def test_more_forms_of_flags(base: list[str]) -> None:
+    args = parse([*base, "--report_to", "clearml", "comet_ml", "--no_tie_word_embeddings", "--group_by_length", "no"])
+    assert args.hf["report_to"] == ["clearml", "comet_ml"]
+    assert args.model.tie_word_embeddings is False
+    assert "train_sampling_strategy" not in args.hf
+    assert any("never evaluated" in text for text in parse([*base, "--eval_data_file", base[3]]).warnings)
+
+
+def test_an_output_folder_is_named_when_its_checkpoint_is_meant(train_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-20").mkdir()
+    with pytest.raises(ArgumentsError, match=r"no config\.json there; did you mean .*checkpoint-20\?"):
+        parse(["--model_name_or_path", str(tmp_path), "--train_data_file", str(train_file)])

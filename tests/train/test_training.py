@@ -267,3 +267,85 @@ def test_bf16_never_trains_without_fp32_masters(
     argv = flags(models("hunyuan_v1_dense"), train_file, tmp_path, max_steps=1, bf16="true", **more)
     ranks.run(argv, tmp_path / "log").check()
     assert json.loads((tmp_path / "checkpoint-1" / "config.json").read_text())["dtype"] == dtype
+
+
+def test_spoilt_weights_are_never_saved(ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path) -> None:
+    """Between two log lines too: the weights themselves are looked at before each save."""
+    more = {"learning_rate": 1e30, "save_steps": 2, "max_steps": 8, "logging_steps": 100, "max_grad_norm": 0}
+    done = ranks.run(flags(models("hunyuan_v1_dense"), train_file, tmp_path, **more), tmp_path / "log", ranks=2)
+    assert 1 in done.codes
+    assert "not finite" in done.text
+    assert not list(tmp_path.glob("*checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"per_device_train_batch_size": 2}, "per_device_train_batch_size was 4, is 2"),
+        ({"seed": 7}, "seed was 42, is 7"),
+        ({"max_seq_length": 64}, "max_seq_length was 2048, is 64"),
+        ({"train_data_file": "other"}, "data was"),
+    ],
+)
+def test_resume_with_another_order_of_samples_is_refused(
+    change: dict[str, Any], named: str, ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path
+) -> None:
+    if "train_data_file" in change:
+        lines = train_file.read_text().splitlines()[:12]
+        (tmp_path / "other.jsonl").write_text("\n".join(lines))
+        change = {"train_data_file": tmp_path / "other.jsonl"}
+    argv = {"max_steps": 1}
+    ranks.run(flags(models("hunyuan_v1_dense"), train_file, tmp_path, **argv), tmp_path / "log").check()
+    again = flags(models("hunyuan_v1_dense"), train_file, tmp_path, **argv, **change)
+    done = ranks.run([*again, "--resume_from_checkpoint"], tmp_path / "log2")
+    assert done.codes == [2]
+    assert named in done.text
+
+
+def test_best_and_last_stay(ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path) -> None:
+    more = {
+        "eval_data_file": train_file, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 6,
+        "save_total_limit": 1, "load_best_model_at_end": "true", "metric_for_best_model": "eval_loss",
+        "learning_rate": 0.5, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    done = ranks.run(flags(models("hunyuan_v1_dense"), train_file, tmp_path, **more), tmp_path / "log").check()
+    left = {path.name for path in tmp_path.glob("checkpoint-*")}
+    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    assert left == {"checkpoint-6", Path(state["best_model_checkpoint"]).name}
+    assert Path(state["best_model_checkpoint"]).is_dir()
+    assert "checkpoint-6" in done.text
+
+
+def test_generation_stops_where_the_trained_answers_end(
+    ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path
+) -> None:
+    """A chat template whose end is not the model's own end token: both stop generation, in the model and the adapter."""
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(models("hunyuan_v1_dense"), base)
+    settings = json.loads((base / "generation_config.json").read_text())
+    terminator = settings["eos_token_id"]
+    settings["eos_token_id"] = 3
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    for more in ({}, {"use_lora": "true", "lora_rank": 2}):
+        out = tmp_path / f"out{len(more)}"
+        done = ranks.run(flags(base, train_file, out, max_steps=1, **more), out / "log").check()
+        saved = json.loads((out / "checkpoint-1" / "generation_config.json").read_text())
+        assert saved["eos_token_id"] == [3, terminator]
+        assert "generation will stop at" in done.text
+
+
+def test_intervals_come_from_the_flags_on_resume(
+    ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path
+) -> None:
+    base = models("hunyuan_v1_dense")
+    ranks.run(flags(base, train_file, tmp_path, max_steps=2, save_steps=50), tmp_path / "log").check()
+    argv = flags(base, train_file, tmp_path, max_steps=6, save_steps=2)
+    ranks.run([*argv, "--resume_from_checkpoint"], tmp_path / "log2").check()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (2, 4, 6)}
+
+
+def test_report_to_none_trains(ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path) -> None:
+    argv = flags(models("hunyuan_v1_dense"), train_file, tmp_path, max_steps=1, report_to="none")
+    assert "done: 1 steps" in ranks.run(argv, tmp_path / "log").check().text

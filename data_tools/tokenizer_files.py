@@ -1,0 +1,31 @@
+"""Load a tokenizer from a folder or the Hub, with one clear message when that fails."""
+
+from pathlib import Path
+from typing import Any
+
+from ..storage.assets import is_tokenizer_asset, read_json
+from .schema import DataError
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False, cache_dir: str | None = None) -> Any:
+    """The tokenizer of a folder or Hub name, by transformers. Raises DataError naming the path and what is wrong."""
+    folder = Path(path)
+    if folder.is_dir() and not any(is_tokenizer_asset(file.name) for file in folder.iterdir()):
+        raise DataError(f"{path}: no tokenizer there (no tokenizer.json, tokenizer_config.json or vocabulary)")
+    if not folder.exists() and (len(folder.parts) != 2 or folder.parent.is_dir() or path.startswith((".", "/"))):  # noqa: PLR2004
+        raise DataError(f"{path}: no such folder (the current folder is {Path.cwd()})")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, cache_dir=cache_dir)
+    except Exception as error:
+        hint = remote_code_hint(folder, allowed=trust_remote_code)
+        raise DataError(f"the tokenizer of {path} does not load: {type(error).__name__}: {error}{hint}") from error
+
+
+def remote_code_hint(folder: Path, *, allowed: bool) -> str:
+    """A line for the user when a folder's configs name Python code of their own that may not run."""
+    names = ("config.json", "tokenizer_config.json")
+    if allowed or not any((folder / name).is_file() and "auto_map" in read_json(folder / name) for name in names):
+        return ""
+    return f"\n{folder} comes with Python code of its own; read it, then allow it with --trust_remote_code"
