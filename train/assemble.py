@@ -21,7 +21,7 @@ from ..storage.publish import write_text
 from . import runtime
 from .arguments import Arguments
 from .callbacks import FiniteGuard, SaveLastStep
-from .checkpoint import find_resume, on_main
+from .checkpoint import check_shared, find_resume, on_main
 from .freeze import train_only
 from .hf_flags import ArgumentsError, hf_value
 from .lora import add_lora
@@ -54,6 +54,7 @@ def assemble(args: Arguments) -> Run:
     runtime.start(settings)
     hf_args = _training_arguments(args, settings)
     runtime.check_world(hf_args.world_size)
+    check_shared(output_dir)
     made_from = _made_from(args, hf_args, train_data)
     resume = args.hf.get("resume_from_checkpoint")
     resume_from = on_main(

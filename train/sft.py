@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runtime.say(f"warning: {text}")
     try:
         run = assemble(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, runtime.RuntimeSetupError) as error:
         return _refuse(error)
     try:
         result = run.trainer.train(resume_from_checkpoint=run.resume_from)

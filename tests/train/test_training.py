@@ -1,6 +1,10 @@
 """The real trainer on one or two ranks: what it trains, saves, refuses and resumes."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -349,3 +353,30 @@ def test_intervals_come_from_the_flags_on_resume(
 def test_report_to_none_trains(ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path) -> None:
     argv = flags(models("hunyuan_v1_dense"), train_file, tmp_path, max_steps=1, report_to="none")
     assert "done: 1 steps" in ranks.run(argv, tmp_path / "log").check().text
+
+
+def test_an_output_folder_that_ranks_do_not_share_is_refused(models: Models, train_file: Path, tmp_path: Path) -> None:
+    """Two ranks in different current folders, with a relative --output_dir: each would write a checkpoint of its own."""
+    base = models("hunyuan_v1_dense")
+    code = (
+        "import os, sys; os.makedirs(sys.argv[1] + os.environ['RANK'], exist_ok=True);"
+        "os.chdir(sys.argv[1] + os.environ['RANK']);"
+        "from finebridge.train.sft import main; sys.exit(main(sys.argv[2:]))"
+    )
+    words = [str(word) for word in flags(base, train_file, Path("out"), max_steps=1)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "node"), *words],
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": port},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2]
+    assert "ranks [1] do not see what rank 0 writes there" in errors[0]
+    assert not list(tmp_path.glob("node*/out/*checkpoint*"))
