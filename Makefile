@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 check:  ## style and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m pyright
+	$(PYTHON) -m pyright --pythonpath $(PYTHON)
 
 test:  ## the default tier
 	bash tests/run.sh
