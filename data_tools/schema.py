@@ -26,10 +26,14 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a row comes from: a file and its line, counted from 1."""
+    """Where a row comes from: a file, its line (or row of a table), counted from 1, and the byte at which a line starts.
+
+    ``offset`` counts bytes of the decompressed file; it is -1 for the rows of tables (Parquet, Arrow, CSV).
+    """
 
     file: Path
     line: int
+    offset: int = -1
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
@@ -63,6 +67,21 @@ class Sample:
 
     messages: tuple[Message, ...]
     template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two answers to one conversation, of which ``chosen`` is the better one; both share every turn before the last."""
+
+    chosen: Sample
+    rejected: Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text for pretraining: every token carries loss."""
+
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
