@@ -4,10 +4,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .schema import DataError
-from .thinking import ThinkMode
+from .thinking import EnableThinking, ThinkMode
 
+DataFormat = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "instruction", "pai", "prompt_response", "preference", "text"
+]
 MaskCompat = Literal["none", "hunyuan"]
-OverLong = Literal["drop", "truncate", "error"]
+OverLong = Literal["drop", "split_turns", "truncate_context", "truncate", "error"]
 
 
 @dataclass(kw_only=True)
@@ -18,14 +21,40 @@ class DataArguments:
     """
 
     train_data_file: str | None = field(
-        default=None, metadata={"help": "training data: .jsonl files, comma-separated, globs allowed"}
+        default=None,
+        metadata={
+            "help": "training data: .jsonl, .json, .parquet, .arrow, .csv or .txt (also .gz, .zst), folders, "
+            "comma-separated, globs allowed"
+        },
     )
     eval_data_file: str | None = field(default=None, metadata={"help": "held-out data, same form"})
     max_seq_length: int = field(default=2048, metadata={"help": "longest sample in tokens; see --over_long"})
     over_long: OverLong = field(
         default="drop",
         metadata={
-            "help": "samples over --max_seq_length: drop (counted and listed), truncate (cuts the answer's end), error"
+            "help": "samples over --max_seq_length: drop (counted and listed), split_turns (several samples of whole "
+            "exchanges), truncate_context (the last whole exchanges that fit), truncate (cuts the answer's end), error"
+        },
+    )
+    data_format: DataFormat = field(
+        default="auto",
+        metadata={
+            "help": "what the rows are; auto: told by the columns of each file's first row (instruction, input and output "
+            "are then read as alpaca)"
+        },
+    )
+    map_keys: str | None = field(
+        default=None, metadata={"help": """names of the columns as JSON, for example {"prompt": "question"}"""}
+    )
+    handler_name: str | None = field(
+        default=None,
+        metadata={"help": "MindSpeed-LLM's name for --data_format, for example AlpacaStyleInstructionHandler"},
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "share rows of --max_seq_length tokens among samples, which never read one another; batch sizes then "
+            "count rows, so fewer steps make an epoch"
         },
     )
     chat_template: str | None = field(
@@ -34,12 +63,26 @@ class DataArguments:
     think_mode: ThinkMode = field(
         default="keep", metadata={"help": "keep the data's thinking, or make it fast (/no_think), slow or mixed"}
     )
+    enable_thinking: EnableThinking | None = field(
+        default=None,
+        metadata={
+            "help": "for templates with this switch: true (turns without a thought learn an empty one), false (no thoughts), "
+            "none (each turn as it is)"
+        },
+    )
+    append_eod: bool = field(
+        default=False, metadata={"help": "pretraining text: end each document with the end-of-text token"}
+    )
     mask_compat: MaskCompat = field(
         default="none",
         metadata={"help": "hunyuan: the token that opens the answer carries loss too, as in Tencent's scripts"},
     )
-    max_bad_ratio: float = field(
-        default=0.05, metadata={"help": "stop when more than this share of the rows is rejected; 0 is strict"}
+    max_rejects: float | None = field(
+        default=None,
+        metadata={
+            "help": "stop when more than this share of the rows is rejected; default: 0.05, and 0 for rows that cannot be "
+            "read at all"
+        },
     )
     prepared_data_dir: str | None = field(
         default=None, metadata={"help": "where tokenised data is kept and reused; default: OUTPUT_DIR/prepared_data"}
@@ -58,8 +101,8 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.max_seq_length < 2:  # noqa: PLR2004 - one token to read, one to predict
             raise DataError(f"--max_seq_length {self.max_seq_length}: at least 2 tokens are needed")
-        if not 0 <= self.max_bad_ratio <= 1:
-            raise DataError(f"--max_bad_ratio {self.max_bad_ratio}: a share between 0 and 1 is expected")
+        if self.max_rejects is not None and not 0 <= self.max_rejects <= 1:
+            raise DataError(f"--max_rejects {self.max_rejects}: a share between 0 and 1 is expected")
         if self.preprocessing_num_workers is not None and self.preprocessing_num_workers < 1:
             raise DataError(f"--preprocessing_num_workers {self.preprocessing_num_workers}: at least 1 is needed")
         if self.use_dummy_data and self.train_data_file:

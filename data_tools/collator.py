@@ -1,7 +1,13 @@
-"""Samples to a batch: padded on the right to the longest, the mask from lengths, never from the pad token's id."""
+"""Samples or packs to a batch.
+
+Samples are padded on the right to the longest, the mask from lengths, never from the pad token's id. Packs become one
+row without padding, in which positions restart at 0 where a sample starts.
+"""
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from .dataset import IGNORE_INDEX, Item
@@ -31,4 +37,34 @@ class PaddingCollator:
             batch["attention_mask"][row, :length] = 1
         if not (batch["labels"][:, 1:] != IGNORE_INDEX).any():
             raise ValueError("a batch in which no token carries loss reached the collator")
+        return batch
+
+
+class FlatteningCollator:
+    """Joins packs into one row: ``input_ids``, ``labels`` and ``position_ids``, int64, shape [1, tokens].
+
+    There is no ``attention_mask`` and no cache: transformers reads the samples' borders from ``position_ids`` only
+    without either (``masking_utils.find_packed_sequence_indices``), and attends across them in silence otherwise. With
+    ``borders`` the batch has what attention without masks takes instead: ``cu_seq_lens_q`` and ``_k`` (int32, shape
+    [samples + 1], where each sample starts and the last one ends) and ``max_length_q`` and ``_k`` (int). Raises
+    ValueError when no position of the batch carries loss.
+    """
+
+    def __init__(self, *, borders: bool) -> None:
+        self.borders = borders
+
+    def __call__(self, packs: Sequence[Item]) -> dict[str, Any]:
+        lengths = np.concatenate([pack["lengths"] for pack in packs])
+        ends = np.cumsum(lengths)
+        batch: dict[str, Any] = {
+            name: torch.from_numpy(np.concatenate([pack[name] for pack in packs]))[None]
+            for name in ("input_ids", "labels")
+        }
+        batch["position_ids"] = torch.from_numpy(np.arange(ends[-1]) - np.repeat(ends - lengths, lengths))[None]
+        if not (batch["labels"] != IGNORE_INDEX).any():
+            raise ValueError("a batch in which no token carries loss reached the collator")
+        if self.borders:
+            starts = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32))
+            batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = starts
+            batch["max_length_q"] = batch["max_length_k"] = int(lengths.max())
         return batch

@@ -3,18 +3,36 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from .arguments import OverLong
 from .indexed import IndexedReader
+from .packing import Packs
 from .schema import DataError, Origin
 
 IGNORE_INDEX = -100
 _SHOWN = 5
 
 Item = dict[str, npt.NDArray[np.int64]]
+
+
+class Samples(Protocol):
+    """What a dataset of samples offers: ``lengths`` (int64, shape [samples]) tell each sample's tokens without reading it."""
+
+    key: str
+    terminators: list[int]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of every sample."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Item: ...
 
 
 class PreparedDataset:
@@ -57,6 +75,7 @@ class PreparedDataset:
         self._index = np.flatnonzero(keep)
         if not len(self._index):
             raise DataError(f"every sample is over --max_seq_length {max_length}; raise it")
+        self.lengths = np.minimum(self._tokens.lengths[self._index], max_length).astype(np.int64)
 
     def origin_of(self, number: int) -> Origin:
         """File and line of a sample of the prepared dataset (its number there, not after dropping)."""
@@ -82,6 +101,7 @@ class DummyDataset:
         self.vocab_size, self.length, self.count, self.seed = vocab_size, length, count, seed
         self.key = f"dummy-{vocab_size}-{length}-{count}-{seed}"
         self.terminators: list[int] = []
+        self.lengths = np.full(count, length, dtype=np.int64)
 
     def __len__(self) -> int:
         return self.count
@@ -91,3 +111,34 @@ class DummyDataset:
             raise IndexError(index)
         ids = np.random.default_rng([self.seed, index]).integers(0, self.vocab_size, self.length, dtype=np.int64)
         return {"input_ids": ids, "labels": ids.copy()}
+
+
+class PackedDataset:
+    """Packs of another dataset's samples as ``{"input_ids", "labels", "lengths"}``, all int64.
+
+    The first two have the shape [tokens of the pack]; ``lengths`` (shape [samples of the pack]) cuts them. The first
+    label of every sample is -100: a model shifts labels by one, so the last token of the sample before would predict it.
+    """
+
+    def __init__(self, data: Samples, packs: Packs) -> None:
+        self.data, self.packs = data, packs
+        self.key, self.terminators = data.key, data.terminators
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Remember the epoch; accelerate's loaders call this on a dataset whatever samplers they are wrapped in."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> Item:
+        items = [self.data[int(number)] for number in self.packs[index]]
+        lengths = np.fromiter((len(item["input_ids"]) for item in items), np.int64, len(items))
+        labels = np.concatenate([item["labels"] for item in items])
+        labels[np.cumsum(lengths) - lengths] = IGNORE_INDEX
+        return {
+            "input_ids": np.concatenate([item["input_ids"] for item in items]),
+            "labels": labels,
+            "lengths": lengths,
+        }

@@ -3,204 +3,248 @@
 The artifact is a folder: ``text_document.bin/.idx`` (Megatron's own format, unpadded, one sample a document),
 ``spans_document.bin/.idx`` (which tokens carry loss), ``rows.npy`` (file number and line of each sample),
 ``rejects.jsonl``, ``report.json`` and ``manifest.json``. Its name is a hash of everything that shapes it, so a second
-run finds it and a changed file, template or tokenizer makes a new one. Sequence length is not part of it: the limit is
-applied when the dataset is opened.
+run finds it and a changed file, template or tokenizer makes a new one. Sequence length is not part of it, unless long
+conversations are cut at their turns: the limit is applied when the dataset is opened. Of a preference pair the chosen
+answer comes first, then the rejected one.
 """
 
 import hashlib
 import json
 import multiprocessing
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from itertools import chain, islice
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-
-from ..storage.manifest import file_sha256
 from ..storage.once import build_once
 from .arguments import DataArguments
-from .formats import parse_row
-from .indexed import IndexedWriter
-from .readers import parse_json, read_lines, resolve_files
-from .schema import DataError, Origin, Rejected, TokenizedSample
-from .templates import ChatTemplate
-from .thinking import apply_mode
-from .tokenization import Tokenization
+from .encoder import EncodedChunk, RowEncoder
+from .engine import EngineDiffers, fast_engine
+from .fitting import BUILD_TIME
+from .formats import RowForm, detect_form
+from .handlers import handler_form, map_keys
+from .progress import Progress
+from .readers import Chunk, files_of, read_chunks, resolve_files, rows_of
+from .schema import DataError, Kind, Rejected
+from .sources import source_sha256, tokenizer_sha256
+from .templates import template_source
+from .tokenizer_files import load_tokenizer
+from .writer import DatasetWriter, describe
 
-FORMAT = 2  # raise when the same input would give other tokens or spans
-_BATCH = 64
-_SMALL = 2000  # rows below which starting worker processes costs more than it saves
-_MAX_WORKERS = 16  # each holds a tokenizer and the libraries, some 300 MB
+FORMAT = 3  # raise when the same input would give other tokens or spans
+UNREADABLE = ("not_utf8", "not_json", "line_too_long", "duplicate_key", "not_an_object")
+_SMALL = 8 << 20  # bytes of data below which starting worker processes costs more than it saves
+_MAX_WORKERS = 16
+_DEFAULT_REJECTS = 0.05
 _SHOWN = 10
+
+StartMethod = Literal["fork", "spawn"]
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
-    """What became of one row: samples, or the code and detail of its rejection."""
+class TokenizerSource:
+    """Where a tokenizer comes from; it is loaded only when something must be built."""
 
-    origin: Origin
-    samples: list[TokenizedSample]
-    reject: tuple[str, str] | None
-    neutralised: bool
+    path: str
+    trust_remote_code: bool = False
+    cache_dir: str | None = None
 
-
-class RowEncoder:
-    """A line of a file to samples."""
-
-    def __init__(self, tokenizer: Any, args: DataArguments) -> None:
-        self.args = args
-        self.tokenization = Tokenization(ChatTemplate(tokenizer, args.chat_template), args.mask_compat)
-
-    def __call__(self, origin: Origin, line: bytes) -> Encoded:
-        """Never raises for a bad row: the reason is part of the result."""
-        before = self.tokenization.neutralised
-        try:
-            sample = parse_row(parse_json(line))
-            separate = self.tokenization.template.reads_reasoning
-            samples = self.tokenization.encode(apply_mode(sample, self.args.think_mode, separate=separate))
-        except Rejected as reason:
-            return Encoded(origin, [], (reason.code, reason.detail), neutralised=False)
-        return Encoded(origin, samples, None, neutralised=self.tokenization.neutralised > before)
+    def load(self) -> Any:
+        """The tokenizer, by transformers. Raises DataError."""
+        return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code, cache_dir=self.cache_dir)
 
 
 def prepare(
-    patterns: Sequence[str], tokenizer: Any, args: DataArguments, cache: Path, say: Callable[[str], None] = print
+    patterns: Sequence[str],
+    tokenizer: TokenizerSource,
+    args: DataArguments,
+    cache: Path,
+    say: Callable[[str], None] = print,
+    start_method: StartMethod = "spawn",
 ) -> Path:
     """The prepared dataset of these files, built when it does not stand yet.
 
-    Safe to call from many processes at once: one builds, the others wait. Raises DataError when a file is unusable, when
-    no row can be trained on, or when more than ``args.max_bad_ratio`` of the rows are rejected.
+    Safe to call from many processes at once: one builds, the others wait. ``fork`` starts workers faster and is for a
+    process that has no threads. Raises DataError when a file is unusable, when no row can be trained on, or when more
+    rows are rejected than ``args.max_rejects`` allows.
     """
-    files = resolve_files(patterns)
-    encoder = RowEncoder(tokenizer, args)
-    hashes = {file: file_sha256(file) for file in files}
+    sources = resolve_files(patterns)
+    files = [file for source in sources for file in files_of(source)]
+    forms = row_forms(files, args)
+    kind = _kind(forms)
+    hashes = source_sha256(files, cache)
     settings = {
         "format": FORMAT,
         "sources": [hashes[file] for file in files],  # a file that is named twice counts twice
-        "tokenizer": tokenizer_sha256(tokenizer),
-        "chat_template": encoder.tokenization.template.source,
+        "forms": [asdict(form) for form in forms],
+        "tokenizer": tokenizer_sha256(tokenizer.path, tokenizer.load),
+        "chat_template": template_source(args.chat_template) if args.chat_template and kind != "document" else None,
         "think_mode": args.think_mode,
+        "enable_thinking": args.enable_thinking,
         "mask_compat": args.mask_compat,
+        "append_eod": args.append_eod,
+        "longest": [args.over_long, args.max_seq_length] if args.over_long in BUILD_TIME else None,
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     target = cache / key
 
     def build(folder: Path) -> Mapping[str, Any]:
-        _write(folder, files, _encode_all(files, encoder, args.preprocessing_num_workers))
-        return {**settings, "files": {str(file): value for file, value in hashes.items()}}
+        _build(folder, files, forms, kind, tokenizer.load(), args, say, start_method)
+        return {**settings, "files": {str(file): hashes[file] for file in files}}
 
     built = build_once(target, build, kind="dataset", say=say)
     report = json.loads((target / "report.json").read_text(encoding="utf-8"))
     say(f"data: {describe(report)}; {'prepared' if built else 'reused'} {target}")
     if report["rejects"]:
         say(f"data: rejected rows are listed in {target / 'rejects.jsonl'}")
-    _check(report, target, args.max_bad_ratio)
+    _check(report, target, args.max_rejects)
     return target
 
 
-def describe(report: Mapping[str, Any]) -> str:
-    """One line on what a prepared dataset holds."""
-    line = (
-        f"{report['rows']:,} rows -> {report['samples']:,} samples, {report['tokens']:,} tokens, "
-        f"{report['loss_tokens']:,} with loss"
-    )
-    if report["rejects"]:
-        line += ", rejected: " + ", ".join(f"{code} {count:,}" for code, count in report["rejects"].items())
-    if report["neutralised"]:
-        line += f"; control tokens written as plain text in {report['neutralised']:,} rows"
-    return line
+def row_forms(files: Sequence[Path], args: DataArguments) -> list[RowForm]:
+    """How the rows of each file are read: as asked for, else told by the file's first row. Raises DataError."""
+    if args.handler_name:
+        if args.data_format != "auto":
+            raise DataError("--handler_name and --data_format say the same thing; give one of them")
+        forms = [handler_form(args.handler_name)] * len(files)
+    elif args.data_format != "auto":
+        forms = [RowForm(args.data_format)] * len(files)
+    elif args.map_keys:
+        raise DataError("--map_keys needs --data_format or --handler_name: which form the renamed columns make")
+    else:
+        forms = [_detected(file) for file in files]
+    return [map_keys(form, args.map_keys) for form in forms] if args.map_keys else forms
 
 
-def tokenizer_sha256(tokenizer: Any) -> str:
-    """A hash of what a tokenizer does to text, without its chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
-    return hashlib.sha256(f"{type(tokenizer).__name__}\n{special}\n{words}".encode()).hexdigest()
+def _detected(file: Path) -> RowForm:
+    for chunk in read_chunks(file, 1 << 16):
+        for origin, row in rows_of(chunk):
+            if not isinstance(row, Rejected):
+                try:
+                    return detect_form(row)
+                except DataError as error:
+                    raise DataError(f"{origin}: {error}") from None
+    raise DataError(f"{file}: no row can be read, so its form is unknown; is it JSON in UTF-8? (--data_format names a form)")
 
 
-def _check(report: Mapping[str, Any], folder: Path, max_bad_ratio: float) -> None:
+def _kind(forms: Sequence[RowForm]) -> Kind:
+    kinds = {_KINDS.get(form.form, "chat") for form in forms}
+    if len(kinds) > 1:
+        raise DataError(f"the files hold rows of different kinds ({', '.join(sorted(kinds))}); build them one by one")
+    return kinds.pop()
+
+
+_KINDS: Mapping[str, Kind] = {"text": "document", "preference": "preference"}
+
+
+def _check(report: Mapping[str, Any], folder: Path, max_rejects: float | None) -> None:
     if not report["rows"]:
         raise DataError(f"{', '.join(report['files'])}: no rows, only blank lines")
     bad = sum(report["rejects"].values())
-    if report["samples"] and bad <= max_bad_ratio * report["rows"]:
+    unreadable = sum(report["rejects"].get(code, 0) for code in UNREADABLE)
+    allowed = (_DEFAULT_REJECTS if max_rejects is None else max_rejects) * report["rows"]
+    broken = max_rejects is None and unreadable > 0
+    if report["samples"] and bad <= allowed and not broken:
         return
     with (folder / "rejects.jsonl").open(encoding="utf-8") as stream:
-        first = [json.loads(line) for line in islice(stream, _SHOWN)]
+        rows = map(json.loads, stream)
+        first = list(islice((row for row in rows if not broken or row["code"] in UNREADABLE), _SHOWN))
     lines = "\n".join(f"  {row['file']}:{row['line']}: {row['code']}: {row['detail']}" for row in first)
     more = f"\n  ... all {bad} in {folder / 'rejects.jsonl'}" if bad > len(first) else ""
-    limit = f"more than --max_bad_ratio {max_bad_ratio:g} allows" if report["samples"] else "none is left to train on"
+    if not report["samples"]:
+        limit = "none is left to train on"
+    elif broken:
+        limit = f"{unreadable} of them cannot be read at all; --max_rejects SHARE allows some (for example 0.001)"
+    else:
+        limit = f"more than --max_rejects {allowed / report['rows']:g} allows"
     raise DataError(f"{bad} of {report['rows']} rows are rejected, {limit}:\n{lines}{more}")
 
 
-def _encode_all(files: Sequence[Path], encoder: RowEncoder, workers: int | None) -> Iterator[Encoded]:
-    """Every row of the files in order, encoded here or by worker processes."""
-    rows = (row for file in files for row in read_lines(file))
-    head = list(islice(rows, _SMALL))
-    if workers is None:
-        # Code that came with the tokenizer cannot be imported by a fresh process before transformers has fetched it.
-        remote = type(encoder.tokenization.tokenizer).__module__.startswith("transformers_modules")
-        workers = 1 if remote or len(head) < _SMALL else min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
-    everything = chain(head, rows)
+def _build(
+    folder: Path,
+    files: Sequence[Path],
+    forms: Sequence[RowForm],
+    kind: Kind,
+    tokenizer: Any,
+    args: DataArguments,
+    say: Callable[[str], None],
+    start_method: StartMethod,
+) -> None:
+    """Write the dataset with the fast engine where it can be trusted, else, or when it is found out, with the other."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    engine = fast_engine(backend, say) if backend is not None else None
+    workers = _workers(files, tokenizer, args.preprocessing_num_workers)
+    for chosen in (engine, None):
+        encoder = RowEncoder(tokenizer, args, kind, chosen)
+        try:
+            with DatasetWriter(folder, files, kind) as writer, Progress(files, say) as progress:
+                for chunk in _encoded(files, forms, encoder, workers, start_method, progress):
+                    writer.add(chunk)
+            return
+        except EngineDiffers as error:
+            say(f"data: {error}: the fast engine differs from tokenizers here; building again with tokenizers alone")
+
+
+def _workers(files: Sequence[Path], tokenizer: Any, asked: int | None) -> int:
+    if asked is not None:
+        return asked
+    # Code that came with the tokenizer cannot be imported by a fresh process before transformers has fetched it.
+    remote = type(tokenizer).__module__.startswith("transformers_modules")
+    small = sum(file.stat().st_size for file in files) < _SMALL
+    return 1 if remote or small else min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
+
+
+def _encoded(
+    files: Sequence[Path],
+    forms: Sequence[RowForm],
+    encoder: RowEncoder,
+    workers: int,
+    start_method: StartMethod,
+    progress: Progress,
+) -> Iterator[tuple[int, EncodedChunk]]:
+    """Every chunk of the files in order, with its file's number, encoded here or by worker processes."""
+    jobs = (
+        (number, chunk, form)
+        for number, (file, form) in enumerate(zip(files, forms, strict=True))
+        for chunk in progress.watch(file, read_chunks(file))
+    )
     if workers == 1:
-        for origin, line in everything:
-            yield encoder(origin, line)
+        for number, chunk, form in jobs:
+            yield number, encoder(chunk, form)
         return
-    batches = iter(lambda: list(islice(everything, _BATCH)), [])
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _set_encoder, (encoder.tokenization.tokenizer, encoder.args)) as pool:
-        waiting = deque(pool.submit(_encode_in_worker, batch) for batch in islice(batches, 4 * workers))
-        while waiting:
-            yield from waiting.popleft().result()
-            waiting.extend(pool.submit(_encode_in_worker, batch) for batch in islice(batches, 1))
-
-
-def _write(folder: Path, files: Sequence[Path], rows: Iterable[Encoded]) -> None:
-    numbers = {file: files.index(file) for file in files}
-    rejects: Counter[str] = Counter()
-    total = Counter(rows=0, samples=0, tokens=0, loss_tokens=0, neutralised=0)
-    origins: list[tuple[int, int]] = []
-    terminators: set[int] = set()
-    with (
-        IndexedWriter(folder / "text_document") as tokens,
-        IndexedWriter(folder / "spans_document") as spans,
-        (folder / "rejects.jsonl").open("w", encoding="utf-8") as listed,
-    ):
-        for row in rows:
-            total["rows"] += 1
-            total["neutralised"] += row.neutralised
-            if row.reject:
-                code, detail = row.reject
-                rejects[code] += 1
-                entry = {"file": str(row.origin.file), "line": row.origin.line, "code": code, "detail": detail}
-                listed.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            for sample in row.samples:
-                tokens.add(sample.ids)
-                spans.add(sample.spans.reshape(-1))
-                origins.append((numbers[row.origin.file], row.origin.line))
-                terminators.update(sample.ids[sample.spans[:, 1] - 1].tolist())
-                total["samples"] += 1
-                total["tokens"] += sample.ids.size
-                total["loss_tokens"] += int((sample.spans[:, 1] - sample.spans[:, 0]).sum())
-    np.save(folder / "rows.npy", np.asarray(origins, dtype=np.int64).reshape(-1, 2), allow_pickle=False)
-    report: dict[str, Any] = {**total, "rejects": dict(rejects.most_common()), "files": [str(file) for file in files]}
-    report["terminators"] = sorted(terminators)  # ids that end an answer: generation must stop at them
-    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    global _worker_encoder  # noqa: PLW0603 - forked workers inherit it
+    _worker_encoder = encoder
+    context = multiprocessing.get_context(start_method)
+    state = None if start_method == "fork" else (encoder.tokenizer, encoder.args, encoder.kind, encoder.engine is not None)
+    os.environ["RAYON_NUM_THREADS"] = "1"  # one tokenizing thread a worker
+    try:
+        with ProcessPoolExecutor(workers, context, _set_encoder, (state,)) as pool:
+            waiting = [
+                (number, pool.submit(_encode_in_worker, chunk, form)) for number, chunk, form in islice(jobs, 3 * workers)
+            ]
+            while waiting:
+                number, future = waiting.pop(0)
+                yield number, future.result()
+                waiting += [(n, pool.submit(_encode_in_worker, chunk, form)) for n, chunk, form in islice(jobs, 1)]
+    finally:
+        del os.environ["RAYON_NUM_THREADS"]
+        _worker_encoder = None
 
 
 _worker_encoder: RowEncoder | None = None
 
 
-def _set_encoder(tokenizer: Any, args: DataArguments) -> None:
+def _set_encoder(state: tuple[Any, DataArguments, Kind, bool] | None) -> None:
     global _worker_encoder  # noqa: PLW0603 - the one way to hand a pool's workers their state
-    _worker_encoder = RowEncoder(tokenizer, args)
+    if state is not None:
+        tokenizer, args, kind, fast = state
+        engine = fast_engine(tokenizer.backend_tokenizer, lambda _: None) if fast else None
+        _worker_encoder = RowEncoder(tokenizer, args, kind, engine)
 
 
-def _encode_in_worker(batch: Sequence[tuple[Origin, bytes]]) -> list[Encoded]:
+def _encode_in_worker(chunk: Chunk, form: RowForm) -> EncodedChunk:
     assert _worker_encoder is not None
-    return [_worker_encoder(origin, line) for origin, line in batch]
+    return _worker_encoder(chunk, form)

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 ROLES = ("system", "user", "assistant", "tool")
+Kind = Literal["chat", "preference", "document"]
+"""What the rows of a prepared dataset are: conversations, pairs of answers, or plain text for pretraining."""
 
 
 class Rejected(ValueError):  # noqa: N818 - it is an outcome of a row, like Sample, not a fault of the program

@@ -8,9 +8,10 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .schema import DataError, Message, Rejected
+from .template_names import ALIASES, resolve
 from .thinking import TAGS
 
 FOLDER = Path(__file__).parent / "chat_templates"
@@ -22,15 +23,31 @@ def shipped() -> list[str]:
 
 
 def template_source(name_or_path: str) -> str:
-    """The Jinja source of a shipped template name or of the user's own file. Raises DataError with the nearest name."""
+    """The Jinja source of a shipped template, of another system's name for one, or of the user's own file.
+
+    Raises DataError with the nearest name.
+    """
     own = Path(name_or_path)
     if own.is_file():
         return own.read_text(encoding="utf-8")
-    if name_or_path in shipped():
-        return (FOLDER / f"{name_or_path}.jinja").read_text(encoding="utf-8")
-    near = difflib.get_close_matches(name_or_path, shipped(), n=1, cutoff=0.5)
+    name = resolve(name_or_path) or name_or_path
+    if name in shipped():
+        return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+    near = difflib.get_close_matches(name_or_path, [*shipped(), *ALIASES], n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"shipped are {', '.join(shipped())}"
     raise DataError(f"--chat_template {name_or_path}: no such file and no shipped template of that name; {hint}")
+
+
+class Rendering(Protocol):
+    """What a proof needs of a chat template; see ChatTemplate, which is the real one."""
+
+    source: str
+    special_tokens: frozenset[str]
+    token_pattern: re.Pattern[str]
+
+    def render(self, messages: Sequence[Message], *, prompt: bool, kwargs: Mapping[str, Any]) -> str:
+        """The text of a conversation; with ``prompt`` the inference prompt for the next assistant turn."""
+        ...
 
 
 class ChatTemplate:
@@ -57,7 +74,10 @@ class ChatTemplate:
         special = {str(token) for token in tokenizer.all_special_tokens}
         special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.special_tokens = frozenset(special)
-        self.control_tokens = frozenset(token for token in added if token in special or token in self.source) | special
+        self.control_tokens = self.special_tokens | {token for token in added if token in self.source or token in TAGS}
+        tokens = sorted(self.control_tokens | set(added), key=len, reverse=True)
+        self.token_pattern = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+        self.token_ids: dict[str, int] = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
         self._probe(chosen)
 
     def render(self, messages: Sequence[Message], *, prompt: bool, kwargs: Mapping[str, Any]) -> str:

@@ -8,16 +8,23 @@ line break before ``</think>``; it is normalised. Source: Tencent-Hunyuan/Hunyua
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
-from .schema import Message, Rejected, Sample
+from .schema import DataError, Message, Rejected, Sample
 
+EnableThinking = Literal["true", "false", "none"]
 ThinkMode = Literal["keep", "fast", "slow", "mixed"]
 THINK_MODES: tuple[ThinkMode, ...] = ("keep", "fast", "slow", "mixed")
 NO_THINK = "/no_think"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 _FORM = re.compile(r"\s*<think>\n?(.*?)\n?</think>\s*<answer>\n?(.*?)\n?</answer>\s*", re.DOTALL)
+
+
+class HasSource(Protocol):
+    """A chat template, as far as its Jinja source is asked for."""
+
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,30 @@ def parse(content: str) -> ThinkAnswer | None:
         if match or "<answer>" in content or "</answer>" in content:
             raise Rejected("bad_think", "not <think>...</think><answer>...</answer> with each tag once")
     return None
+
+
+def enable_thinking(sample: Sample, switch: EnableThinking | None, template: HasSource) -> Sample:
+    """The sample under MindSpeed-LLM's ``--enable-thinking``, for templates with such a switch (Qwen3).
+
+    ``false`` takes every thought away and asks without thinking, so the empty thought stands in the prompt, without loss;
+    ``true`` asks with thinking, so a turn without a thought answers with an empty one, which carries loss; ``none`` (and
+    not given) asks with thinking where there is a thought. A row's own ``enable_thinking`` wins. Raises DataError.
+    """
+    if switch in (None, "none"):
+        return sample
+    if "enable_thinking" not in template.source:
+        raise DataError(f"--enable_thinking {switch}: this chat template has no such switch; see --think_mode")
+    messages = sample.messages
+    if switch == "false":
+        messages = tuple(_without_thought(turn) if turn.role == "assistant" else turn for turn in messages)
+    return Sample(messages, {"enable_thinking": switch == "true", **sample.template_kwargs})
+
+
+def _without_thought(message: Message) -> Message:
+    value = parse(message.content)
+    if value is not None:
+        return replace(message, content=replace(value, thought="").render(), reasoning=None)
+    return replace(message, content=_plain(message).answer, reasoning=None)
 
 
 def apply_mode(sample: Sample, mode: ThinkMode, *, separate: bool) -> Sample:

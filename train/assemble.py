@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from ..data_tools.arguments import DataArguments
-from ..data_tools.collator import PaddingCollator
-from ..data_tools.dataset import DummyDataset, PreparedDataset
+from ..data_tools.collator import FlatteningCollator, PaddingCollator
+from ..data_tools.dataset import DummyDataset, PackedDataset, PreparedDataset, Samples
+from ..data_tools.packing import pack, spread
 from ..data_tools.preprocess import prepare
 from ..data_tools.tokenizer_files import load_tokenizer
 from ..ds_configs.resolve import resolve, zero_stage
 from ..storage.publish import write_text
 from . import runtime
 from .arguments import Arguments
+from .attention import IsolationProof, check_trainable, takes_borders
 from .callbacks import FiniteGuard, SaveLastStep
 from .checkpoint import check_shared, find_resume, on_main
 from .freeze import train_only
@@ -55,6 +57,8 @@ def assemble(args: Arguments) -> Run:
     hf_args = _training_arguments(args, settings)
     runtime.check_world(hf_args.world_size)
     check_shared(output_dir)
+    if args.data.packing:
+        train_data, eval_data = _packed(args, hf_args, train_data, eval_data)
     made_from = _made_from(args, hf_args, train_data)
     resume = args.hf.get("resume_from_checkpoint")
     resume_from = on_main(
@@ -62,15 +66,22 @@ def assemble(args: Arguments) -> Run:
     )
     model = _model(args, hf_args, settings, tokenizer)
     _stop_at(model, train_data.terminators, tokenizer)
-    pad_id = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    callbacks: list[TrainerCallback] = [FiniteGuard(), SaveLastStep()]
+    if args.data.packing:
+        check_trainable(model, hf_args.device, runtime.say)
+        collator = FlatteningCollator(borders=takes_borders(model))
+        callbacks.append(IsolationProof())
+    else:
+        pad_id = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+        collator = PaddingCollator(pad_id)
     trainer = FinetuneTrainer(
         model=model,
         args=hf_args,
         train_dataset=train_data,  # pyright: ignore[reportArgumentType] - map-style by its methods, as torch asks
         eval_dataset=eval_data,  # pyright: ignore[reportArgumentType]
-        data_collator=PaddingCollator(pad_id),
+        data_collator=collator,
         processing_class=tokenizer,
-        callbacks=[FiniteGuard(), SaveLastStep()],
+        callbacks=callbacks,
     )
     if args.model.model_name_or_path and Path(args.model.model_name_or_path).is_dir():
         trainer.base = Path(args.model.model_name_or_path)
@@ -110,6 +121,39 @@ def _open_prepared(
     return dataset
 
 
+def _packed(
+    args: Arguments, hf_args: TrainingArguments, train_data: Samples, eval_data: Samples | None
+) -> tuple[Any, Any]:
+    """Both datasets in packs of ``--max_seq_length`` tokens. Raises ArgumentsError for flags that rule each other out."""
+    told: Any = hf_args.accelerator_config
+    if hf_args.train_sampling_strategy != "random":
+        raise ArgumentsError("--packing has an order of its own; leave --train_sampling_strategy out")
+    if told.split_batches or told.dispatch_batches:
+        raise ArgumentsError("--packing deals rows to ranks itself; leave split_batches and dispatch_batches out")
+    if hf_args.n_gpu > 1:
+        raise ArgumentsError(
+            "--packing needs one process a GPU: start it with a launcher, for example bash train/train.sh"
+        )
+    seed = hf_args.seed if hf_args.data_seed is None else hf_args.data_seed
+    sizes = {"training": hf_args.per_device_train_batch_size, "evaluation": hf_args.per_device_eval_batch_size}
+    result: list[PackedDataset | None] = []
+    for data, (use, batch) in zip((train_data, eval_data), sizes.items(), strict=True):
+        if data is None:
+            result.append(None)
+            continue
+        at_once = hf_args.world_size * batch
+        packs = spread(pack(data.lengths, args.data.max_seq_length, seed), data.lengths, at_once)
+        filled = int(data.lengths.sum()) / (len(packs) * packs.capacity)
+        runtime.say(
+            f"packing: {len(data)} {use} samples share {len(packs)} rows of {packs.capacity} tokens, {filled:.2%} full"
+        )
+        if left := -len(packs) % at_once:
+            fate = f"{at_once - left} are left out" if hf_args.dataloader_drop_last else f"{left} are used twice"
+            runtime.say(f"packing: of the {use} rows {fate} in each epoch, as ranks x batch size is {at_once}")
+        result.append(PackedDataset(data, packs))
+    return result[0], result[1]
+
+
 def _training_arguments(args: Arguments, settings: dict[str, Any] | None) -> TrainingArguments:
     values = dict(args.hf)
     name, kwargs = schedule(
@@ -140,6 +184,7 @@ def _made_from(args: Arguments, hf_args: TrainingArguments, data: Any) -> dict[s
         "data": data.key,
         "max_seq_length": args.data.max_seq_length,
         "samples": len(data),
+        "packing": data.packs.key if isinstance(data, PackedDataset) else "none",
     }
     model = args.model.model_name_or_path or args.model.config_name
     return {"model": model, "train_data_file": args.data.train_data_file, "order": order}

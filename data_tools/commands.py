@@ -1,0 +1,105 @@
+"""Command lines of the data verbs: one set of flags, taken from DataArguments, with MindSpeed-LLM's names beside."""
+
+import argparse
+import types
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .arguments import DataArguments
+from .preprocess import TokenizerSource
+from .schema import DataError
+
+_NOT_HERE = ("train_data_file", "eval_data_file", "prepared_data_dir", "use_dummy_data", "model_size", "complex_data", "packing")
+_OTHER_NAMES = {
+    "preprocessing_num_workers": ("--workers",),
+    "chat_template": ("--prompt_type",),
+    "max_seq_length": ("--seq_length", "--model_max_length"),
+}
+
+
+def data_parser(verb: str, description: str, *, files: str = "*") -> argparse.ArgumentParser:
+    """A parser with the data files, the tokenizer and every flag of DataArguments; each name also with dashes."""
+    parser = argparse.ArgumentParser(f"finebridge data {verb}", description=description, allow_abbrev=False)
+    parser.add_argument("files", nargs=files, metavar="FILE", help="data files, folders or globs")
+    add(parser, "--data_path", "--input", dest="data_path", help="the same as FILE, comma-separated")
+    add(parser, "--tokenizer_name_or_path", "--model_name_or_path", dest="tokenizer", required=True)
+    add(parser, "--trust_remote_code", action="store_true", help="run the tokenizer's own .py files")
+    add(parser, "--json_keys", help="pretraining text: the column that holds it (default: text)")
+    hints = get_type_hints(DataArguments)
+    for entry in fields(DataArguments):
+        if entry.name not in _NOT_HERE:
+            names = (f"--{entry.name}", *_OTHER_NAMES.get(entry.name, ()))
+            add(parser, *names, dest=entry.name, **_argument(entry, hints[entry.name]))
+    return parser
+
+
+def add(parser: argparse.ArgumentParser, *names: str, **settings: Any) -> None:
+    """A flag under all its names, spelt with underscores and with dashes."""
+    both = [spelling for name in names for spelling in dict.fromkeys((name, "--" + name[2:].replace("_", "-")))]
+    parser.add_argument(*both, **settings)
+
+
+def read_arguments(values: argparse.Namespace) -> tuple[list[str], TokenizerSource, DataArguments]:
+    """Files, tokenizer and DataArguments of a parsed command line. Raises DataError."""
+    given = {entry.name: getattr(values, entry.name) for entry in fields(DataArguments) if hasattr(values, entry.name)}
+    if values.json_keys:
+        if given["map_keys"]:
+            raise DataError("--json_keys and --map_keys both name columns; give one of them")
+        given["data_format"] = "text"
+        given["map_keys"] = '{"text": "%s"}' % values.json_keys
+    files = [*values.files, *([values.data_path] if values.data_path else [])]
+    if not files:
+        raise DataError("name at least one data file")
+    source = TokenizerSource(values.tokenizer, trust_remote_code=values.trust_remote_code)
+    return files, source, DataArguments(**given)
+
+
+def _argument(entry: "Field[Any]", kind: Any) -> dict[str, Any]:
+    """What argparse needs to read a field of DataArguments."""
+    result: dict[str, Any] = {"help": entry.metadata["help"].replace("%", "%%")}
+    result["default"] = None if entry.default is MISSING else entry.default
+    if get_origin(kind) in (Union, types.UnionType):
+        kind = next(part for part in get_args(kind) if part is not type(None))
+    if kind is bool:
+        return {**result, "action": "store_true"}
+    if get_origin(kind) is Literal:
+        return {**result, "choices": get_args(kind)}
+    return {**result, "type": kind}
+
+
+def build_main(argv: Sequence[str]) -> int:
+    """``finebridge data build``: prepare data ahead of training; the last line printed is the folder. Raises DataError."""
+    from pathlib import Path
+
+    from .preprocess import prepare
+
+    parser = data_parser("build", "Tokenise data once, ahead of training. The last line printed is the prepared folder.")
+    add(parser, "--output_dir", help="where the prepared folder goes (the --prepared_data_dir of a training run)")
+    add(parser, "--output_prefix", help="write the files MindSpeed-LLM and Megatron-LM read, under this prefix, too")
+    add(parser, "--pack", action="store_true", help="with --output_prefix: packed, as MindSpeed-LLM's --pack")
+    add(parser, "--neat_pack", action="store_true", help="with --output_prefix: packed, samples kept apart")
+    add(parser, "--n_subs", type=int, help="accepted and not needed: memory is bounded")
+    values = parser.parse_args(argv)
+    if not values.output_dir and not values.output_prefix:
+        raise DataError("--output_dir says where the prepared data goes")
+    files, tokenizer, args = read_arguments(values)
+    output = Path(values.output_dir or Path(values.output_prefix).parent / "prepared_data")
+    folder = prepare(files, tokenizer, args, output, start_method="fork")
+    if values.output_prefix:
+        _export(folder, values, args)
+    print(folder)
+    return 0
+
+
+def _export(folder: Any, values: argparse.Namespace, args: DataArguments) -> None:
+    import json
+
+    from .layouts_cli import export_main
+
+    kind = json.loads((folder / "report.json").read_text(encoding="utf-8"))["kind"]
+    words = ["--layout", "megatron" if kind == "document" else "mindspeed", str(folder), values.output_prefix]
+    words += ["--pack"] * values.pack + ["--neat_pack"] * values.neat_pack
+    if values.pack or values.neat_pack:
+        words += ["--seq_length", str(args.max_seq_length)]
+    export_main(words)

@@ -1,0 +1,371 @@
+"""Rows to token ids and loss spans, a chunk at a time: one pure function, the same bytes wherever it runs.
+
+Most rows take the fast way: a plan for their shape (``plans.py``), all texts of the chunk through the fast engine at once
+(``engine.py``), the proof in arrays. Rows that no plan fits are rendered in full; rows with control tokens in their text,
+or whose tokens do not split where prompt and answer meet, go through ``tokenization.py``, which is the truth: the first
+row of every plan and a running sample of rows are encoded both ways and must agree.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .arguments import DataArguments
+from .engine import EngineDiffers, FastEngine
+from .fitting import BUILD_TIME, fit
+from .formats import RowForm, parse_row
+from .plans import PlannedSample, Planner, fill, stretches_of
+from .readers import Chunk, rows_of
+from .schema import Document, Kind, Origin, Preference, Rejected, Sample, TokenizedSample
+from .templates import ChatTemplate
+from .thinking import apply_mode, enable_thinking
+from .tokenization import DocumentTokenization, Tokenization
+
+_EARLY, _EVERY = 16, 1999  # rows that are encoded both ways: the first of a file, then one in so many
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class EncodedChunk:
+    """What became of a chunk's rows: samples one after the other, and the rows that were rejected.
+
+    ``ids`` (int32) are all tokens, ``lengths`` (int32, one a sample) cut them; ``spans`` (int32, shape [s, 2]) count from
+    each sample's own start, ``span_counts`` (int32) cut them; ``lines`` (int64) are the rows that samples come from.
+    """
+
+    file: Path
+    rows: int = 0
+    neutralised: int = 0
+    ids: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    lengths: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    spans: Ints = field(default_factory=lambda: np.empty((0, 2), np.int32))
+    span_counts: Ints = field(default_factory=lambda: np.empty(0, np.int32))
+    lines: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    rejects: list[tuple[int, int, str, str]] = field(default_factory=list[tuple[int, int, str, str]])
+
+    def samples(self) -> list[TokenizedSample]:
+        """The samples one by one."""
+        ids = np.split(self.ids, np.cumsum(self.lengths)[:-1])
+        spans = np.split(self.spans, np.cumsum(self.span_counts)[:-1])
+        return [TokenizedSample(i, s) for i, s in zip(ids, spans, strict=True)] if len(self.lengths) else []
+
+
+class RowEncoder:
+    """Chunks of rows to EncodedChunks, by the settings of one build.
+
+    ``kind`` tells what the rows are. Without ``engine`` every row goes through ``tokenizers``. Raises EngineDiffers when
+    the two ways disagree, DataError when tokenizer or template cannot be used.
+    """
+
+    def __init__(self, tokenizer: Any, args: DataArguments, kind: Kind, engine: FastEngine | None) -> None:
+        self.tokenizer = tokenizer
+        self.args = args
+        self.kind = kind
+        self.engine = engine
+        self.template: ChatTemplate | None = None
+        if kind == "document":
+            self.tokenization = DocumentTokenization(tokenizer, append_eod=args.append_eod)
+        else:
+            self.template = ChatTemplate(tokenizer, args.chat_template)
+            self.tokenization = Tokenization(self.template, args.mask_compat)
+        self._planner = Planner(self.template) if engine and self.template else None
+        self._checked: set[int] = set()
+        self._longest = args.max_seq_length if args.over_long in BUILD_TIME else None
+
+    def __call__(self, chunk: Chunk, form: RowForm) -> EncodedChunk:
+        """The chunk's rows in order. Never raises for a bad row: the reason is part of the result."""
+        result = EncodedChunk(chunk.file)
+        batch = _Batch(self.engine, self.tokenization, self._truth, self._longest)
+        for origin, value in rows_of(chunk):
+            result.rows += 1
+            try:
+                if isinstance(value, Rejected):
+                    raise value
+                self._add(batch, origin, parse_row(value, form))
+            except Rejected as reason:
+                result.rejects.append((origin.line, origin.offset, reason.code, reason.detail))
+        batch.finish(result)
+        return result
+
+    def encode(self, row: Sample | Preference | Document) -> list[TokenizedSample]:
+        """One row by the reference way. Raises Rejected."""
+        if isinstance(row, Preference):
+            both = [self.encode(_last_turn_only(sample)) for sample in (row.chosen, row.rejected)]
+            if any(len(samples) != 1 for samples in both):
+                raise Rejected("bad_preference", "an answer became several samples")
+            return [samples[0] for samples in both]
+        return self._truth(self._in_mode(row))
+
+    def _truth(self, row: Sample | Document) -> list[TokenizedSample]:
+        if isinstance(row, Document):
+            assert isinstance(self.tokenization, DocumentTokenization)
+            return self.tokenization.encode(row)
+        assert isinstance(self.tokenization, Tokenization)
+        return fit(row, self.tokenization.encode, self.args.max_seq_length, self.args.over_long)
+
+    def _in_mode(self, row: Sample | Document) -> Sample | Document:
+        if isinstance(row, Document):
+            return row
+        assert self.template is not None
+        row = enable_thinking(row, self.args.enable_thinking, self.template)
+        return apply_mode(row, self.args.think_mode, separate=self.template.reads_reasoning)
+
+    def _add(self, batch: "_Batch", origin: Origin, row: Sample | Preference | Document) -> None:
+        before = self.tokenization.neutralised
+        if self.engine is not None and not isinstance(row, Preference):
+            row = self._in_mode(row)
+            plan, blanks = self._plan(row)
+            if plan is not None:
+                check = origin.line % _EVERY == 0
+                if blanks:
+                    check = check or origin.line <= _EARLY or id(plan) not in self._checked
+                    self._checked.add(id(plan))
+                batch.add_planned(origin, plan, blanks, row, check=check)
+                return
+            samples = self._truth(row)
+        else:
+            samples = self.encode(row)
+        batch.add_encoded(origin, samples, neutralised=self.tokenization.neutralised > before)
+
+    def _plan(self, row: Sample | Document) -> tuple[list[PlannedSample] | None, Sequence[str]]:
+        """The row as parts: from the plan of its shape, or rendered in full; None when control tokens are in its text."""
+        if isinstance(row, Document):
+            assert isinstance(self.tokenization, DocumentTokenization)
+            if not row.text or self.tokenization.has_literals(row):
+                return None, ()
+            return self.tokenization.plan, (row.text,)
+        assert isinstance(self.tokenization, Tokenization)
+        assert self._planner is not None
+        if found := self._planner.find(row):
+            return found
+        self.tokenization.check_kwargs(row)
+        if self.tokenization.has_literals(row):
+            return None, ()
+        return self._planner.planned(stretches_of(self._planner.template, row.messages, row.template_kwargs)), ()
+
+
+def _last_turn_only(sample: Sample) -> Sample:
+    *history, answer = sample.messages
+    return replace(sample, messages=(*(replace(turn, trained=False) for turn in history), answer))
+
+
+@dataclass(slots=True)
+class _Row:
+    """A row of the batch: its samples as encoded already, or how many planned ones it has (from ``first`` on)."""
+
+    origin: Origin
+    encoded: list[TokenizedSample] | None
+    row: Sample | Document | None = None
+    first: int = 0
+    count: int = 0
+    check: bool = False
+    neutralised: bool = False
+
+
+class _Batch:
+    """The rows of one chunk: texts are collected, encoded together, proven and put in order."""
+
+    def __init__(
+        self,
+        engine: FastEngine | None,
+        tokenization: Tokenization | DocumentTokenization,
+        truth: Callable[[Sample | Document], list[TokenizedSample]],
+        longest: int | None,
+    ) -> None:
+        self._engine = engine
+        self._tokenization = tokenization
+        self._truth = truth
+        self._longest = longest
+        self._rows: list[_Row] = []
+        self._kinds: list[Ints] = []
+        self._texts: list[str] = []
+        self._text_counts: list[int] = []
+        self._spans: list[tuple[int, str, int]] = []  # first part, tail, end part, counted in the sample
+        self._span_counts: list[int] = []
+
+    def add_encoded(self, origin: Origin, samples: list[TokenizedSample], *, neutralised: bool) -> None:
+        self._rows.append(_Row(origin, samples, neutralised=neutralised))
+
+    def add_planned(
+        self, origin: Origin, plan: Sequence[PlannedSample], blanks: Sequence[str], row: Sample | Document, *, check: bool
+    ) -> None:
+        assert self._engine is not None
+        normalize = self._engine.normalize
+        self._rows.append(_Row(origin, None, row, len(self._kinds), len(plan), check))
+        for planned in plan:
+            self._kinds.append(planned.kinds)
+            self._texts += [normalize(fill(form, blanks)) for form in planned.texts]
+            self._text_counts.append(len(planned.texts))
+            self._spans += [(span.first, normalize(fill(span.tail, blanks)), span.end) for span in planned.spans]
+            self._span_counts.append(len(planned.spans))
+
+    def finish(self, result: EncodedChunk) -> None:
+        """Encode what was collected and fill in the chunk's arrays. Raises EngineDiffers."""
+        planned = self._encode() if self._kinds else None
+        ids: list[Ints] = []
+        lengths: list[Ints] = []
+        spans: list[Ints] = []
+        counts: list[Ints] = []
+        lines: list[tuple[int, int]] = []
+        run: list[int] | None = None  # planned samples that follow one another are copied in one piece
+
+        def flush() -> None:
+            nonlocal run
+            if run is not None and planned is not None:
+                part = planned.slice(*run)
+                for target, value in zip((ids, lengths, spans, counts), part, strict=True):
+                    target.append(value)
+            run = None
+
+        for row in self._rows:
+            try:
+                samples = self._settled(row, planned)
+            except Rejected as reason:
+                result.rejects.append((row.origin.line, row.origin.offset, reason.code, reason.detail))
+                continue
+            if samples is None:
+                lines.append((row.origin.line, row.count))
+                if run is not None and run[1] == row.first:
+                    run[1] = row.first + row.count
+                else:
+                    flush()
+                    run = [row.first, row.first + row.count]
+                continue
+            flush()
+            result.neutralised += row.neutralised
+            lines.append((row.origin.line, len(samples)))
+            ids += [sample.ids for sample in samples]
+            lengths.append(np.asarray([sample.ids.size for sample in samples], np.int32))
+            spans += [sample.spans for sample in samples]
+            counts.append(np.asarray([len(sample.spans) for sample in samples], np.int32))
+        flush()
+        result.rejects.sort()
+        if lines:
+            result.ids, result.lengths = np.concatenate(ids), np.concatenate(lengths)
+            result.spans, result.span_counts = np.concatenate(spans), np.concatenate(counts)
+            numbers, repeats = np.asarray(lines, np.int64).T
+            result.lines = np.repeat(numbers, repeats)
+
+    def _settled(self, row: _Row, planned: "_Planned | None") -> list[TokenizedSample] | None:
+        """The row's samples when they do not come from the arrays; None when they do. Raises Rejected, EngineDiffers."""
+        if row.encoded is not None:
+            return row.encoded
+        assert planned is not None
+        assert row.row is not None
+        own = slice(row.first, row.first + row.count)
+        fits = self._longest is None or (planned.lengths[own] <= self._longest).all()
+        if not (planned.proven[own].all() and fits):
+            return self._truth(row.row)
+        if row.check:
+            truth = self._truth(row.row)
+            mine = [planned.sample(number) for number in range(own.start, own.stop)]
+            same = len(truth) == len(mine) and all(
+                np.array_equal(a.ids, b.ids) and np.array_equal(a.spans, b.spans)
+                for a, b in zip(truth, mine, strict=True)
+            )
+            if not same:
+                raise EngineDiffers(str(row.origin))
+        return None
+
+    def _encode(self) -> "_Planned":
+        """All planned samples as arrays, and which of them are proven."""
+        assert self._engine is not None
+        engine = self._engine
+        kinds = np.concatenate(self._kinds)
+        parts_of = np.asarray([len(part) for part in self._kinds])
+        ids, offsets = engine.encode(self._texts)
+        text_ok = engine.holds(ids, offsets, self._texts) & _without(self._tokenization.text.control_ids, ids, offsets)
+        part_len = np.ones(len(kinds), np.int64)
+        part_len[kinds < 0] = np.diff(offsets)
+        ends = np.cumsum(part_len)
+        begins = ends - part_len
+        flat = np.empty(int(ends[-1]), np.int32)
+        control = begins[kinds >= 0]
+        is_text = np.ones(len(flat), np.bool_)
+        is_text[control] = False
+        flat[control] = kinds[kinds >= 0]
+        flat[is_text] = ids
+        first_part = np.cumsum(parts_of) - parts_of
+        starts = begins[first_part]
+        lengths = np.append(starts[1:], len(flat)) - starts
+        proven = np.ones(len(starts), np.bool_)
+        owner = np.repeat(np.arange(len(starts)), self._text_counts)
+        proven[owner[~text_ok]] = False
+        spans, span_owner = self._place(flat, begins, first_part, proven)
+        spans -= starts[span_owner][:, None]
+        return _Planned(flat, starts, lengths.astype(np.int32), spans.astype(np.int32),
+                        np.asarray(self._span_counts, np.int64), proven)  # fmt: skip
+
+    def _place(
+        self,
+        flat: Ints,
+        begins: npt.NDArray[np.int64],
+        first_part: npt.NDArray[np.int64],
+        proven: npt.NDArray[np.bool_],
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Token spans of all answers; a sample whose prompt would be tokenised otherwise alone is not proven."""
+        owner = np.repeat(np.arange(len(first_part)), self._span_counts)
+        base = first_part[owner]
+        first = base + np.asarray([span[0] for span in self._spans])
+        end = base + np.asarray([span[2] for span in self._spans])
+        bounds = np.append(begins, len(flat))
+        start = bounds[first]
+        tails = list(dict.fromkeys(span[1] for span in self._spans))
+        which = {tail: number for number, tail in enumerate(tails)}
+        tail_of = np.asarray([which[span[1]] for span in self._spans])
+        assert self._engine is not None
+        tail_ids, tail_at = self._engine.encode(tails)
+        for number in range(len(tails)):
+            wanted = tail_ids[tail_at[number] : tail_at[number + 1]]
+            mine = np.flatnonzero(tail_of == number)
+            room = bounds[first[mine] + 1] - start[mine] >= len(wanted) if len(wanted) else np.ones(len(mine), np.bool_)
+            agree = room.copy()
+            agree[room] = (flat[start[mine[room], None] + np.arange(len(wanted))] == wanted).all(axis=1)
+            proven[owner[mine[~agree]]] = False
+            start[mine] += len(wanted)
+        if isinstance(self._tokenization, Tokenization) and self._tokenization.mask_compat == "hunyuan":
+            opened = np.isin(flat[np.maximum(start - 1, 0)], list(self._tokenization.special_ids)) & (start > 0)
+            proven[owner[~opened]] = False
+            start = start - 1
+        return np.stack([start, bounds[end]], axis=1), owner
+
+
+def _without(tokens: set[int], ids: Ints, offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """For each text whether none of its ids is one of ``tokens``."""
+    table = np.zeros(max(int(ids.max(initial=0)), *tokens, 0) + 1, np.bool_)
+    table[list(tokens)] = True
+    hits = np.append(0, np.cumsum(table[ids]))
+    return hits[offsets[1:]] == hits[offsets[:-1]]
+
+
+@dataclass(slots=True)
+class _Planned:
+    flat: Ints
+    starts: npt.NDArray[np.int64]
+    lengths: Ints
+    spans: Ints
+    span_counts: npt.NDArray[np.int64]
+    proven: npt.NDArray[np.bool_]
+    _span_ends: npt.NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._span_ends = np.append(0, np.cumsum(self.span_counts))
+
+    def slice(self, first: int, last: int) -> tuple[Ints, Ints, Ints, Ints]:
+        """Ids, lengths, spans and span counts of samples ``first`` to before ``last``."""
+        end = int(self.starts[last - 1]) + int(self.lengths[last - 1])
+        return (
+            self.flat[int(self.starts[first]) : end],
+            self.lengths[first:last],
+            self.spans[self._span_ends[first] : self._span_ends[last]],
+            self.span_counts[first:last].astype(np.int32),
+        )
+
+    def sample(self, number: int) -> TokenizedSample:
+        ids, _, spans, _ = self.slice(number, number + 1)
+        return TokenizedSample(ids, spans)

@@ -1,0 +1,73 @@
+"""Conversations that are over the limit: cut at whole turns, so that every sample is proven like any other."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from .arguments import OverLong
+from .schema import Message, Rejected, Sample, TokenizedSample
+
+BUILD_TIME: tuple[OverLong, ...] = (
+    "split_turns",
+    "truncate_context",
+)  # the other policies are applied when data is read
+
+Encode = Callable[[Sample], list[TokenizedSample]]
+
+
+def fit(sample: Sample, encode: Encode, longest: int, policy: OverLong) -> list[TokenizedSample]:
+    """The samples of a conversation, each at most ``longest`` tokens.
+
+    ``truncate_context`` drops the earliest exchanges and keeps the last ones whole; ``split_turns`` makes several
+    conversations of it, each of whole exchanges that follow one another. The system prompt stays in front of each. An
+    exchange is a user turn with all that follows up to the next one. Other policies change nothing here. Raises Rejected
+    (``over_long``) when a single exchange does not fit.
+    """
+    samples = encode(sample)
+    if policy not in BUILD_TIME or _fits(samples, longest):
+        return samples
+    head = sample.messages[: sample.messages[0].role == "system"]
+    exchanges = _exchanges(sample.messages[len(head) :])
+
+    def fitting(part: Sequence[Sequence[Message]]) -> list[TokenizedSample] | None:
+        messages = (*head, *(turn for exchange in part for turn in exchange))
+        if not any(message.trained for message in messages):
+            return []
+        made = encode(replace(sample, messages=messages))
+        return made if _fits(made, longest) else None
+
+    if policy == "truncate_context":
+        for first in range(1, len(exchanges)):
+            made = fitting(exchanges[first:])
+            if made is not None:
+                return made or _too_long(longest)
+        return _too_long(longest)
+    result: list[TokenizedSample] = []
+    first = 0
+    while first < len(exchanges):
+        made, last = None, first
+        while last < len(exchanges) and (longer := fitting(exchanges[first : last + 1])) is not None:
+            made, last = longer, last + 1
+        if made is None:
+            return _too_long(longest)
+        result += made
+        first = last
+    return result
+
+
+def _fits(samples: Sequence[TokenizedSample], longest: int) -> bool:
+    return all(sample.ids.size <= longest for sample in samples)
+
+
+def _exchanges(messages: Sequence[Message]) -> list[list[Message]]:
+    exchanges: list[list[Message]] = []
+    before = "assistant"
+    for message in messages:
+        if message.role == "user" and before != "user":
+            exchanges.append([])
+        exchanges[-1].append(message)
+        before = message.role
+    return exchanges
+
+
+def _too_long(longest: int) -> list[TokenizedSample]:
+    raise Rejected("over_long", f"an exchange of this conversation is over {longest} tokens by itself")

@@ -1,0 +1,286 @@
+"""Lengths to packs: which samples share a row of at most ``capacity`` tokens, as an index, never as a copy of tokens.
+
+Best-fit-decreasing over all samples at once: the longest sample first, each into the fullest pack that still has room.
+All randomness comes from the raw output of PCG64, which numpy keeps the same in every version and on every platform, so
+every rank computes the same packs and no pack is sent from one to another.
+"""
+
+import hashlib
+import heapq
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from .schema import DataError
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Packs:
+    """Pack ``p`` holds the samples ``samples[offsets[p]:offsets[p + 1]]``.
+
+    ``samples`` (int64, shape [samples]) is a permutation of all sample numbers, ``offsets`` int64, shape [packs + 1].
+    """
+
+    samples: Ints
+    offsets: Ints
+    capacity: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, pack: int) -> Ints:
+        """Sample numbers of one pack, int64, shape [samples of it]."""
+        return self.samples[self.offsets[pack] : self.offsets[pack + 1]]
+
+    def tokens(self, lengths: npt.NDArray[np.integer]) -> Ints:
+        """Tokens of every pack, int64, shape [packs]."""
+        return np.add.reduceat(lengths[self.samples].astype(np.int64), self.offsets[:-1])
+
+    def cost(self, lengths: npt.NDArray[np.integer]) -> Ints:
+        """What the attention of every pack costs, up to a factor: the sum of squared lengths, int64, shape [packs]."""
+        return np.add.reduceat(lengths[self.samples].astype(np.int64) ** 2, self.offsets[:-1])
+
+    @cached_property
+    def key(self) -> str:
+        """A word that differs when any pack differs: for a checkpoint, which must go on with the same packs."""
+        parts = (np.ascontiguousarray(part, dtype="<i8").tobytes() for part in (self.samples, self.offsets))
+        digest = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+        return f"{len(self)} packs of {self.capacity} tokens ({digest})"
+
+
+def pack(lengths: npt.NDArray[np.integer], capacity: int, seed: int) -> Packs:
+    """Packs of at most ``capacity`` tokens that hold every sample exactly once.
+
+    ``lengths`` are tokens a sample, shape [samples]. The seed decides which of the equally long samples meet, the order
+    inside a pack and the order of the packs. Raises DataError for a sample without tokens, one over the capacity, and
+    when there is no sample.
+    """
+    lengths = np.ascontiguousarray(lengths, dtype=np.int64)
+    if not len(lengths):
+        raise DataError("there is no sample to pack")
+    longest, shortest = int(lengths.argmax()), int(lengths.argmin())
+    if lengths[longest] > capacity:
+        raise DataError(f"sample {longest} has {lengths[longest]} tokens, a pack takes {capacity}")
+    if lengths[shortest] < 1:
+        raise DataError(f"sample {shortest} has no token, so it cannot be packed")
+    drawn = shuffled(len(lengths), seed, 0)
+    owner, count = _best_fit(_by_falling_length(drawn, lengths, capacity), lengths, capacity)
+    place = shuffled(int(count), seed, 1)  # packs are made in the order of their longest sample
+    samples, offsets = _grouped(drawn, place[owner], count)
+    return Packs(samples, offsets, capacity)
+
+
+def spread(packs: Packs, lengths: npt.NDArray[np.integer], multiple: int) -> Packs:
+    """The same samples in the next number of packs that ``multiple`` divides, so that none is repeated or dropped.
+
+    ``multiple`` is what one step of all ranks takes (ranks x batch). The packs with most tokens are cut in two, between
+    two samples and as evenly as that goes; the halves stay where the whole was. With fewer samples than packs are
+    needed nothing is cut: compare ``len(spread(...)) % multiple`` and tell.
+    """
+    missing = -len(packs) % multiple
+    if len(packs) + missing > len(packs.samples):
+        return packs
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[packs.samples], dtype=np.int64)])
+    size = np.where(np.diff(packs.offsets) > 1, np.diff(starts[packs.offsets]), 0)  # one sample alone cannot be cut
+    largest = np.argsort(-size, kind="stable")[:missing]
+    heap = [(-int(size[p]), int(packs.offsets[p]), int(packs.offsets[p + 1])) for p in largest if size[p]]
+    heapq.heapify(heap)
+    cuts: list[int] = []
+    while len(cuts) < missing:
+        _, first, last = heapq.heappop(heap)
+        middle = (starts[first] + starts[last]) / 2
+        cut = first + 1 + int(np.abs(starts[first + 1 : last] - middle).argmin())
+        cuts.append(cut)
+        for a, b in ((first, cut), (cut, last)):
+            if b - a > 1:
+                heapq.heappush(heap, (-int(starts[b] - starts[a]), a, b))
+    return Packs(packs.samples, np.sort(np.concatenate([packs.offsets, np.array(cuts, np.int64)])), packs.capacity)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The packs of one optimizer step: ``ranks`` x ``batch`` x ``accumulation``."""
+
+    ranks: int
+    batch: int
+    accumulation: int
+
+
+def balanced(order: Ints, cost: Ints, window: Window) -> Ints:
+    """Reorder packs inside each window so that all ranks have nearly the same to do; int64, shape [packs].
+
+    Every optimizer step keeps the packs that it had. From the costliest down, each goes to the rank that has least so
+    far, and each rank takes its own in that order: so those of one micro-step cost alike too (under ZeRO-3 ranks wait
+    for one another in each). The result is laid out for accelerate's BatchSamplerShard, which deals whole batches to
+    ranks in turn: batch ``b`` goes to rank ``b % ranks``. What is left at the end and too little for all ranks stays
+    as it is.
+    """
+    number = np.arange(len(order)) // (window.ranks * window.batch * window.accumulation)
+    falling = order[np.lexsort((-cost[order], number))]  # stable, so equal costs keep their order
+    return _dealt(falling, cost, window.ranks, window.batch, window.accumulation)
+
+
+class PackOrder:
+    """A sampler: the order of packs of each epoch, shuffled by seed and epoch alone and then balanced over the ranks.
+
+    ``epoch`` tells the epoch when the iteration starts: a run that resumes in the middle of an epoch has the order of
+    the straight run.
+    """
+
+    def __init__(self, cost: Ints, window: Window, seed: int, epoch: Callable[[], int]) -> None:
+        self.cost, self.window, self.seed, self.epoch = cost, window, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.cost)
+
+    def __iter__(self) -> Iterator[int]:
+        order = shuffled(len(self.cost), self.seed, 2, self.epoch())
+        return iter(balanced(order, self.cost, self.window).tolist())
+
+
+def shuffled(count: int, *seeds: int) -> Ints:
+    """A random order of ``count`` numbers that depends on the seeds alone; int64, shape [count]."""
+    raw = np.random.PCG64(np.random.SeedSequence(seeds)).random_raw(count)
+    return _fisher_yates(np.asarray(raw, dtype=np.uint64))
+
+
+def _machine_code(kernel: Callable[..., Any]) -> Any:
+    """Numba's compiled kernel, kept on disk for the next process where this folder or the user's cache can be written."""
+    try:
+        return numba.njit(cache=True)(kernel)
+    except RuntimeError:  # no folder to keep it in: each process compiles it anew, a second or two
+        return numba.njit(kernel)
+
+
+@_machine_code
+def _fisher_yates(raw: npt.NDArray[np.uint64]) -> Ints:
+    order = np.arange(len(raw))
+    for last in range(len(raw) - 1, 0, -1):
+        other = np.int64(raw[last] % np.uint64(last + 1))
+        order[last], order[other] = order[other], order[last]
+    return order
+
+
+@_machine_code
+def _by_falling_length(drawn: Ints, lengths: Ints, capacity: int) -> Ints:
+    """The drawn samples, the longest first; equally long ones stay as drawn (a counting sort)."""
+    start = np.zeros(capacity + 2, np.int64)
+    for length in lengths:
+        start[capacity - length + 1] += 1
+    for key in range(capacity + 1):
+        start[key + 1] += start[key]
+    order = np.empty_like(drawn)
+    for sample in drawn:
+        key = capacity - lengths[sample]
+        order[start[key]] = sample
+        start[key] += 1
+    return order
+
+
+@_machine_code
+def _lowest_bit(word: np.uint64) -> int:
+    """The place of the lowest set bit of a word that is not zero, by halving."""
+    place = 0
+    for width in (32, 16, 8, 4, 2, 1):
+        if word & ((np.uint64(1) << np.uint64(width)) - np.uint64(1)) == 0:
+            word >>= np.uint64(width)
+            place += width
+    return place
+
+
+@_machine_code
+def _best_fit(order: Ints, lengths: Ints, capacity: int) -> tuple[Ints, int]:
+    """The pack of every sample and the number of packs: each sample goes where it leaves the least room.
+
+    ``top[room]`` is the newest pack with that much room and ``below`` chains the others. A bit in ``some`` says that
+    there is one, a bit in ``words`` that a word of ``some`` is not zero, so the best fit is found in a few steps.
+    """
+    one, six, last = np.uint64(1), np.uint64(6), np.uint64(63)
+    top = np.full(capacity + 1, -1, np.int64)
+    below = np.empty(len(order), np.int64)
+    some = np.zeros((capacity >> 6) + 1, np.uint64)
+    words = np.zeros((len(some) >> 6) + 1, np.uint64)
+    owner = np.empty(len(order), np.int64)
+    packs = 0
+    for sample in order:
+        length = lengths[sample]
+        word = length >> 6
+        bits = some[word] >> (np.uint64(length) & last) << (np.uint64(length) & last)
+        if bits == 0:
+            index = (word + 1) >> 6
+            rest = np.uint64(0)
+            if index < len(words):
+                shift = np.uint64(word + 1) & last
+                rest = words[index] >> shift << shift
+                while rest == 0 and index + 1 < len(words):
+                    index += 1
+                    rest = words[index]
+            if rest != 0:
+                word = (index << 6) + _lowest_bit(rest)
+                bits = some[word]
+        if bits != 0:
+            room = (word << 6) + _lowest_bit(bits)
+            chosen = top[room]
+            top[room] = below[chosen]
+            if top[room] < 0:
+                some[word] ^= one << (np.uint64(room) & last)
+                if some[word] == 0:
+                    words[word >> 6] ^= one << (np.uint64(word) & last)
+        else:
+            chosen, room = packs, capacity
+            packs += 1
+        owner[sample] = chosen
+        room -= length
+        if room > 0:
+            below[chosen] = top[room]
+            top[room] = chosen
+            some[room >> 6] |= one << (np.uint64(room) & last)
+            words[room >> 12] |= one << ((np.uint64(room) >> six) & last)
+    return owner, packs
+
+
+@_machine_code
+def _grouped(drawn: Ints, owner: Ints, packs: int) -> tuple[Ints, Ints]:
+    """The drawn samples pack by pack, as drawn inside a pack, and where each pack starts."""
+    offsets = np.zeros(packs + 1, np.int64)
+    for pack_number in owner:
+        offsets[pack_number + 1] += 1
+    for pack_number in range(packs):
+        offsets[pack_number + 1] += offsets[pack_number]
+    following = offsets.copy()
+    samples = np.empty_like(drawn)
+    for sample in drawn:
+        pack_number = owner[sample]
+        samples[following[pack_number]] = sample
+        following[pack_number] += 1
+    return samples, offsets
+
+
+@_machine_code
+def _dealt(order: Ints, cost: Ints, ranks: int, batch: int, accumulation: int) -> Ints:
+    """``order``, falling in cost inside each window, dealt to ranks and laid out micro-step by micro-step."""
+    step = ranks * batch
+    result = order.copy()
+    total = np.zeros(ranks, np.int64)
+    filled = np.zeros(ranks, np.int64)
+    for start in range(0, len(order) // step * step, step * accumulation):
+        size = min(step * accumulation, (len(order) - start) // step * step)
+        total[:] = 0
+        filled[:] = 0
+        for chosen in order[start : start + size]:
+            least = -1
+            for rank in range(ranks):
+                if filled[rank] * ranks < size and (least < 0 or total[rank] < total[least]):
+                    least = rank
+            micro, place = filled[least] // batch, filled[least] % batch
+            result[start + (micro * ranks + least) * batch + place] = chosen
+            filled[least] += 1
+            total[least] += cost[chosen]
+    return result

@@ -1,0 +1,384 @@
+"""Plans: what a chat template does to conversations of one shape, learned once and then filled in like a form.
+
+Rendering with Jinja costs more than tokenising. So the first conversations of a shape (roles, which turns are trained,
+where tags and outer white space stand) are proven with *opaque* texts: strings that record everything the template asks
+of them. A template that only places texts, strips them or looks for fixed words (``'</think>' in content``) must treat
+every text without those words alike, so its rendering is a form with blanks. A template that does more (takes lengths,
+slices, changes case) gets no plan, and a text that contains such a word has a shape of its own.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from .proof import prove_turn
+from .schema import Message, Rejected, Sample
+from .templates import ChatTemplate, Rendering
+from .thinking import NO_THINK, TAGS
+
+_MAX_PLANS = 4096
+_MAX_LITERALS = 12  # pieces of a text that are kept as they stand; a text with more is rendered in full
+_BLANK = re.compile("\ue000\\\\([0-9]+)\ue001")  # a backslash inside: JSON would double it, so it would not be found
+
+Form = tuple[str | int, ...]  # fixed words and numbers of blanks, in order
+Stretch = tuple[str, list[tuple[int, int]]]  # a sample's text and the character spans that carry loss
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSpan:
+    """A stretch with loss: from the end of ``tail`` (the prompt's last words, in part ``first``) to before part ``end``."""
+
+    first: int
+    tail: Form
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSample:
+    """One sample: its parts are control tokens (an id in ``kinds``) and texts (-1 there, the words in ``texts``)."""
+
+    kinds: npt.NDArray[np.int32]
+    texts: tuple[Form, ...]
+    spans: tuple[PlannedSpan, ...]
+
+
+class Planner:
+    """Finds the plan for a conversation, learning it when the shape is seen for the second time."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.template = template
+        self._words = set(template.token_ids) | set(TAGS)
+        self._plans: dict[Any, list[PlannedSample] | None] = {}
+        self._seen: set[Any] = set()
+        self._set_words(frozenset())
+
+    def find(self, sample: Sample) -> tuple[list[PlannedSample], list[str]] | None:
+        """The plan and the texts for its blanks; None when this conversation must be rendered in full."""
+        shape = self._shape(sample)
+        if shape is None:
+            return None
+        key, literals, blanks = shape
+        if key not in self._plans:
+            if key not in self._seen:  # a shape that comes once is not worth learning
+                self._seen = self._seen if len(self._seen) < _MAX_PLANS else set()
+                self._seen.add(key)
+                return None
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            plan, words = self._learn(sample, literals)
+            if words - self._words:
+                self._set_words(words)
+                return None
+            self._plans[key] = plan
+        plan = self._plans[key]
+        return None if plan is None else (plan, blanks)
+
+    def _set_words(self, words: frozenset[str]) -> None:
+        """Take on words that the template looks for; shapes and plans change with them."""
+        self._words |= words
+        longest_first = sorted(self._words, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)))
+        self._first = "".join(sorted({word[0] for word in self._words}))
+        self._heads = {word[:n] for word in self._words for n in range(1, len(word))}
+        self._tails = {word[n:] for word in self._words for n in range(1, len(word))}
+        self._plans.clear()
+
+    def _shape(self, sample: Sample) -> tuple[Any, list[list[tuple[str, ...] | None]], list[str]] | None:
+        key: list[Any] = []
+        blanks: list[str] = []
+        literals: list[list[tuple[str, ...] | None]] = []
+        for message in sample.messages:
+            if message.extra:
+                return None
+            fields: list[tuple[str, ...] | None] = []
+            for text in (message.content, message.reasoning):
+                if text is None:
+                    fields.append(None)
+                    continue
+                pieces = self._pieces(text, message)
+                if pieces is None:
+                    return None
+                fields.append(pieces[0])
+                blanks += pieces[1]
+            key.append((message.role, message.trained, *fields))
+            literals.append(fields)
+        kwargs = orjson.dumps(dict(sample.template_kwargs), option=orjson.OPT_SORT_KEYS)
+        return (kwargs, *key), literals, blanks
+
+    def _pieces(self, text: str, message: Message) -> tuple[tuple[str, ...], list[str]] | None:
+        """A text as words that matter to the template and the blanks between them; None when it has too many words."""
+        if (
+            text
+            and not text[0].isspace()
+            and not text[-1].isspace()
+            and not text.startswith(NO_THINK)
+            and not any(char in text for char in self._first)
+        ):
+            return ("", ""), [text]
+        found = [match.span() for match in self._pattern.finditer(text)]
+        if len(found) > _MAX_LITERALS:
+            return None
+        only_text = self.template.literals_of(message)
+        if any(text[start:end] in only_text for start, end in found):
+            return None  # a control token that is only text: the full rendering keeps it apart
+        if text.startswith(NO_THINK):
+            found.insert(0, (0, len(NO_THINK)))
+        literals: list[str] = []
+        blanks: list[str] = []
+        literal, position = "", 0
+        for start, end in [*found, (len(text), len(text))]:
+            between = text[position:start]
+            if core := between.strip():
+                literals.append(literal + between[: len(between) - len(between.lstrip())])
+                blanks.append(core)
+                literal = between[len(between.rstrip()) :]
+            else:
+                literal += between
+            literal += text[start:end]
+            position = end
+        return (*literals, literal), blanks
+
+    def _learn(
+        self, sample: Sample, literals: Sequence[Sequence[tuple[str, ...] | None]]
+    ) -> tuple[list[PlannedSample] | None, frozenset[str]]:
+        """The plan of a shape, None when there is none, and the words that the template looked for."""
+        log = _Log()
+        number = 0
+        messages: list[Message] = []
+        for message, (content, reasoning) in zip(sample.messages, literals, strict=True):
+            assert content is not None
+            text, number = _with_blanks(content, number)
+            thought = None
+            if reasoning is not None:
+                thought, number = _with_blanks(reasoning, number)
+            messages.append(replace(message, content=text, reasoning=thought))
+        try:
+            stretches = stretches_of(_Tracing(self.template, log), messages, sample.template_kwargs)
+        except Rejected:
+            return None, frozenset()  # the full rendering says why, for each row
+        words = frozenset(log.words)
+        if log.unsafe or any(not word.strip() or "\ue000" in word for word in words):
+            return None, frozenset()
+        return self.planned(stretches), words
+
+    def planned(self, stretches: Sequence[Stretch]) -> list[PlannedSample] | None:
+        """Rendered stretches as parts, with or without blanks; None when words could form across a blank's border."""
+        plan = [self._planned(text, spans) for text, spans in stretches]
+        return None if None in plan else [sample for sample in plan if sample is not None]
+
+    def _planned(self, text: str, spans: Sequence[tuple[int, int]]) -> PlannedSample | None:
+        kinds: list[int] = []
+        texts: list[Form] = []
+        starts: list[int] = []
+        position = 0
+        for match in [*self.template.token_pattern.finditer(text), None]:
+            end = match.start() if match else len(text)
+            if end > position:
+                form = self._form(text[position:end])
+                if form is None:
+                    return None
+                kinds.append(-1)
+                texts.append(form)
+                starts.append(position)
+            if match:
+                kinds.append(self.template.token_ids[match[0]])
+                starts.append(match.start())
+                position = match.end()
+        starts.append(len(text))
+        planned: list[PlannedSpan] = []
+        for start, end in spans:
+            first = next(number for number, place in enumerate(starts) if place > start) - 1
+            tail = self._form(text[starts[first] : start]) if starts[first] < start else ()
+            if tail is None or kinds[first] >= 0 < start - starts[first]:
+                return None
+            planned.append(PlannedSpan(first, tail, starts.index(end)))
+        return PlannedSample(np.asarray(kinds, np.int32), tuple(texts), tuple(planned))
+
+    def _form(self, text: str) -> Form | None:
+        parts = _BLANK.split(text)
+        if any("\ue000" in word for word in parts[::2]):
+            return None  # the template changed a text in a way that was not recorded
+        form: list[str | int] = []
+        for place, part in enumerate(parts):
+            if place % 2:
+                form.append(int(part))
+                continue
+            inner = 0 < place < len(parts) - 1
+            if inner and (not part or any(part in word for word in self._words)):
+                return None
+            if place > 0 and any(part[:n] in self._tails for n in range(1, len(part) + 1)):
+                return None
+            if place < len(parts) - 1 and any(part[n:] in self._heads for n in range(len(part))):
+                return None
+            if part:
+                form.append(part)
+        return tuple(form)
+
+
+def fill(form: Form, blanks: Sequence[str]) -> str:
+    """The words of a form with its blanks filled in."""
+    return "".join([part if isinstance(part, str) else blanks[part] for part in form])
+
+
+def _with_blanks(literals: Sequence[str], number: int) -> tuple[str, int]:
+    text = literals[0]
+    for literal in literals[1:]:
+        text += f"\ue000\\{number}\ue001" + literal
+        number += 1
+    return text, number
+
+
+def stretches_of(
+    template: Rendering, messages: Sequence[Message], kwargs: Mapping[str, Any]
+) -> list[Stretch]:
+    """Texts and character spans of the samples that a conversation becomes: a new one where the history changes."""
+    stretches: list[Stretch] = []
+    checked = 0
+    for index, message in enumerate(messages):
+        if not message.trained:
+            continue
+        turn = prove_turn(template, messages[: index + 1], checked, kwargs)
+        checked = index + 1
+        text = turn.prompt + turn.completion
+        span = (len(turn.prompt), len(text))
+        if stretches and turn.prompt.startswith(stretches[-1][0]):
+            stretches[-1] = (text, [*stretches[-1][1], span])
+        else:
+            stretches.append((text, [span]))
+    return stretches
+
+
+class _Log:
+    """What a template asked of opaque texts: the words it looked for, and whether it did anything else."""
+
+    def __init__(self) -> None:
+        self.words: set[str] = set()
+        self.unsafe = False
+
+
+class _Tracing:
+    """A chat template that is watched while it renders; see ``Rendering`` in ``templates.py``.
+
+    transformers hands templates plain copies of all texts, so the watched rendering goes to the compiled template itself
+    and must give the same words as the official one.
+    """
+
+    def __init__(self, template: ChatTemplate, log: _Log) -> None:
+        from transformers.utils.chat_template_utils import (
+            _compile_jinja_template,  # pyright: ignore[reportPrivateUsage] - no public name reaches the same environment
+        )
+
+        self.source = template.source
+        self.special_tokens = template.special_tokens
+        self.token_pattern = template.token_pattern
+        self._template = template
+        self._compiled: Any = _compile_jinja_template(template.source)
+        self._log = log
+
+    def render(self, messages: Sequence[Message], *, prompt: bool, kwargs: Mapping[str, Any]) -> str:
+        official = self._template.render(messages, prompt=prompt, kwargs=kwargs)
+        opaque: list[dict[str, Any]] = []
+        for message in messages:
+            turn = {**message.as_dict(), "content": _Opaque.of(message.content, self._log)}
+            if message.reasoning is not None:
+                turn["thinking"] = turn["reasoning_content"] = _Opaque.of(message.reasoning, self._log)
+            opaque.append(turn)
+        special = self._template.tokenizer.special_tokens_map
+        values = {"tools": None, "documents": None, **special, **kwargs}
+        try:
+            watched = self._compiled.render(messages=opaque, add_generation_prompt=prompt, **values)
+        except Exception:  # noqa: BLE001 - a template is a program of its own
+            watched = None
+        self._log.unsafe = self._log.unsafe or watched != official
+        return official
+
+
+class _Opaque(str):
+    """A text that records what is asked of it; what is made of it is opaque too."""
+
+    __slots__ = ("_log",)
+    _log: _Log
+
+    @classmethod
+    def of(cls, text: str, log: _Log) -> Self:
+        made = cls(text)
+        made._log = log
+        return made
+
+    def __bool__(self) -> bool:
+        return str.__len__(self) > 0  # part of the shape
+
+    def __str__(self) -> str:
+        return self
+
+    def __add__(self, other: str) -> "_Opaque":
+        return _Opaque.of(str.__add__(self, other), self._log)
+
+    def __radd__(self, other: str) -> "_Opaque":
+        return _Opaque.of(str.__add__(other, self), self._log)
+
+
+def _looks_for(name: str) -> Callable[..., Any]:
+    """A method that depends only on whether and where a fixed word stands in the text."""
+    original: Callable[..., Any] = getattr(str, name)
+
+    def method(self: _Opaque, *args: Any) -> Any:
+        log = self._log  # pyright: ignore[reportPrivateUsage]
+        words = [part for arg in args[:1] for part in (arg if isinstance(arg, tuple) else (arg,))]
+        for word in words:
+            if isinstance(word, str) and word:
+                log.words.add(str.__str__(word))
+            elif not (isinstance(word, str) and name in ("__eq__", "__ne__")):
+                log.unsafe = log.unsafe or word is not None or name not in ("__eq__", "__ne__")
+        return _wrap(original(self, *args), log)
+
+    return method
+
+
+def _strips(name: str) -> Callable[..., Any]:
+    original: Callable[..., Any] = getattr(str, name)
+
+    def method(self: _Opaque, chars: str | None = None) -> Any:
+        log = self._log  # pyright: ignore[reportPrivateUsage]
+        if chars is not None and chars.strip():
+            log.unsafe = True  # a blank has no white space at its ends; of other characters nothing is known
+        return _wrap(original(self, chars), log)
+
+    return method
+
+
+def _refuses(name: str) -> Callable[..., Any]:
+    original: Callable[..., Any] = getattr(str, name)
+
+    def method(self: _Opaque, *args: Any, **kwargs: Any) -> Any:
+        self._log.unsafe = True  # pyright: ignore[reportPrivateUsage]
+        return original(self, *args, **kwargs)
+
+    return method
+
+
+def _wrap(value: Any, log: _Log) -> Any:
+    if isinstance(value, str):
+        return _Opaque.of(value, log)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_wrap(part, log) for part in value)  # pyright: ignore[reportUnknownVariableType]
+    return value
+
+
+_LOOKS = ("__contains__", "__eq__", "__ne__", "startswith", "endswith", "split", "rsplit", "partition", "rpartition")
+_STRIPS = ("strip", "lstrip", "rstrip")
+_FREE = ("__new__", "__init__", "__getattribute__", "__class__", "__doc__", "__init_subclass__", "__subclasshook__",
+         "__setattr__", "__delattr__", "__dir__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getstate__",
+         "__sizeof__", "__repr__", "maketrans")  # fmt: skip
+for _name in dir(str):
+    if _name in _LOOKS or _name == "replace":
+        setattr(_Opaque, _name, _looks_for(_name))
+    elif _name in _STRIPS:
+        setattr(_Opaque, _name, _strips(_name))
+    elif _name not in _FREE and _name not in vars(_Opaque):
+        setattr(_Opaque, _name, _refuses(_name))

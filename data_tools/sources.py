@@ -1,0 +1,57 @@
+"""What a prepared dataset is made from, as hashes: source files and tokenizer files, without loading anything."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..storage.assets import is_tokenizer_asset
+from ..storage.manifest import file_sha256
+from ..storage.publish import write_text
+
+_MEMO = "source_hashes.json"
+
+
+def source_sha256(files: Sequence[Path], cache: Path) -> dict[Path, str]:
+    """SHA-256 of every file; one that has not changed since (size, times, inode) is not read again.
+
+    The memory of earlier hashes is ``cache/source_hashes.json``. The change time cannot be set by programs, so a file
+    that was written to is always read.
+    """
+    memo_file = cache / _MEMO
+    memo: dict[str, list[Any]] = {}
+    if memo_file.is_file():
+        try:
+            memo = json.loads(memo_file.read_text(encoding="utf-8"))
+        except ValueError:
+            memo = {}  # cut by a full disk, for example: it only saves time
+    hashes: dict[Path, str] = {}
+    new: dict[str, list[Any]] = {}
+    for file in dict.fromkeys(files):
+        state = file.stat()
+        mark = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev]
+        known = memo.get(str(file.resolve()))
+        hashes[file] = str(known[1]) if known and known[0] == mark else file_sha256(file)
+        new[str(file.resolve())] = [mark, hashes[file]]
+    if any(memo.get(name) != value for name, value in new.items()):
+        cache.mkdir(parents=True, exist_ok=True)
+        write_text(memo_file, json.dumps({**memo, **new}))
+    return hashes
+
+
+def tokenizer_sha256(path: str, load: Callable[[], Any]) -> str:
+    """A hash of a tokenizer: of its files (chat template and settings too) for a folder, else of what is loaded."""
+    digest = hashlib.sha256()
+    if os.path.isdir(path):  # noqa: PTH112 - a Hub name is no path
+        for file in sorted(Path(path).iterdir()):
+            if file.is_file() and is_tokenizer_asset(file.name):
+                digest.update(f"{file.name}\n{file_sha256(file)}\n".encode())
+        return digest.hexdigest()
+    tokenizer = load()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
+    digest.update(f"{type(tokenizer).__name__}\n{special}\n{words}\n{tokenizer.chat_template}".encode())
+    return digest.hexdigest()
