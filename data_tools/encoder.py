@@ -3,7 +3,7 @@
 Most rows take the fast way: a plan for their shape (``plans.py``), all texts of the chunk through the fast engine at once
 (``engine.py``), the proof in arrays. Rows that no plan fits are rendered in full; rows with control tokens in their text,
 or whose tokens do not split where prompt and answer meet, go through ``tokenization.py``, which is the truth: the first
-row of every plan and a running sample of rows are encoded both ways and must agree.
+rows of each file and a running sample are encoded both ways and must agree.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from .templates import ChatTemplate
 from .thinking import apply_mode, enable_thinking
 from .tokenization import DocumentTokenization, Tokenization
 
-_EARLY, _EVERY = 16, 1999  # rows that are encoded both ways: the first of a file, then one in so many
+_EARLY, _EVERY = 8, 4999  # rows that are encoded both ways: the first of a file, then one in so many
 
 Ints = npt.NDArray[np.int32]
 
@@ -74,7 +74,6 @@ class RowEncoder:
             self.template = ChatTemplate(tokenizer, args.chat_template)
             self.tokenization = Tokenization(self.template, args.mask_compat)
         self._planner = Planner(self.template) if engine and self.template else None
-        self._checked: set[int] = set()
         self._longest = args.max_seq_length if args.over_long in BUILD_TIME else None
 
     def __call__(self, chunk: Chunk, form: RowForm) -> EncodedChunk:
@@ -121,10 +120,7 @@ class RowEncoder:
             row = self._in_mode(row)
             plan, blanks = self._plan(row)
             if plan is not None:
-                check = origin.line % _EVERY == 0
-                if blanks:
-                    check = check or origin.line <= _EARLY or id(plan) not in self._checked
-                    self._checked.add(id(plan))
+                check = origin.line <= _EARLY or origin.line % _EVERY == 0
                 batch.add_planned(origin, plan, blanks, row, check=check)
                 return
             samples = self._truth(row)
@@ -141,9 +137,9 @@ class RowEncoder:
             return self.tokenization.plan, (row.text,)
         assert isinstance(self.tokenization, Tokenization)
         assert self._planner is not None
+        self.tokenization.check_kwargs(row)
         if found := self._planner.find(row):
             return found
-        self.tokenization.check_kwargs(row)
         if self.tokenization.has_literals(row):
             return None, ()
         return self._planner.planned(stretches_of(self._planner.template, row.messages, row.template_kwargs)), ()

@@ -219,7 +219,7 @@ def _prompt_response(fields: dict[str, Any], how: RowForm) -> Sample:
         answer = answer_turn(response, column)
     else:
         raise Rejected("bad_content", f"{column!r} is of type {type(response).__name__}; a text is expected")
-    return _sample([*_prompt(fields, how), answer], fields)
+    return _sample([*_asking(_prompt(fields, how)), answer], fields)
 
 
 def _prompt(fields: dict[str, Any], how: RowForm) -> list[Message]:
@@ -255,7 +255,15 @@ def _preference(fields: dict[str, Any], how: RowForm) -> Preference:
             raise Rejected("no_answer", f"{column!r} ends with a {turns[-1].role} turn; the answer is missing")
     if chosen[-1] == rejected[-1]:
         raise Rejected("bad_pair", "'chosen' and 'rejected' are the same answer")
+    before = _asking(before)
     return Preference(_sample([*before, chosen[-1]], fields), _sample([*before, rejected[-1]], fields))
+
+
+def _asking(turns: list[Message]) -> list[Message]:
+    """The turns before an answer, which may not end with another answer."""
+    if turns[-1].role == "assistant":
+        raise Rejected("bad_order", "the turns before the answer end with an assistant turn already")
+    return turns
 
 
 def _answers(value: object, column: str, how: RowForm) -> list[Message]:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from .proof import prove_turn
+from .proof import ProvenTurn, prove_turn
 from .schema import Message, Rejected, Sample
 from .templates import ChatTemplate, Rendering
 from .thinking import NO_THINK, TAGS
@@ -48,29 +48,33 @@ class PlannedSample:
 
 
 class Planner:
-    """Finds the plan for a conversation, learning it when the shape is seen for the second time."""
+    """Finds the plan for a conversation, learning it when its shape is new.
+
+    What is learned of a turn holds for every conversation that begins with the same shape up to that turn. It is compared
+    with the official rendering of the conversation that it is learned from.
+    """
 
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
         self._words = set(template.token_ids) | set(TAGS)
         self._plans: dict[Any, list[PlannedSample] | None] = {}
-        self._seen: set[Any] = set()
+        self._turns: dict[Any, _LearnedTurn | None] = {}
         self._set_words(frozenset())
 
     def find(self, sample: Sample) -> tuple[list[PlannedSample], list[str]] | None:
-        """The plan and the texts for its blanks; None when this conversation must be rendered in full."""
+        """The plan and the texts for its blanks; None when this conversation must be rendered in full.
+
+        Raises Rejected when the conversation, whose shape is new, cannot be proven.
+        """
         shape = self._shape(sample)
         if shape is None:
             return None
         key, literals, blanks = shape
         if key not in self._plans:
-            if key not in self._seen:  # a shape that comes once is not worth learning
-                self._seen = self._seen if len(self._seen) < _MAX_PLANS else set()
-                self._seen.add(key)
-                return None
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
-            plan, words = self._learn(sample, literals)
+                self._turns.clear()
+            plan, words = self._learn(sample, key, literals, blanks)
             if words - self._words:
                 self._set_words(words)
                 return None
@@ -87,6 +91,7 @@ class Planner:
         self._heads = {word[:n] for word in self._words for n in range(1, len(word))}
         self._tails = {word[n:] for word in self._words for n in range(1, len(word))}
         self._plans.clear()
+        self._turns.clear()
 
     def _shape(self, sample: Sample) -> tuple[Any, list[list[tuple[str, ...] | None]], list[str]] | None:
         key: list[Any] = []
@@ -144,27 +149,49 @@ class Planner:
         return (*literals, literal), blanks
 
     def _learn(
-        self, sample: Sample, literals: Sequence[Sequence[tuple[str, ...] | None]]
+        self,
+        sample: Sample,
+        key: tuple[Any, ...],
+        literals: Sequence[Sequence[tuple[str, ...] | None]],
+        blanks: Sequence[str],
     ) -> tuple[list[PlannedSample] | None, frozenset[str]]:
-        """The plan of a shape, None when there is none, and the words that the template looked for."""
+        """The plan of a shape, None when there is none, and words that the template looks for."""
+        messages = _opaque_messages(sample, literals)
+        turns: list[ProvenTurn] = []
+        checked = 0
+        for index, message in enumerate(messages):
+            if not message.trained:
+                continue
+            turn_key = key[: index + 2]  # the template's variables come first
+            if turn_key not in self._turns:
+                known = self._learn_turn(sample, messages, index, checked, blanks)
+                if known is not None and known.words - self._words:
+                    return None, known.words
+                self._turns[turn_key] = known
+            known = self._turns[turn_key]
+            if known is None:
+                return None, frozenset()
+            checked = index + 1
+            turns.append(known.turn)
+        return self.planned(_joined(turns)), frozenset()
+
+    def _learn_turn(
+        self, sample: Sample, messages: Sequence[Message], index: int, checked: int, blanks: Sequence[str]
+    ) -> "_LearnedTurn | None":
+        """One turn with blanks; None when the template does more with texts than a plan can say. Raises Rejected."""
+        official = prove_turn(self.template, sample.messages[: index + 1], checked, sample.template_kwargs)
         log = _Log()
-        number = 0
-        messages: list[Message] = []
-        for message, (content, reasoning) in zip(sample.messages, literals, strict=True):
-            assert content is not None
-            text, number = _with_blanks(content, number)
-            thought = None
-            if reasoning is not None:
-                thought, number = _with_blanks(reasoning, number)
-            messages.append(replace(message, content=text, reasoning=thought))
         try:
-            stretches = stretches_of(_Tracing(self.template, log), messages, sample.template_kwargs)
+            turn = prove_turn(_Tracing(self.template, log), messages[: index + 1], checked, sample.template_kwargs)
         except Rejected:
-            return None, frozenset()  # the full rendering says why, for each row
-        words = frozenset(log.words)
-        if log.unsafe or any(not word.strip() or "\ue000" in word for word in words):
-            return None, frozenset()
-        return self.planned(stretches), words
+            return None
+        if log.unsafe or any(not word.strip() or "\ue000" in word for word in log.words):
+            return None
+        for watched, text in ((turn.prompt, official.prompt), (turn.completion, official.completion)):
+            form = self._form(watched, inside=True)
+            if form is None or fill(form, blanks) != text:
+                return None
+        return _LearnedTurn(turn, frozenset(log.words))
 
     def planned(self, stretches: Sequence[Stretch]) -> list[PlannedSample] | None:
         """Rendered stretches as parts, with or without blanks; None when words could form across a blank's border."""
@@ -199,7 +226,8 @@ class Planner:
             planned.append(PlannedSpan(first, tail, starts.index(end)))
         return PlannedSample(np.asarray(kinds, np.int32), tuple(texts), tuple(planned))
 
-    def _form(self, text: str) -> Form | None:
+    def _form(self, text: str, *, inside: bool = False) -> Form | None:
+        """A text with blanks as a form; ``inside`` a turn, where control tokens stand, borders are not judged yet."""
         parts = _BLANK.split(text)
         if any("\ue000" in word for word in parts[::2]):
             return None  # the template changed a text in a way that was not recorded
@@ -208,8 +236,10 @@ class Planner:
             if place % 2:
                 form.append(int(part))
                 continue
-            inner = 0 < place < len(parts) - 1
-            if inner and (not part or any(part in word for word in self._words)):
+            if inside:
+                form.append(part)
+                continue
+            if 0 < place < len(parts) - 1 and (not part or any(part in word for word in self._words)):
                 return None
             if place > 0 and any(part[:n] in self._tails for n in range(1, len(part) + 1)):
                 return None
@@ -236,14 +266,22 @@ def _with_blanks(literals: Sequence[str], number: int) -> tuple[str, int]:
 def stretches_of(
     template: Rendering, messages: Sequence[Message], kwargs: Mapping[str, Any]
 ) -> list[Stretch]:
-    """Texts and character spans of the samples that a conversation becomes: a new one where the history changes."""
-    stretches: list[Stretch] = []
+    """Texts and character spans of the samples that a conversation becomes: a new one where the history changes.
+
+    Raises Rejected when a turn cannot be proven.
+    """
+    turns: list[ProvenTurn] = []
     checked = 0
     for index, message in enumerate(messages):
-        if not message.trained:
-            continue
-        turn = prove_turn(template, messages[: index + 1], checked, kwargs)
-        checked = index + 1
+        if message.trained:
+            turns.append(prove_turn(template, messages[: index + 1], checked, kwargs))
+            checked = index + 1
+    return _joined(turns)
+
+
+def _joined(turns: Sequence[ProvenTurn]) -> list[Stretch]:
+    stretches: list[Stretch] = []
+    for turn in turns:
         text = turn.prompt + turn.completion
         span = (len(turn.prompt), len(text))
         if stretches and turn.prompt.startswith(stretches[-1][0]):
@@ -251,6 +289,28 @@ def stretches_of(
         else:
             stretches.append((text, [span]))
     return stretches
+
+
+def _opaque_messages(sample: Sample, literals: Sequence[Sequence[tuple[str, ...] | None]]) -> list[Message]:
+    """The conversation with a numbered blank for each text between its literal words."""
+    number = 0
+    messages: list[Message] = []
+    for message, (content, reasoning) in zip(sample.messages, literals, strict=True):
+        assert content is not None
+        text, number = _with_blanks(content, number)
+        thought = None
+        if reasoning is not None:
+            thought, number = _with_blanks(reasoning, number)
+        messages.append(replace(message, content=text, reasoning=thought))
+    return messages
+
+
+@dataclass(frozen=True, slots=True)
+class _LearnedTurn:
+    """A turn with blanks, and the words that the template looked for while it rendered."""
+
+    turn: ProvenTurn
+    words: frozenset[str]
 
 
 class _Log:
@@ -264,8 +324,7 @@ class _Log:
 class _Tracing:
     """A chat template that is watched while it renders; see ``Rendering`` in ``templates.py``.
 
-    transformers hands templates plain copies of all texts, so the watched rendering goes to the compiled template itself
-    and must give the same words as the official one.
+    transformers hands templates plain copies of all texts, so this goes to the compiled template itself.
     """
 
     def __init__(self, template: ChatTemplate, log: _Log) -> None:
@@ -281,7 +340,6 @@ class _Tracing:
         self._log = log
 
     def render(self, messages: Sequence[Message], *, prompt: bool, kwargs: Mapping[str, Any]) -> str:
-        official = self._template.render(messages, prompt=prompt, kwargs=kwargs)
         opaque: list[dict[str, Any]] = []
         for message in messages:
             turn = {**message.as_dict(), "content": _Opaque.of(message.content, self._log)}
@@ -291,11 +349,9 @@ class _Tracing:
         special = self._template.tokenizer.special_tokens_map
         values = {"tools": None, "documents": None, **special, **kwargs}
         try:
-            watched = self._compiled.render(messages=opaque, add_generation_prompt=prompt, **values)
-        except Exception:  # noqa: BLE001 - a template is a program of its own
-            watched = None
-        self._log.unsafe = self._log.unsafe or watched != official
-        return official
+            return self._compiled.render(messages=opaque, add_generation_prompt=prompt, **values)
+        except Exception as error:  # noqa: BLE001 - a template is a program of its own
+            raise Rejected("template_error", str(error)) from None
 
 
 class _Opaque(str):

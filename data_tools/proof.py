@@ -55,23 +55,26 @@ def _prompt_of(template: Rendering, history: Sequence[Message], said: str, kwarg
     in the prompt, without loss.
     """
     answer = history[-1]
+    question = next((message.content for message in reversed(history[:-1]) if message.role == "user"), "")
+    exact = not question.startswith(NO_THINK) and not answer.reasoning
     switches: list[dict[str, Any]] = [{}]
     if "enable_thinking" in template.source and "enable_thinking" not in kwargs:
         switches.append({"enable_thinking": False})
-    prompts = [template.render(history[:-1], prompt=True, kwargs={**kwargs, **switch}) for switch in switches]
-    found = [prompt for prompt in prompts if said.startswith(prompt) and _holds(said[len(prompt) :], answer)]
-    if not found:
-        raise Rejected(
-            "prompt_differs",
-            f"message {len(history)}: the training text is not the inference prompt and then the answer as it stands "
-            "(the template changes it; do the row's thinking settings and its thoughts agree?)",
-        )
-    question = next((message.content for message in reversed(history[:-1]) if message.role == "user"), "")
-    if not question.startswith(NO_THINK) and not answer.reasoning:
-        for prompt in found:
-            if said[len(prompt) :].strip() == answer.content.strip():
-                return prompt
-    return found[0]
+    found: list[str] = []
+    for switch in switches:
+        prompt = template.render(history[:-1], prompt=True, kwargs={**kwargs, **switch})
+        if not (said.startswith(prompt) and _holds(said[len(prompt) :], answer)):
+            continue
+        if not exact or said[len(prompt) :].strip() == answer.content.strip():
+            return prompt
+        found.append(prompt)
+    if found:
+        return found[0]
+    raise Rejected(
+        "prompt_differs",
+        f"message {len(history)}: the training text is not the inference prompt and then the answer as it stands "
+        "(the template changes it; do the row's thinking settings and its thoughts agree?)",
+    )
 
 
 def _holds(said: str, answer: Message) -> bool:

@@ -22,6 +22,7 @@ MAX_RATIO = 500  # bytes of text that one byte on disk may stand for; text that 
 RATIO_SLACK = 64 * 1024 * 1024  # bytes before the ratio is judged
 MAX_JSON_BYTES = 512 * 1024 * 1024
 _BATCH_ROWS = 1024
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _MAX_HEADER = 1 << 20
 _MAX_FIXED = 64  # bytes; such values cannot stay dictionary-encoded
 _VALUE_BYTES = 16  # what a number or a null counts
@@ -38,7 +39,7 @@ def check_ratio(file: Path, unpacked: int, packed: int) -> None:
     """Raises DataError when a file unpacks to far more than real text does: it is a bomb, made or broken."""
     if unpacked > RATIO_SLACK and unpacked > MAX_RATIO * max(packed, 1):
         raise DataError(
-            f"{file}: its {packed:,} bytes unpack to more than {unpacked:,}, over {MAX_RATIO} times as many; "
+            f"{file}: {packed:,} of its bytes unpack to more than {unpacked:,}, over {MAX_RATIO} times as many; "
             "this is no training data (a decompression bomb?)"
         )
 
@@ -77,12 +78,16 @@ def read_arrow(file: Path, budget: int) -> Iterator[list[object]]:
 
     try:
         with pa.memory_map(str(file)) as source:
-            magic = source.read(6)
-            source.seek(0)
-            table = pa.ipc.open_file(source) if magic == b"ARROW1" else pa.ipc.open_stream(source)
-            batches = (
-                (table.get_batch(i) for i in range(table.num_record_batches)) if magic == b"ARROW1" else iter(table)
-            )
+            if source.read(6) == b"ARROW1":
+                table = pa.ipc.open_file(source)
+                batches = (table.get_batch(i) for i in range(table.num_record_batches))
+            else:
+                source.seek(max(0, source.size() - len(_END_OF_STREAM)))
+                if source.read() != _END_OF_STREAM:
+                    raise DataError(f"{file}: no Arrow data, or cut off; copy or make it again")
+                source.seek(0)
+                table = pa.ipc.open_stream(source)
+                batches = iter(table)
             yield from _rows(file, batches, table.schema, budget)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _unreadable(file, error) from None

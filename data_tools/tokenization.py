@@ -174,6 +174,8 @@ class Tokenization:
             if name not in self.template.source:
                 raise Rejected("template_ignores", f"the chat template does not read the row's {name!r}")
         values = [*sample.template_kwargs.values(), *(value for m in sample.messages for value in m.extra.values())]
+        if not values:
+            return
         for match in self.template.token_pattern.finditer(json.dumps(values, ensure_ascii=False)):
             if match[0] in self.template.control_tokens:
                 raise Rejected(

@@ -139,9 +139,9 @@ def read_tools(value: object) -> list[Any]:
         try:
             value = orjson.loads(value) if value.strip() else []
         except orjson.JSONDecodeError as error:
-            raise Rejected("badread_tools", f"'tools' is no JSON: column {error.colno}: {error.msg}") from None
+            raise Rejected("bad_tools", f"'tools' is no JSON: column {error.colno}: {error.msg}") from None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in cast("list[Any]", value)):
-        raise Rejected("badread_tools", "'tools' is a list of objects")
+        raise Rejected("bad_tools", "'tools' is a list of objects")
     return cast("list[Any]", value)
 
 

@@ -56,9 +56,7 @@ def test_lines_keep_number_and_offset_whatever_the_block_size(tmp_path: Path, si
 
 @pytest.mark.parametrize("extra", [1, 5 << 20])
 @pytest.mark.parametrize("end", [b"\n", b'\n\n{"a":2}\n', b""])
-def test_a_line_too_long_is_one_rejection_and_the_next_keep_their_place(
-    tmp_path: Path, extra: int, end: bytes
-) -> None:
+def test_a_line_too_long_is_one_rejection_and_the_next_keep_their_place(tmp_path: Path, extra: int, end: bytes) -> None:
     file = tmp_path / "a.jsonl"
     long = b"x" * (MAX_LINE_BYTES + extra)
     file.write_bytes(b'{"a":1}\n' + long + end)
@@ -133,14 +131,17 @@ def test_lines_that_are_no_json(line: bytes, code: str, detail: str) -> None:
         {"a": ": b", "c": ["x", ": y"]},
         {'a"': 1, "b\\": {"c": []}},
         {"a": "\\", "b": '\\":'},
-        {"n": 10**5000},
+        {"n": 10**18, 'x": "y': 1.5},
         [{"a": 1}, {"a": 2}],
         "text",
     ],
 )
 def test_text_that_looks_like_keys_is_no_duplicate(value: Any) -> None:
-    read_back = parse_json(json.dumps(value).encode() if value != {"n": 10**5000} else b'{"n": 1' + b"0" * 5000 + b"}")
-    assert read_back == value or "n" in value
+    assert parse_json(json.dumps(value).encode()) == value
+
+
+def test_the_slow_way_reads_what_the_fast_way_reads() -> None:
+    assert parse_json(b'{"n" : 1' + b"0" * 300 + b"}") == {"n": 1e300}
 
 
 # ---- tables and arrays
@@ -321,12 +322,11 @@ elif kind == "arrow":
 elif kind == "jsonl.gz":
     packer = zlib.compressobj(9, wbits=31)
     block = b"\\n" * (1 << 20)
-    file.write_bytes(b"".join(packer.compress(block) for _ in range(1000)) + packer.flush())
+    file.write_bytes(b"".join(packer.compress(block) for _ in range(200)) + packer.flush())
 elif kind == "jsonl.zst":
     packer = zstandard.ZstdCompressor().compressobj()
     block = b"x" * (1 << 20)
-    file.write_bytes(b"".join(packer.compress(block) for _ in range(2000)) + packer.flush())
-list(range(1))
+    file.write_bytes(b"".join(packer.compress(block) for _ in range(400)) + packer.flush())
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     for chunk in read_chunks(file):
@@ -344,8 +344,9 @@ def test_a_bomb_is_refused_in_bounded_memory(tmp_path: Path, kind: str) -> None:
     )
     message, figures = done.stdout.strip().split("\n")
     size, grown = map(int, figures.split())
-    assert size < 4_000_000
-    assert message.startswith(f"DataError {tmp_path / f'bomb.{kind}'}: its {size:,} bytes unpack to more than")
+    assert size < 2_000_000
+    assert message.startswith(f"DataError {tmp_path / f'bomb.{kind}'}: ")
+    assert "of its bytes unpack to more than" in message
     assert grown < 300_000  # KiB, of gigabytes
 
 
@@ -428,16 +429,16 @@ def test_a_hub_name_that_cannot_be_had_says_so() -> None:
         ("a.json", b'"text"', "one JSON str"),
         ("a.json", b"\xff", "column"),
         ("a.parquet", b"PAR1 no PAR1", "cannot be read as parquet"),
-        ("a.arrow", b"no table", "cannot be read as arrow"),
+        ("a.arrow", b"no table", "no Arrow data, or cut off"),
         ("b.arrow", b"ARROW1\0\0 no table", "cannot be read as arrow"),
         ("a.csv", b"a,b\n1,2\n\n3,4,5\n", "row 2 has 3 fields instead of 2"),
         ("a.csv", b'a,b\n1,2\n"3,4\n5,6\n', "row 2 has 1 fields instead of 2"),
         ("a.csv", b"a,a\n1,2\n", "two columns are named 'a'"),
-        ("a.csv", b"a,b\n\xff,2\n", "invalid UTF8"),
+        ("a.csv", b"a,b\n" + b"1,2\n" * 9000 + b"\xff,2\n", "invalid UTF8"),
         ("a.csv", b"\xff\xfea,b\n", "not UTF-8"),
         ("a.csv", b"\n\n", "no header line"),
         ("a.csv", b"x" * (1 << 21), "longer than a megabyte"),
-        ("a.csv", b"a\n" + b"x" * (MAX_LINE_BYTES + 100), "cannot be read as csv"),
+        ("a.csv", b"a\n" + b"x" * (2 * MAX_LINE_BYTES + 100) + b"\nb\n", "cannot be read as csv"),
     ],
 )
 def test_broken_files_are_one_error_that_names_them(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -450,9 +451,7 @@ def test_broken_files_are_one_error_that_names_them(tmp_path: Path, name: str, c
 
 
 @pytest.mark.parametrize(("name", "write"), TABLES[:3], ids=[name for name, _ in TABLES[:3]])
-def test_a_table_with_flipped_bytes_is_read_or_refused(
-    tmp_path: Path, name: str, write: Callable[[Path], Any]
-) -> None:
+def test_a_table_with_flipped_bytes_is_read_or_refused(tmp_path: Path, name: str, write: Callable[[Path], Any]) -> None:
     file = tmp_path / name
     write(file)
     whole = file.read_bytes()
@@ -464,6 +463,21 @@ def test_a_table_with_flipped_bytes_is_read_or_refused(
         except DataError:
             outcomes.add("refused")
     assert "refused" in outcomes
+
+
+def test_a_stream_that_lost_its_last_batches_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    file = tmp_path / "a.arrow"
+    write_arrow_stream(file)
+    with pa.memory_map(str(file)) as source:
+        pa.ipc.open_stream(source).read_next_batch()
+        whole = file.read_bytes()
+        ends = source.tell()
+    assert 0 < ends < len(whole)
+    file.write_bytes(whole[:ends])
+    with pytest.raises(DataError, match="cut off"):
+        list(read_chunks(file))
 
 
 def test_two_columns_of_one_name_and_types_that_are_no_text(tmp_path: Path) -> None:
