@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .arguments import DataArguments
-from .engine import EngineDiffers, FastEngine
+from .engine import EngineDiffers, FastEngine, copy_texts
 from .fitting import BUILD_TIME, fit
 from .formats import RowForm, parse_row
-from .plans import PlannedSample, Planner, fill, stretches_of
+from .plans import Form, PlannedSample, Planner, fill, stretches_of
 from .readers import Chunk, rows_of
 from .schema import Document, Kind, Origin, Preference, Rejected, Sample, TokenizedSample
 from .templates import ChatTemplate
@@ -179,7 +179,8 @@ class _Batch:
         self._longest = longest
         self._rows: list[_Row] = []
         self._kinds: list[Ints] = []
-        self._texts: list[str] = []
+        self._texts: list[str] = []  # each text of a row once, however many of its samples show it
+        self._text_numbers: list[int] = []
         self._text_counts: list[int] = []
         self._spans: list[tuple[int, str, int]] = []  # first part, tail, end part, counted in the sample
         self._span_counts: list[int] = []
@@ -193,9 +194,14 @@ class _Batch:
         assert self._engine is not None
         normalize = self._engine.normalize
         self._rows.append(_Row(origin, None, row, len(self._kinds), len(plan), check))
+        numbers: dict[Form, int] = {}
         for planned in plan:
             self._kinds.append(planned.kinds)
-            self._texts += [normalize(fill(form, blanks)) for form in planned.texts]
+            for form in planned.texts:
+                if form not in numbers:
+                    numbers[form] = len(self._texts)
+                    self._texts.append(normalize(fill(form, blanks)))
+                self._text_numbers.append(numbers[form])
             self._text_counts.append(len(planned.texts))
             self._spans += [(span.first, normalize(fill(span.tail, blanks)), span.end) for span in planned.spans]
             self._span_counts.append(len(planned.spans))
@@ -276,22 +282,20 @@ class _Batch:
         parts_of = np.asarray([len(part) for part in self._kinds])
         ids, offsets = engine.encode(self._texts)
         text_ok = engine.holds(ids, offsets, self._texts) & _without(self._tokenization.text.control_ids, ids, offsets)
+        shown = np.asarray(self._text_numbers, np.int64)
         part_len = np.ones(len(kinds), np.int64)
-        part_len[kinds < 0] = np.diff(offsets)
+        part_len[kinds < 0] = np.diff(offsets)[shown]
         ends = np.cumsum(part_len)
         begins = ends - part_len
         flat = np.empty(int(ends[-1]), np.int32)
-        control = begins[kinds >= 0]
-        is_text = np.ones(len(flat), np.bool_)
-        is_text[control] = False
-        flat[control] = kinds[kinds >= 0]
-        flat[is_text] = ids
+        flat[begins[kinds >= 0]] = kinds[kinds >= 0]
+        copy_texts(flat, begins[kinds < 0], ids, offsets, shown)
         first_part = np.cumsum(parts_of) - parts_of
         starts = begins[first_part]
         lengths = np.append(starts[1:], len(flat)) - starts
         proven = np.ones(len(starts), np.bool_)
         owner = np.repeat(np.arange(len(starts)), self._text_counts)
-        proven[owner[~text_ok]] = False
+        proven[owner[~text_ok[shown]]] = False
         spans, span_owner = self._place(flat, begins, first_part, proven)
         spans -= starts[span_owner][:, None]
         return _Planned(flat, starts, lengths.astype(np.int32), spans.astype(np.int32),

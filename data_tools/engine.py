@@ -191,3 +191,14 @@ def _same_bytes(  # noqa: PLR0917, ANN202 - numba reads no annotations
         if place != ends[text + 1]:
             result[text] = False
     return result
+
+
+@numba.njit(cache=True)  # type: ignore[misc]
+def copy_texts(flat, begins, ids, offsets, shown):  # noqa: ANN001, ANN201 - numba reads no annotations
+    """Copy text ``shown[i]``, which is ``ids[offsets[t]:offsets[t + 1]]``, to ``flat`` from ``begins[i]`` on."""
+    for part in range(len(shown)):
+        text = shown[part]
+        place = begins[part]
+        for token in range(offsets[text], offsets[text + 1]):
+            flat[place] = ids[token]
+            place += 1

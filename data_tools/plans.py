@@ -252,6 +252,9 @@ class Planner:
 
 def fill(form: Form, blanks: Sequence[str]) -> str:
     """The words of a form with its blanks filled in."""
+    if len(form) == 1:
+        part = form[0]
+        return part if isinstance(part, str) else blanks[part]
     return "".join([part if isinstance(part, str) else blanks[part] for part in form])
 
 

@@ -219,7 +219,7 @@ def _encoded(
     _worker_encoder = encoder
     context = multiprocessing.get_context(start_method)
     state = None if start_method == "fork" else (encoder.tokenizer, encoder.args, encoder.kind, encoder.engine is not None)
-    os.environ["RAYON_NUM_THREADS"] = "1"  # one tokenizing thread a worker
+    os.environ["FASTOKENS_BPE_THREADS"] = "1"  # one tokenizing thread a worker
     try:
         with ProcessPoolExecutor(workers, context, _set_encoder, (state,)) as pool:
             waiting = [
@@ -230,7 +230,7 @@ def _encoded(
                 yield number, future.result()
                 waiting += [(n, pool.submit(_encode_in_worker, chunk, form)) for n, chunk, form in islice(jobs, 1)]
     finally:
-        del os.environ["RAYON_NUM_THREADS"]
+        del os.environ["FASTOKENS_BPE_THREADS"]
         _worker_encoder = None
 
 

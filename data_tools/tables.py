@@ -24,6 +24,8 @@ MAX_JSON_BYTES = 512 * 1024 * 1024
 _BATCH_ROWS = 1024
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _MAX_HEADER = 1 << 20
+_SMALL_GROUP = 32 * 1024 * 1024
+_MAX_GROUP_RATIO = 100  # of the pages of a large row group; text compresses to a fifth, and dictionaries come before
 _MAX_FIXED = 64  # bytes; such values cannot stay dictionary-encoded
 _VALUE_BYTES = 16  # what a number or a null counts
 
@@ -38,33 +40,56 @@ class TooLong:
 def check_ratio(file: Path, unpacked: int, packed: int) -> None:
     """Raises DataError when a file unpacks to far more than real text does: it is a bomb, made or broken."""
     if unpacked > RATIO_SLACK and unpacked > MAX_RATIO * max(packed, 1):
-        raise DataError(
-            f"{file}: {packed:,} of its bytes unpack to more than {unpacked:,}, over {MAX_RATIO} times as many; "
-            "this is no training data (a decompression bomb?)"
-        )
+        raise _bomb(file, unpacked, packed)
+
+
+def _bomb(file: Path, unpacked: int, packed: int) -> DataError:
+    return DataError(
+        f"{file}: {packed:,} of its bytes unpack to {unpacked:,} or more, {unpacked // max(packed, 1):,} times as many; "
+        "this is no training data (a decompression bomb?)"
+    )
 
 
 def read_parquet(file: Path, budget: int) -> Iterator[list[object]]:
     """Rows of a Parquet file as dicts (TooLong for a row over 16 MiB), about ``budget`` bytes a list.
 
-    Raises DataError for a broken file and for a bomb.
+    Raises DataError for a broken file and for a bomb. Row groups of more than 32 MiB are read without dictionaries, which
+    would grow as large as the group; a bomb hidden among that many true bytes is noticed a batch late.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(file) as probe:
-            columns, schema = probe.schema, probe.schema_arrow
-            leaves = [columns.column(i) for i in range(len(columns))]
+            schema, about = probe.schema_arrow, probe.metadata
+            leaves: list[Any] = [probe.schema.column(i) for i in range(len(probe.schema))]  # pyright: ignore[reportArgumentType]
         if wide := [
             leaf.path for leaf in leaves if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY" and leaf.length > _MAX_FIXED
         ]:
             raise DataError(f"{file}: the column {wide[0]!r} holds fixed-size binary values; store text as strings")
         text = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-        with pq.ParquetFile(
-            file, read_dictionary=text, pre_buffer=False, buffer_size=1 << 20, arrow_extensions_enabled=False
-        ) as table:
-            yield from _rows(file, table.iter_batches(_BATCH_ROWS), schema, budget)
+
+        def batches() -> Iterator[Any]:
+            for number in range(about.num_row_groups):
+                group = about.row_group(number)
+                size = (
+                    group.total_byte_size
+                )  # as the metadata says; asking its columns aborts Python on some broken files
+                if size > _SMALL_GROUP and size > _MAX_GROUP_RATIO * file.stat().st_size:
+                    raise _bomb(file, size, file.stat().st_size)
+                small = size <= _SMALL_GROUP
+                step = _BATCH_ROWS if small else max(1, min(_BATCH_ROWS, 4 * budget * group.num_rows // size))
+                with pq.ParquetFile(
+                    file,
+                    metadata=about,
+                    read_dictionary=text if small else None,
+                    pre_buffer=False,
+                    buffer_size=1 << 20,
+                    arrow_extensions_enabled=False,
+                ) as table:
+                    yield from table.iter_batches(step, row_groups=[number], use_threads=False)
+
+        yield from _rows(file, batches(), schema, budget)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _unreadable(file, error) from None
 

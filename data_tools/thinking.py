@@ -18,6 +18,7 @@ THINK_MODES: tuple[ThinkMode, ...] = ("keep", "fast", "slow", "mixed")
 NO_THINK = "/no_think"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
+_OPENS = re.compile(r"\s*<think>")
 _FORM = re.compile(r"\s*<think>\n?(.*?)\n?</think>\s*<answer>\n?(.*?)\n?</answer>\s*", re.DOTALL)
 
 
@@ -44,10 +45,12 @@ def parse(content: str) -> ThinkAnswer | None:
 
     Raises Rejected when it begins as one (``<think>`` first, ``<answer>`` somewhere) but is cut or has repeated tags.
     """
-    match = _FORM.fullmatch(content)
+    if "</answer>" not in content and not _OPENS.match(content):
+        return None
+    match = _FORM.fullmatch(content) if "</answer>" in content else None
     if match and not any(tag in part for tag in TAGS for part in match.groups()):
         return ThinkAnswer(match[1], match[2])
-    if content.lstrip().startswith("<think>"):
+    if _OPENS.match(content):
         if "</think>" not in content:
             raise Rejected("bad_think", "the thought is never closed with </think>")
         if match or "<answer>" in content or "</answer>" in content:

@@ -59,7 +59,18 @@ def test_every_sample_is_in_one_pack_and_fits(lengths: list[int], capacity: int,
 
 @pytest.mark.parametrize("capacity", [64, 4095, 4096, 4097, 131072, 300_000])
 def test_word_borders_of_the_bitmap(capacity: int) -> None:
-    lengths = [capacity, capacity, 1, 1, capacity - 1, capacity // 2, capacity - capacity // 2, max(1, capacity - 64), 63, 1]
+    lengths = [
+        capacity,
+        capacity,
+        1,
+        1,
+        capacity - 1,
+        capacity // 2,
+        capacity - capacity // 2,
+        max(1, capacity - 64),
+        63,
+        1,
+    ]
     packs = pack(np.array(lengths), capacity, 0)
     check_whole(packs, np.array(lengths))
     assert len(packs) == plain_best_fit(lengths, capacity)
