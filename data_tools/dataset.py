@@ -15,6 +15,7 @@ from .schema import DataError, Origin
 
 IGNORE_INDEX = -100
 _SHOWN = 5
+_NOT_CHAT = {"document": "plain text for pretraining", "preference": "pairs of answers"}
 
 Item = dict[str, npt.NDArray[np.int64]]
 
@@ -51,6 +52,10 @@ class PreparedDataset:
         self._spans = IndexedReader(folder / "spans_document")
         self._rows = np.load(folder / "rows.npy", allow_pickle=False)
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        if report["kind"] != "chat":
+            raise DataError(
+                f"{', '.join(report['files'])}: these rows are {_NOT_CHAT[report['kind']]}; fine-tuning needs conversations"
+            )
         self.terminators: list[int] = report["terminators"]  # ids that end the trained answers
         self._files = [Path(name) for name in report["files"]]
         if not len(self._tokens) == len(self._spans) == len(self._rows):

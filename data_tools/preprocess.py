@@ -46,15 +46,16 @@ StartMethod = Literal["fork", "spawn"]
 
 @dataclass(frozen=True, slots=True)
 class TokenizerSource:
-    """Where a tokenizer comes from; it is loaded only when something must be built."""
+    """Where a tokenizer comes from; it is loaded only when something must be built and ``loaded`` is not given."""
 
     path: str
     trust_remote_code: bool = False
     cache_dir: str | None = None
+    loaded: Any = None
 
     def load(self) -> Any:
         """The tokenizer, by transformers. Raises DataError."""
-        return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code, cache_dir=self.cache_dir)
+        return self.loaded or load_tokenizer(self.path, trust_remote_code=self.trust_remote_code, cache_dir=self.cache_dir)
 
 
 def prepare(

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from .. import __version__
 
@@ -16,7 +17,10 @@ usage: finebridge VERB ...          finebridge VERB --help tells more
   sft [recipe.yaml] [key=value] [--flag value]
                       supervised fine-tuning, full or LoRA, on this machine's GPUs or its CPU
   merge               merge a LoRA adapter into its base model, offline
+  data build FILE     tokenise data once, ahead of training
+  data check FILE     prove the masks and show statistics, before any GPU is used
   data preview FILE   show what of each row is trained, token by token
+  data export|import  files of MindSpeed-LLM, Pai-Megatron-Patch, AutoAlign and Megatron-LM
   example             the built-in example: a tiny model learns arithmetic, then answers
 
 bash finetune/finetune.sh without arguments runs the example, with arguments: finebridge ARGUMENTS
@@ -90,13 +94,11 @@ def _merge(words: list[str]) -> int:
 
 
 def _data(words: list[str]) -> int:
-    from ..data_tools.preview import main as preview
-
-    if words[:1] in (["-h"], ["--help"]):
-        words = ["preview", "--help"]
-    if not words or words[0] != "preview":
-        raise ValueError("finebridge data preview FILE --tokenizer_name_or_path FOLDER [...]")
-    return preview(words[1:])
+    verb = _DATA_VERBS.get(words[0]) if words else None
+    if verb is None:
+        raise ValueError(f"finebridge data {'|'.join(_DATA_VERBS)} ...; each tells more with --help")
+    module, name = verb
+    return import_module(f"..data_tools.{module}", __package__).__dict__[name](words[1:])
 
 
 def _example(words: list[str]) -> int:
@@ -105,6 +107,13 @@ def _example(words: list[str]) -> int:
     return example(words)
 
 
+_DATA_VERBS = {
+    "build": ("commands", "build_main"),
+    "check": ("check", "main"),
+    "preview": ("preview", "main"),
+    "export": ("layouts_cli", "export_main"),
+    "import": ("layouts_cli", "import_main"),
+}
 _VERBS: dict[str, Callable[[list[str]], int]] = {"sft": _sft, "merge": _merge, "data": _data, "example": _example}
 
 

@@ -15,7 +15,8 @@ from ..data_tools.arguments import DataArguments
 from ..data_tools.collator import FlatteningCollator, PaddingCollator
 from ..data_tools.dataset import DummyDataset, PackedDataset, PreparedDataset, Samples
 from ..data_tools.packing import pack, spread
-from ..data_tools.preprocess import prepare
+from ..data_tools.preprocess import TokenizerSource, prepare
+from ..data_tools.templates import template_source
 from ..data_tools.tokenizer_files import load_tokenizer
 from ..ds_configs.resolve import resolve, zero_stage
 from ..storage.publish import write_text
@@ -49,6 +50,8 @@ def assemble(args: Arguments) -> Run:
         trust_remote_code=args.model.trust_remote_code,
         cache_dir=args.model.cache_dir,
     )
+    if args.data.chat_template:
+        tokenizer.chat_template = template_source(args.data.chat_template)  # it is saved with every checkpoint
     train_data, eval_data = _datasets(args, tokenizer, output_dir)
     settings = None
     if args.hf.get("deepspeed"):
@@ -112,7 +115,8 @@ def _open_prepared(
     pattern: str, tokenizer: Any, data: DataArguments, output_dir: Path, over_long: list[str]
 ) -> PreparedDataset:
     cache = Path(data.prepared_data_dir) if data.prepared_data_dir else output_dir / "prepared_data"
-    folder = prepare([pattern], tokenizer, data, cache, runtime.say)
+    source = TokenizerSource(tokenizer.name_or_path, loaded=tokenizer)
+    folder = prepare([pattern], source, data, cache, runtime.say)
     dataset = PreparedDataset(folder, data.max_seq_length, data.over_long, runtime.say)
     over_long += [
         json.dumps({"file": str(origin.file), "line": origin.line, "tokens": tokens}, ensure_ascii=False) + "\n"
