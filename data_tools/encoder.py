@@ -18,7 +18,7 @@ from .arguments import DataArguments
 from .engine import EngineDiffers, FastEngine, copy_texts
 from .fitting import BUILD_TIME, fit
 from .formats import RowForm, parse_row
-from .plans import Form, PlannedSample, Planner, fill, stretches_of
+from .plans import Plan, Planner, fill, stretches_of
 from .readers import Chunk, rows_of
 from .schema import Document, Kind, Origin, Preference, Rejected, Sample, TokenizedSample
 from .templates import ChatTemplate
@@ -128,7 +128,7 @@ class RowEncoder:
             samples = self.encode(row)
         batch.add_encoded(origin, samples, neutralised=self.tokenization.neutralised > before)
 
-    def _plan(self, row: Sample | Document) -> tuple[list[PlannedSample] | None, Sequence[str]]:
+    def _plan(self, row: Sample | Document) -> tuple[Plan | None, Sequence[str]]:
         """The row as parts: from the plan of its shape, or rendered in full; None when control tokens are in its text."""
         if isinstance(row, Document):
             assert isinstance(self.tokenization, DocumentTokenization)
@@ -178,37 +178,28 @@ class _Batch:
         self._truth = truth
         self._longest = longest
         self._rows: list[_Row] = []
-        self._kinds: list[Ints] = []
+        self._plans: list[Plan] = []
+        self._samples = 0
         self._texts: list[str] = []  # each text of a row once, however many of its samples show it
-        self._text_numbers: list[int] = []
-        self._text_counts: list[int] = []
-        self._spans: list[tuple[int, str, int]] = []  # first part, tail, end part, counted in the sample
-        self._span_counts: list[int] = []
+        self._tails: list[str] = []
 
     def add_encoded(self, origin: Origin, samples: list[TokenizedSample], *, neutralised: bool) -> None:
         self._rows.append(_Row(origin, samples, neutralised=neutralised))
 
     def add_planned(
-        self, origin: Origin, plan: Sequence[PlannedSample], blanks: Sequence[str], row: Sample | Document, *, check: bool
+        self, origin: Origin, plan: Plan, blanks: Sequence[str], row: Sample | Document, *, check: bool
     ) -> None:
         assert self._engine is not None
         normalize = self._engine.normalize
-        self._rows.append(_Row(origin, None, row, len(self._kinds), len(plan), check))
-        numbers: dict[Form, int] = {}
-        for planned in plan:
-            self._kinds.append(planned.kinds)
-            for form in planned.texts:
-                if form not in numbers:
-                    numbers[form] = len(self._texts)
-                    self._texts.append(normalize(fill(form, blanks)))
-                self._text_numbers.append(numbers[form])
-            self._text_counts.append(len(planned.texts))
-            self._spans += [(span.first, normalize(fill(span.tail, blanks)), span.end) for span in planned.spans]
-            self._span_counts.append(len(planned.spans))
+        self._rows.append(_Row(origin, None, row, self._samples, len(plan.part_counts), check))
+        self._samples += len(plan.part_counts)
+        self._plans.append(plan)
+        self._texts += [normalize(fill(form, blanks)) for form in plan.texts]
+        self._tails += [normalize(fill(tail, blanks)) for tail in plan.tails]
 
     def finish(self, result: EncodedChunk) -> None:
         """Encode what was collected and fill in the chunk's arrays. Raises EngineDiffers."""
-        planned = self._encode() if self._kinds else None
+        planned = self._encode() if self._plans else None
         ids: list[Ints] = []
         lengths: list[Ints] = []
         spans: list[Ints] = []
@@ -277,62 +268,69 @@ class _Batch:
     def _encode(self) -> "_Planned":
         """All planned samples as arrays, and which of them are proven."""
         assert self._engine is not None
-        engine = self._engine
-        kinds = np.concatenate(self._kinds)
-        parts_of = np.asarray([len(part) for part in self._kinds])
-        ids, offsets = engine.encode(self._texts)
-        text_ok = engine.holds(ids, offsets, self._texts) & _without(self._tokenization.text.control_ids, ids, offsets)
-        shown = np.asarray(self._text_numbers, np.int64)
+        plans = self._plans
+        kinds = np.concatenate([plan.kinds for plan in plans])
+        ids, offsets = self._engine.encode(self._texts)
+        good = self._engine.holds(ids, offsets, self._texts) & _without(self._tokenization.text.control_ids, ids, offsets)
+        shown = _shifted([plan.numbers for plan in plans], [len(plan.texts) for plan in plans])
         part_len = np.ones(len(kinds), np.int64)
         part_len[kinds < 0] = np.diff(offsets)[shown]
-        ends = np.cumsum(part_len)
-        begins = ends - part_len
-        flat = np.empty(int(ends[-1]), np.int32)
-        flat[begins[kinds >= 0]] = kinds[kinds >= 0]
-        copy_texts(flat, begins[kinds < 0], ids, offsets, shown)
-        first_part = np.cumsum(parts_of) - parts_of
-        starts = begins[first_part]
-        lengths = np.append(starts[1:], len(flat)) - starts
+        bounds = np.append(0, np.cumsum(part_len))
+        flat = np.empty(int(bounds[-1]), np.int32)
+        flat[bounds[:-1][kinds >= 0]] = kinds[kinds >= 0]
+        copy_texts(flat, bounds[:-1][kinds < 0], ids, offsets, shown)
+        part_counts = np.concatenate([plan.part_counts for plan in plans])
+        first_part = np.cumsum(part_counts) - part_counts
+        starts = bounds[first_part]
         proven = np.ones(len(starts), np.bool_)
-        owner = np.repeat(np.arange(len(starts)), self._text_counts)
-        proven[owner[~text_ok[shown]]] = False
-        spans, span_owner = self._place(flat, begins, first_part, proven)
-        spans -= starts[span_owner][:, None]
-        return _Planned(flat, starts, lengths.astype(np.int32), spans.astype(np.int32),
-                        np.asarray(self._span_counts, np.int64), proven)  # fmt: skip
+        owner = np.repeat(np.arange(len(starts)), np.concatenate([plan.text_counts for plan in plans]))
+        proven[owner[~good[shown]]] = False
+        span_counts = np.concatenate([plan.span_counts for plan in plans])
+        owner = np.repeat(np.arange(len(starts)), span_counts)
+        spans = self._place(flat, bounds, first_part[owner], owner, proven) - starts[owner][:, None]
+        lengths = np.append(starts[1:], len(flat)) - starts
+        return _Planned(flat, starts, lengths.astype(np.int32), spans.astype(np.int32), span_counts, proven)
 
     def _place(
         self,
         flat: Ints,
-        begins: npt.NDArray[np.int64],
-        first_part: npt.NDArray[np.int64],
+        bounds: npt.NDArray[np.int64],
+        base: npt.NDArray[np.int64],
+        owner: npt.NDArray[np.int64],
         proven: npt.NDArray[np.bool_],
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Token spans of all answers; a sample whose prompt would be tokenised otherwise alone is not proven."""
-        owner = np.repeat(np.arange(len(first_part)), self._span_counts)
-        base = first_part[owner]
-        first = base + np.asarray([span[0] for span in self._spans])
-        end = base + np.asarray([span[2] for span in self._spans])
-        bounds = np.append(begins, len(flat))
-        start = bounds[first]
-        tails = list(dict.fromkeys(span[1] for span in self._spans))
-        which = {tail: number for number, tail in enumerate(tails)}
-        tail_of = np.asarray([which[span[1]] for span in self._spans])
+    ) -> npt.NDArray[np.int64]:
+        """Token spans of all answers; a sample whose prompt would be tokenised otherwise alone is not proven.
+
+        ``base`` is the number of the first part of each span's sample, ``owner`` the number of that sample.
+        """
         assert self._engine is not None
-        tail_ids, tail_at = self._engine.encode(tails)
+        plans = self._plans
+        first = base + np.concatenate([plan.firsts for plan in plans])
+        end = base + np.concatenate([plan.ends for plan in plans])
+        start = bounds[first]
+        tails = {tail: number for number, tail in enumerate(dict.fromkeys(self._tails))}
+        known = np.asarray([tails[tail] for tail in self._tails])
+        tail_of = known[_shifted([plan.tail_numbers for plan in plans], [len(plan.tails) for plan in plans])]
+        tail_ids, tail_at = self._engine.encode(list(tails))
         for number in range(len(tails)):
             wanted = tail_ids[tail_at[number] : tail_at[number + 1]]
             mine = np.flatnonzero(tail_of == number)
-            room = bounds[first[mine] + 1] - start[mine] >= len(wanted) if len(wanted) else np.ones(len(mine), np.bool_)
-            agree = room.copy()
-            agree[room] = (flat[start[mine[room], None] + np.arange(len(wanted))] == wanted).all(axis=1)
+            agree = bounds[first[mine] + 1] - start[mine] >= len(wanted)  # it must end within its part
+            fits = mine[agree]
+            agree[agree] = (flat[start[fits, None] + np.arange(len(wanted))] == wanted).all(axis=1)
             proven[owner[mine[~agree]]] = False
             start[mine] += len(wanted)
         if isinstance(self._tokenization, Tokenization) and self._tokenization.mask_compat == "hunyuan":
             opened = np.isin(flat[np.maximum(start - 1, 0)], list(self._tokenization.special_ids)) & (start > 0)
             proven[owner[~opened]] = False
             start = start - 1
-        return np.stack([start, bounds[end]], axis=1), owner
+        return np.stack([start, bounds[end]], axis=1)
+
+
+def _shifted(numbers: Sequence[npt.NDArray[np.int64]], sizes: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Numbers that count from 0 in each plan, as numbers that count over all plans."""
+    begins = np.cumsum(sizes) - sizes
+    return np.concatenate(numbers) + np.repeat(begins, [len(part) for part in numbers])
 
 
 def _without(tokens: set[int], ids: Ints, offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

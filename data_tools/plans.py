@@ -8,7 +8,7 @@ slices, changes case) gets no plan, and a text that contains such a word has a s
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -29,22 +29,67 @@ Form = tuple[str | int, ...]  # fixed words and numbers of blanks, in order
 Stretch = tuple[str, list[tuple[int, int]]]  # a sample's text and the character spans that carry loss
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedSpan:
-    """A stretch with loss: from the end of ``tail`` (the prompt's last words, in part ``first``) to before part ``end``."""
-
-    first: int
-    tail: Form
-    end: int
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedSample:
-    """One sample: its parts are control tokens (an id in ``kinds``) and texts (-1 there, the words in ``texts``)."""
+class Plan:
+    """What a conversation becomes: samples, each a row of parts, each part a control token or a text.
+
+    ``kinds`` (int32) holds all samples' parts one after the other, ``part_counts`` of them each: a token's id, or -1 for a
+    text; ``numbers`` says which of ``texts`` each text part shows, ``text_counts`` of them each. Spans with loss
+    (``span_counts`` each) run from the end of ``tails[tail_numbers]``, the prompt's last words, in part ``firsts`` to
+    before part ``ends``, counted within the sample.
+    """
 
     kinds: npt.NDArray[np.int32]
+    part_counts: Ints
     texts: tuple[Form, ...]
-    spans: tuple[PlannedSpan, ...]
+    numbers: Ints
+    text_counts: Ints
+    firsts: Ints
+    ends: Ints
+    tails: tuple[Form, ...]
+    tail_numbers: Ints
+    span_counts: Ints
+
+    @classmethod
+    def of(cls, samples: "Sequence[_Parts]") -> Self:
+        """The plan of these samples; what several of them show is kept once."""
+        texts = {form: number for number, form in enumerate(dict.fromkeys(f for s in samples for f in s.texts))}
+        spans = [span for sample in samples for span in sample.spans]
+        tails = {tail: number for number, tail in enumerate(dict.fromkeys(tail for _, tail, _ in spans))}
+        return cls(
+            np.asarray([kind for sample in samples for kind in sample.kinds], np.int32),
+            _ints(len(sample.kinds) for sample in samples),
+            tuple(texts),
+            _ints(texts[form] for sample in samples for form in sample.texts),
+            _ints(len(sample.texts) for sample in samples),
+            _ints(first for first, _, _ in spans),
+            _ints(end for _, _, end in spans),
+            tuple(tails),
+            _ints(tails[tail] for _, tail, _ in spans),
+            _ints(len(sample.spans) for sample in samples),
+        )
+
+    @classmethod
+    def of_document(cls, before: Sequence[int], after: Sequence[int]) -> Self:
+        """The plan of a text for pretraining between these tokens: all of it carries loss."""
+        kinds = [*before, -1, *after]
+        return cls.of([_Parts(kinds, [(0,)], [(0, (), len(kinds))])])
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """One sample: ids of control tokens, -1 for a text; the texts; spans as first part, tail, end part."""
+
+    kinds: list[int]
+    texts: list[Form]
+    spans: list[tuple[int, Form, int]]
+
+
+def _ints(values: Iterable[int]) -> Ints:
+    return np.fromiter(values, np.int64)
 
 
 class Planner:
@@ -57,11 +102,11 @@ class Planner:
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
         self._words = set(template.token_ids) | set(TAGS)
-        self._plans: dict[Any, list[PlannedSample] | None] = {}
+        self._plans: dict[Any, Plan | None] = {}
         self._turns: dict[Any, _LearnedTurn | None] = {}
         self._set_words(frozenset())
 
-    def find(self, sample: Sample) -> tuple[list[PlannedSample], list[str]] | None:
+    def find(self, sample: Sample) -> tuple[Plan, list[str]] | None:
         """The plan and the texts for its blanks; None when this conversation must be rendered in full.
 
         Raises Rejected when the conversation, whose shape is new, cannot be proven.
@@ -154,7 +199,7 @@ class Planner:
         key: tuple[Any, ...],
         literals: Sequence[Sequence[tuple[str, ...] | None]],
         blanks: Sequence[str],
-    ) -> tuple[list[PlannedSample] | None, frozenset[str]]:
+    ) -> tuple[Plan | None, frozenset[str]]:
         """The plan of a shape, None when there is none, and words that the template looks for."""
         messages = _opaque_messages(sample, literals)
         turns: list[ProvenTurn] = []
@@ -193,14 +238,13 @@ class Planner:
                 return None
         return _LearnedTurn(turn, frozenset(log.words))
 
-    def planned(self, stretches: Sequence[Stretch]) -> list[PlannedSample] | None:
-        """Rendered stretches as parts, with or without blanks; None when words could form across a blank's border."""
-        plan = [self._planned(text, spans) for text, spans in stretches]
-        return None if None in plan else [sample for sample in plan if sample is not None]
+    def planned(self, stretches: Sequence[Stretch]) -> Plan | None:
+        """Rendered stretches as a plan, with or without blanks; None when words could form across a blank's border."""
+        samples = [self._parts(text, spans) for text, spans in stretches]
+        return None if None in samples else Plan.of([sample for sample in samples if sample is not None])
 
-    def _planned(self, text: str, spans: Sequence[tuple[int, int]]) -> PlannedSample | None:
-        kinds: list[int] = []
-        texts: list[Form] = []
+    def _parts(self, text: str, spans: Sequence[tuple[int, int]]) -> _Parts | None:
+        parts = _Parts([], [], [])
         starts: list[int] = []
         position = 0
         for match in [*self.template.token_pattern.finditer(text), None]:
@@ -209,22 +253,21 @@ class Planner:
                 form = self._form(text[position:end])
                 if form is None:
                     return None
-                kinds.append(-1)
-                texts.append(form)
+                parts.kinds.append(-1)
+                parts.texts.append(form)
                 starts.append(position)
             if match:
-                kinds.append(self.template.token_ids[match[0]])
+                parts.kinds.append(self.template.token_ids[match[0]])
                 starts.append(match.start())
                 position = match.end()
         starts.append(len(text))
-        planned: list[PlannedSpan] = []
         for start, end in spans:
             first = next(number for number, place in enumerate(starts) if place > start) - 1
             tail = self._form(text[starts[first] : start]) if starts[first] < start else ()
-            if tail is None or kinds[first] >= 0 < start - starts[first]:
+            if tail is None or (tail and parts.kinds[first] >= 0):
                 return None
-            planned.append(PlannedSpan(first, tail, starts.index(end)))
-        return PlannedSample(np.asarray(kinds, np.int32), tuple(texts), tuple(planned))
+            parts.spans.append((first, tail, starts.index(end)))
+        return parts
 
     def _form(self, text: str, *, inside: bool = False) -> Form | None:
         """A text with blanks as a form; ``inside`` a turn, where control tokens stand, borders are not judged yet."""

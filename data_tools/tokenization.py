@@ -10,12 +10,13 @@ import json
 import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from .arguments import MaskCompat
-from .plans import PlannedSample, PlannedSpan
+from .plans import Plan
 from .proof import prove_turn
 from .schema import DataError, Document, Message, Rejected, Sample, TokenizedSample
 from .templates import ChatTemplate
@@ -43,13 +44,17 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.pattern = pattern
         self.control_tokens = control_tokens
-        self.plain = _plain_encoder(tokenizer)
         added = tokenizer.get_added_vocab()
         self.token_ids: dict[str, int] = {
             token: tokenizer.convert_tokens_to_ids(token) for token in control_tokens | set(added)
         }
         self.control_ids = {self.token_ids[token] for token in control_tokens}
         self.control_ids.discard(tokenizer.unk_token_id)  # what stands for any text is no control token
+
+    @cached_property
+    def plain(self) -> Any | None:
+        """Made when it is first needed: it is a second tokenizer in memory."""
+        return _plain_encoder(self.tokenizer)
 
     def neutralise(self, text: str, only_text: Container[str], marks: dict[str, str]) -> str:
         """The text with a stand-in for each control token that is only text; ``marks`` (token to stand-in) grows.
@@ -248,8 +253,7 @@ class DocumentTokenization:
             if tokenizer.eos_token_id is None:
                 raise DataError("--append_eod: the tokenizer has no end-of-text token")
             self.after = [*self.after, tokenizer.eos_token_id]
-        kinds = np.asarray([*self.before, -1, *self.after], np.int32)
-        self.plan = [PlannedSample(kinds, ((0,),), (PlannedSpan(0, (), len(kinds)),))]
+        self.plan = Plan.of_document(self.before, self.after)
 
     def has_literals(self, document: Document) -> bool:
         """Whether the name of a control token or an added token stands in the text."""
