@@ -23,7 +23,8 @@ from .thinking import NO_THINK, TAGS
 
 _MAX_PLANS = 4096
 _MAX_LITERALS = 12  # pieces of a text that are kept as they stand; a text with more is rendered in full
-_BLANK = re.compile("\ue000\\\\([0-9]+)\ue001")  # a backslash inside: JSON would double it, so it would not be found
+_BLANK = re.compile("\ue000\\\\([0-9]+)[\ue001\ue002]")  # a backslash inside: JSON would double it, so it would not be found
+_LOOSE = "\ue002"  # ends a blank whose text may have white space at its end
 
 Form = tuple[str | int, ...]  # fixed words and numbers of blanks, in order
 Stretch = tuple[str, list[tuple[int, int]]]  # a sample's text and the character spans that carry loss
@@ -103,7 +104,8 @@ class Planner:
         self.template = template
         self._words = set(template.token_ids) | set(TAGS)
         self._plans: dict[Any, Plan | None] = {}
-        self._turns: dict[Any, _LearnedTurn | None] = {}
+        self._turns: dict[Any, ProvenTurn | None] = {}
+        self._loose = True  # until the template is seen to strip the end of a message's text
         self._set_words(frozenset())
 
     def find(self, sample: Sample) -> tuple[Plan, list[str]] | None:
@@ -119,9 +121,10 @@ class Planner:
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
                 self._turns.clear()
-            plan, words = self._learn(sample, key, literals, blanks)
-            if words - self._words:
-                self._set_words(words)
+            plan, log = self._learn(sample, key, literals, blanks)
+            if log is not None:
+                self._loose = self._loose and not log.stripped
+                self._set_words(frozenset(log.words))
                 return None
             self._plans[key] = plan
         plan = self._plans[key]
@@ -150,7 +153,7 @@ class Planner:
                 if text is None:
                     fields.append(None)
                     continue
-                pieces = self._pieces(text, message)
+                pieces = self._pieces(text, message, loose=self._loose and text is message.content)
                 if pieces is None:
                     return None
                 fields.append(pieces[0])
@@ -160,12 +163,15 @@ class Planner:
         kwargs = orjson.dumps(dict(sample.template_kwargs), option=orjson.OPT_SORT_KEYS)
         return (kwargs, *key), literals, blanks
 
-    def _pieces(self, text: str, message: Message) -> tuple[tuple[str, ...], list[str]] | None:
-        """A text as words that matter to the template and the blanks between them; None when it has too many words."""
+    def _pieces(self, text: str, message: Message, *, loose: bool) -> tuple[tuple[str, ...], list[str]] | None:
+        """A text as words that matter to the template and the blanks between them; None when it has too many words.
+
+        White space around words and at the text's ends counts as words; at its end not when it is ``loose``.
+        """
         if (
             text
             and not text[0].isspace()
-            and not text[-1].isspace()
+            and (loose or not text[-1].isspace())
             and not text.startswith(NO_THINK)
             and not any(char in text for char in self._first)
         ):
@@ -185,8 +191,10 @@ class Planner:
             between = text[position:start]
             if core := between.strip():
                 literals.append(literal + between[: len(between) - len(between.lstrip())])
-                blanks.append(core)
                 literal = between[len(between.rstrip()) :]
+                if loose and end == len(text) == start:
+                    core, literal = core + literal, ""
+                blanks.append(core)
             else:
                 literal += between
             literal += text[start:end]
@@ -199,9 +207,9 @@ class Planner:
         key: tuple[Any, ...],
         literals: Sequence[Sequence[tuple[str, ...] | None]],
         blanks: Sequence[str],
-    ) -> tuple[Plan | None, frozenset[str]]:
-        """The plan of a shape, None when there is none, and words that the template looks for."""
-        messages = _opaque_messages(sample, literals)
+    ) -> "tuple[Plan | None, _Log | None]":
+        """The plan of a shape, None when there is none; a log when shapes must be told apart in another way first."""
+        messages = _opaque_messages(sample, literals, loose=self._loose)
         turns: list[ProvenTurn] = []
         checked = 0
         for index, message in enumerate(messages):
@@ -209,23 +217,29 @@ class Planner:
                 continue
             turn_key = key[: index + 2]  # the template's variables come first
             if turn_key not in self._turns:
-                known = self._learn_turn(sample, messages, index, checked, blanks)
-                if known is not None and known.words - self._words:
-                    return None, known.words
-                self._turns[turn_key] = known
+                log = _Log()
+                turn = self._learn_turn(sample, messages, index, checked, blanks, log)
+                if (turn is not None and log.words - self._words) or (log.stripped and self._loose):
+                    return None, log
+                self._turns[turn_key] = turn
             known = self._turns[turn_key]
             if known is None:
-                return None, frozenset()
+                return None, None
             checked = index + 1
-            turns.append(known.turn)
-        return self.planned(_joined(turns)), frozenset()
+            turns.append(known)
+        return self.planned(_joined(turns)), None
 
     def _learn_turn(
-        self, sample: Sample, messages: Sequence[Message], index: int, checked: int, blanks: Sequence[str]
-    ) -> "_LearnedTurn | None":
+        self,
+        sample: Sample,
+        messages: Sequence[Message],
+        index: int,
+        checked: int,
+        blanks: Sequence[str],
+        log: "_Log",
+    ) -> ProvenTurn | None:
         """One turn with blanks; None when the template does more with texts than a plan can say. Raises Rejected."""
         official = prove_turn(self.template, sample.messages[: index + 1], checked, sample.template_kwargs)
-        log = _Log()
         try:
             turn = prove_turn(_Tracing(self.template, log), messages[: index + 1], checked, sample.template_kwargs)
         except Rejected:
@@ -236,7 +250,7 @@ class Planner:
             form = self._form(watched, inside=True)
             if form is None or fill(form, blanks) != text:
                 return None
-        return _LearnedTurn(turn, frozenset(log.words))
+        return turn
 
     def planned(self, stretches: Sequence[Stretch]) -> Plan | None:
         """Rendered stretches as a plan, with or without blanks; None when words could form across a blank's border."""
@@ -301,10 +315,11 @@ def fill(form: Form, blanks: Sequence[str]) -> str:
     return "".join([part if isinstance(part, str) else blanks[part] for part in form])
 
 
-def _with_blanks(literals: Sequence[str], number: int) -> tuple[str, int]:
+def _with_blanks(literals: Sequence[str], number: int, last: str) -> tuple[str, int]:
+    """A text of literals with blanks between, numbered from ``number`` on; ``last`` closes a blank at its end."""
     text = literals[0]
-    for literal in literals[1:]:
-        text += f"\ue000\\{number}\ue001" + literal
+    for place, literal in enumerate(literals[1:], 2):
+        text += f"\ue000\\{number}" + (last if place == len(literals) and not literal else "\ue001") + literal
         number += 1
     return text, number
 
@@ -337,33 +352,28 @@ def _joined(turns: Sequence[ProvenTurn]) -> list[Stretch]:
     return stretches
 
 
-def _opaque_messages(sample: Sample, literals: Sequence[Sequence[tuple[str, ...] | None]]) -> list[Message]:
+def _opaque_messages(
+    sample: Sample, literals: Sequence[Sequence[tuple[str, ...] | None]], *, loose: bool
+) -> list[Message]:
     """The conversation with a numbered blank for each text between its literal words."""
     number = 0
     messages: list[Message] = []
     for message, (content, reasoning) in zip(sample.messages, literals, strict=True):
         assert content is not None
-        text, number = _with_blanks(content, number)
+        text, number = _with_blanks(content, number, _LOOSE if loose else "\ue001")
         thought = None
         if reasoning is not None:
-            thought, number = _with_blanks(reasoning, number)
+            thought, number = _with_blanks(reasoning, number, "\ue001")
         messages.append(replace(message, content=text, reasoning=thought))
     return messages
 
 
-@dataclass(frozen=True, slots=True)
-class _LearnedTurn:
-    """A turn with blanks, and the words that the template looked for while it rendered."""
-
-    turn: ProvenTurn
-    words: frozenset[str]
-
-
 class _Log:
-    """What a template asked of opaque texts: the words it looked for, and whether it did anything else."""
+    """What a template asked of opaque texts: the words it looked for, what it stripped, whether it did anything else."""
 
     def __init__(self) -> None:
         self.words: set[str] = set()
+        self.stripped = False  # the end of a text that may end in white space
         self.unsafe = False
 
 
@@ -449,6 +459,8 @@ def _strips(name: str) -> Callable[..., Any]:
         log = self._log  # pyright: ignore[reportPrivateUsage]
         if chars is not None and chars.strip():
             log.unsafe = True  # a blank has no white space at its ends; of other characters nothing is known
+        if name != "lstrip" and str.endswith(self, _LOOSE):
+            log.stripped = True
         return _wrap(original(self, chars), log)
 
     return method
