@@ -248,6 +248,12 @@ def write_prepared(folder: Path, blocks: Iterable[Block], file: Path, *, pairs: 
             )
     numbers = np.concatenate(lines) if lines else np.empty(0, dtype=np.int64)
     np.save(folder / "rows.npy", np.stack([np.zeros_like(numbers), numbers], axis=1), allow_pickle=False)
-    report = {**total, "rejects": dict(rejects), "files": [str(file)], "terminators": sorted(terminators)}
+    report = {
+        "kind": "preference" if pairs else "chat",
+        **total,
+        "rejects": dict(rejects),
+        "files": [str(file)],
+        "terminators": sorted(terminators),
+    }
     (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return report

@@ -156,8 +156,8 @@ def _uses_byte_level(pre_tokenizer: dict[str, Any] | None) -> bool:
     return pre_tokenizer["type"] == "ByteLevel" and not pre_tokenizer.get("add_prefix_space")
 
 
-def _token_bytes(settings: dict[str, Any], vocab_size: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """The bytes of every token, one after the other (uint8), and where each begins (int64, shape [vocab + 1]).
+def _token_bytes(settings: dict[str, Any], vocab_size: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
+    """The bytes of every token, one after the other (uint8), and where each begins (int32, shape [vocab + 1]).
 
     Byte-level BPE writes each byte as one printable character; the map is GPT-2's ``bytes_to_unicode``.
     """
@@ -168,7 +168,7 @@ def _token_bytes(settings: dict[str, Any], vocab_size: int) -> tuple[npt.NDArray
     words: list[bytes] = [b""] * max(vocab_size, 1 + max(vocab.values()))
     for word, number in vocab.items():
         words[number] = word.translate(table).encode("latin-1", "replace")
-    starts = np.zeros(len(words) + 1, np.int64)
+    starts = np.zeros(len(words) + 1, np.int32)
     np.cumsum([len(word) for word in words], out=starts[1:])
     return np.frombuffer(b"".join(words), np.uint8), starts
 
@@ -179,17 +179,18 @@ def _same_bytes(  # noqa: PLR0917, ANN202 - numba reads no annotations
 ):  # pragma: no cover - compiled  # fmt: skip
     result = np.ones(len(ends) - 1, np.bool_)
     for text in range(len(ends) - 1):
-        place = ends[text]
+        place, stop = ends[text], ends[text + 1]
+        other = np.uint8(0)
         for token in range(offsets[text], offsets[text + 1]):
-            for byte in range(starts[ids[token]], starts[ids[token] + 1]):
-                if place >= ends[text + 1] or table[byte] != data[place]:
-                    result[text] = False
-                    break
-                place += 1
-            if not result[text]:
+            first = starts[ids[token]]
+            size = starts[ids[token] + 1] - first
+            if place + size > stop:
+                other = np.uint8(1)
                 break
-        if place != ends[text + 1]:
-            result[text] = False
+            for byte in range(size):
+                other |= table[first + byte] ^ data[place + byte]
+            place += size
+        result[text] = other == 0 and place == stop
     return result
 
 

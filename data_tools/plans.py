@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from .opaque import BLANK, CLOSED, LOOSE, MARK, Log, Watched
 from .proof import ProvenTurn, prove_turn
 from .schema import Message, Rejected, Sample
 from .templates import ChatTemplate, Rendering
@@ -23,8 +24,6 @@ from .thinking import NO_THINK, TAGS
 
 _MAX_PLANS = 4096
 _MAX_LITERALS = 12  # pieces of a text that are kept as they stand; a text with more is rendered in full
-_BLANK = re.compile("\ue000\\\\([0-9]+)[\ue001\ue002]")  # a backslash inside: JSON would double it, so it would not be found
-_LOOSE = "\ue002"  # ends a blank whose text may have white space at its end
 
 Form = tuple[str | int, ...]  # fixed words and numbers of blanks, in order
 Stretch = tuple[str, list[tuple[int, int]]]  # a sample's text and the character spans that carry loss
@@ -207,7 +206,7 @@ class Planner:
         key: tuple[Any, ...],
         literals: Sequence[Sequence[tuple[str, ...] | None]],
         blanks: Sequence[str],
-    ) -> "tuple[Plan | None, _Log | None]":
+    ) -> tuple[Plan | None, Log | None]:
         """The plan of a shape, None when there is none; a log when shapes must be told apart in another way first."""
         messages = _opaque_messages(sample, literals, loose=self._loose)
         turns: list[ProvenTurn] = []
@@ -217,7 +216,7 @@ class Planner:
                 continue
             turn_key = key[: index + 2]  # the template's variables come first
             if turn_key not in self._turns:
-                log = _Log()
+                log = Log()
                 turn = self._learn_turn(sample, messages, index, checked, blanks, log)
                 if (turn is not None and log.words - self._words) or (log.stripped and self._loose):
                     return None, log
@@ -236,15 +235,15 @@ class Planner:
         index: int,
         checked: int,
         blanks: Sequence[str],
-        log: "_Log",
+        log: Log,
     ) -> ProvenTurn | None:
         """One turn with blanks; None when the template does more with texts than a plan can say. Raises Rejected."""
         official = prove_turn(self.template, sample.messages[: index + 1], checked, sample.template_kwargs)
         try:
-            turn = prove_turn(_Tracing(self.template, log), messages[: index + 1], checked, sample.template_kwargs)
+            turn = prove_turn(Watched(self.template, log), messages[: index + 1], checked, sample.template_kwargs)
         except Rejected:
             return None
-        if log.unsafe or any(not word.strip() or "\ue000" in word for word in log.words):
+        if log.unsafe or any(not word.strip() or MARK in word for word in log.words):
             return None
         for watched, text in ((turn.prompt, official.prompt), (turn.completion, official.completion)):
             form = self._form(watched, inside=True)
@@ -285,8 +284,8 @@ class Planner:
 
     def _form(self, text: str, *, inside: bool = False) -> Form | None:
         """A text with blanks as a form; ``inside`` a turn, where control tokens stand, borders are not judged yet."""
-        parts = _BLANK.split(text)
-        if any("\ue000" in word for word in parts[::2]):
+        parts = BLANK.split(text)
+        if any(MARK in word for word in parts[::2]):
             return None  # the template changed a text in a way that was not recorded
         form: list[str | int] = []
         for place, part in enumerate(parts):
@@ -360,139 +359,9 @@ def _opaque_messages(
     messages: list[Message] = []
     for message, (content, reasoning) in zip(sample.messages, literals, strict=True):
         assert content is not None
-        text, number = _with_blanks(content, number, _LOOSE if loose else "\ue001")
+        text, number = _with_blanks(content, number, LOOSE if loose else CLOSED)
         thought = None
         if reasoning is not None:
             thought, number = _with_blanks(reasoning, number, "\ue001")
         messages.append(replace(message, content=text, reasoning=thought))
     return messages
-
-
-class _Log:
-    """What a template asked of opaque texts: the words it looked for, what it stripped, whether it did anything else."""
-
-    def __init__(self) -> None:
-        self.words: set[str] = set()
-        self.stripped = False  # the end of a text that may end in white space
-        self.unsafe = False
-
-
-class _Tracing:
-    """A chat template that is watched while it renders; see ``Rendering`` in ``templates.py``.
-
-    transformers hands templates plain copies of all texts, so this goes to the compiled template itself.
-    """
-
-    def __init__(self, template: ChatTemplate, log: _Log) -> None:
-        from transformers.utils.chat_template_utils import (
-            _compile_jinja_template,  # pyright: ignore[reportPrivateUsage] - no public name reaches the same environment
-        )
-
-        self.source = template.source
-        self.special_tokens = template.special_tokens
-        self.token_pattern = template.token_pattern
-        self._template = template
-        self._compiled: Any = _compile_jinja_template(template.source)
-        self._log = log
-
-    def render(self, messages: Sequence[Message], *, prompt: bool, kwargs: Mapping[str, Any]) -> str:
-        opaque: list[dict[str, Any]] = []
-        for message in messages:
-            turn = {**message.as_dict(), "content": _Opaque.of(message.content, self._log)}
-            if message.reasoning is not None:
-                turn["thinking"] = turn["reasoning_content"] = _Opaque.of(message.reasoning, self._log)
-            opaque.append(turn)
-        special = self._template.tokenizer.special_tokens_map
-        values = {"tools": None, "documents": None, **special, **kwargs}
-        try:
-            return self._compiled.render(messages=opaque, add_generation_prompt=prompt, **values)
-        except Exception as error:  # noqa: BLE001 - a template is a program of its own
-            raise Rejected("template_error", str(error)) from None
-
-
-class _Opaque(str):
-    """A text that records what is asked of it; what is made of it is opaque too."""
-
-    __slots__ = ("_log",)
-    _log: _Log
-
-    @classmethod
-    def of(cls, text: str, log: _Log) -> Self:
-        made = cls(text)
-        made._log = log
-        return made
-
-    def __bool__(self) -> bool:
-        return str.__len__(self) > 0  # part of the shape
-
-    def __str__(self) -> str:
-        return self
-
-    def __add__(self, other: str) -> "_Opaque":
-        return _Opaque.of(str.__add__(self, other), self._log)
-
-    def __radd__(self, other: str) -> "_Opaque":
-        return _Opaque.of(str.__add__(other, self), self._log)
-
-
-def _looks_for(name: str) -> Callable[..., Any]:
-    """A method that depends only on whether and where a fixed word stands in the text."""
-    original: Callable[..., Any] = getattr(str, name)
-
-    def method(self: _Opaque, *args: Any) -> Any:
-        log = self._log  # pyright: ignore[reportPrivateUsage]
-        words = [part for arg in args[:1] for part in (arg if isinstance(arg, tuple) else (arg,))]
-        for word in words:
-            if isinstance(word, str) and word:
-                log.words.add(str.__str__(word))
-            elif not (isinstance(word, str) and name in ("__eq__", "__ne__")):
-                log.unsafe = log.unsafe or word is not None or name not in ("__eq__", "__ne__")
-        return _wrap(original(self, *args), log)
-
-    return method
-
-
-def _strips(name: str) -> Callable[..., Any]:
-    original: Callable[..., Any] = getattr(str, name)
-
-    def method(self: _Opaque, chars: str | None = None) -> Any:
-        log = self._log  # pyright: ignore[reportPrivateUsage]
-        if chars is not None and chars.strip():
-            log.unsafe = True  # a blank has no white space at its ends; of other characters nothing is known
-        if name != "lstrip" and str.endswith(self, _LOOSE):
-            log.stripped = True
-        return _wrap(original(self, chars), log)
-
-    return method
-
-
-def _refuses(name: str) -> Callable[..., Any]:
-    original: Callable[..., Any] = getattr(str, name)
-
-    def method(self: _Opaque, *args: Any, **kwargs: Any) -> Any:
-        self._log.unsafe = True  # pyright: ignore[reportPrivateUsage]
-        return original(self, *args, **kwargs)
-
-    return method
-
-
-def _wrap(value: Any, log: _Log) -> Any:
-    if isinstance(value, str):
-        return _Opaque.of(value, log)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_wrap(part, log) for part in value)  # pyright: ignore[reportUnknownVariableType]
-    return value
-
-
-_LOOKS = ("__contains__", "__eq__", "__ne__", "startswith", "endswith", "split", "rsplit", "partition", "rpartition")
-_STRIPS = ("strip", "lstrip", "rstrip")
-_FREE = ("__new__", "__init__", "__getattribute__", "__class__", "__doc__", "__init_subclass__", "__subclasshook__",
-         "__setattr__", "__delattr__", "__dir__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getstate__",
-         "__sizeof__", "__repr__", "maketrans")  # fmt: skip
-for _name in dir(str):
-    if _name in _LOOKS or _name == "replace":
-        setattr(_Opaque, _name, _looks_for(_name))
-    elif _name in _STRIPS:
-        setattr(_Opaque, _name, _strips(_name))
-    elif _name not in _FREE and _name not in vars(_Opaque):
-        setattr(_Opaque, _name, _refuses(_name))

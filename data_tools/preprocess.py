@@ -8,6 +8,7 @@ conversations are cut at their turns: the limit is applied when the dataset is o
 answer comes first, then the rejected one.
 """
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -75,7 +76,7 @@ def prepare(
     sources = resolve_files(patterns)
     files = [file for source in sources for file in files_of(source)]
     forms = row_forms(files, args)
-    kind = _kind(forms)
+    kind = rows_kind(forms)
     hashes = source_sha256(files, cache)
     settings = {
         "format": FORMAT,
@@ -101,7 +102,7 @@ def prepare(
     say(f"data: {describe(report)}; {'prepared' if built else 'reused'} {target}")
     if report["rejects"]:
         say(f"data: rejected rows are listed in {target / 'rejects.jsonl'}")
-    _check(report, target, args.max_rejects)
+    check_rejects(report, target, args.max_rejects)
     return target
 
 
@@ -131,8 +132,9 @@ def _detected(file: Path) -> RowForm:
     raise DataError(f"{file}: no row can be read, so its form is unknown; is it JSON in UTF-8? (--data_format names a form)")
 
 
-def _kind(forms: Sequence[RowForm]) -> Kind:
-    kinds = {_KINDS.get(form.form, "chat") for form in forms}
+def rows_kind(forms: Sequence[RowForm]) -> Kind:
+    """What the rows of these files are. Raises DataError when they are not of one kind."""
+    kinds: set[Kind] = {_KINDS.get(form.form, "chat") for form in forms}
     if len(kinds) > 1:
         raise DataError(f"the files hold rows of different kinds ({', '.join(sorted(kinds))}); build them one by one")
     return kinds.pop()
@@ -141,7 +143,11 @@ def _kind(forms: Sequence[RowForm]) -> Kind:
 _KINDS: Mapping[str, Kind] = {"text": "document", "preference": "preference"}
 
 
-def _check(report: Mapping[str, Any], folder: Path, max_rejects: float | None) -> None:
+def check_rejects(report: Mapping[str, Any], folder: Path, max_rejects: float | None) -> None:
+    """Raises DataError, with the first rejected rows, when no sample is left or more rows are rejected than are allowed.
+
+    ``report`` is the ``report.json`` of the prepared dataset in ``folder``; see ``DataArguments.max_rejects``.
+    """
     if not report["rows"]:
         raise DataError(f"{', '.join(report['files'])}: no rows, only blank lines")
     bad = sum(report["rejects"].values())
@@ -178,6 +184,7 @@ def _build(
     backend = getattr(tokenizer, "backend_tokenizer", None)
     engine = fast_engine(backend, say) if backend is not None else None
     workers = _workers(files, tokenizer, args.preprocessing_num_workers)
+    gc.freeze()  # what is loaded by now stays: no need to look through it again and again, or to copy it into workers
     for chosen in (engine, None):
         encoder = RowEncoder(tokenizer, args, kind, chosen)
         try:

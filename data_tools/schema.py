@@ -21,6 +21,10 @@ class Rejected(ValueError):  # noqa: N818 - it is an outcome of a row, like Samp
         self.code = code
         self.detail = detail
 
+    def __reduce__(self) -> tuple[type["Rejected"], tuple[str, str]]:
+        """Pickled by what it was made from: it travels between processes."""
+        return type(self), (self.code, self.detail)
+
 
 class DataError(ValueError):
     """The data as a whole cannot be used; the message names the file and what to do."""

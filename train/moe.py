@@ -56,6 +56,8 @@ def _expert_count(module: nn.Module) -> int:
     if isinstance(module, nn.ModuleList):
         shapes = {tuple(_shape(p) for p in child.parameters()) for child in module}
         return len(module) if len(shapes) == 1 and shapes != {()} else 0
+    if isinstance(module, nn.Conv1d):  # its weight is three-dimensional too (Mamba, LFM2)
+        return 0
     stacked = {_shape(p)[0] for p in module.parameters(recurse=False) if len(_shape(p)) == 3}  # noqa: PLR2004
     return stacked.pop() if len(stacked) == 1 else 0
 

@@ -14,6 +14,13 @@ RENAMED = {
     "no_cuda": "use_cpu",
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+    "max_bad_ratio": "max_rejects",
+    # MindSpeed-LLM's names
+    "data_path": "train_data_file",
+    "prompt_type": "chat_template",
+    "workers": "preprocessing_num_workers",
+    "pack": "packing",
+    "neat_pack": "packing",
 }
 
 

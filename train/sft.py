@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
     from . import runtime
     from .assemble import assemble
+    from .attention import AttentionError
     from .callbacks import DivergedError
 
     for text in args.warnings:
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(error)
     try:
         result = run.trainer.train(resume_from_checkpoint=run.resume_from)
+    except AttentionError as error:
+        return _refuse(error)
     except DivergedError as error:
         runtime.say(f"error: {error}")
         return EXIT_FAILED

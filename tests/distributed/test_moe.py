@@ -27,6 +27,13 @@ def test_blocks_are_found_and_marked(model_type: str, models: Callable[[str], Pa
     assert [type(module).__name__ for module in get_z3_leaf_modules(model)] == [BLOCKS[model_type]] * 2
 
 
+def test_a_convolution_beside_a_projection_is_no_block() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=32, hidden_size=8, state_size=4, num_hidden_layers=2, intermediate_size=16)
+    assert not moe_blocks(MambaForCausalLM(config))
+
+
 def test_experts_in_a_list_are_found() -> None:
     from torch import nn
 

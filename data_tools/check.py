@@ -1,0 +1,184 @@
+"""Prove the masks of data and show its figures, before any GPU is used.
+
+    finebridge data check data.jsonl --tokenizer_name_or_path MODEL [--max_seq_length N] [--json report.json] [--strict]
+
+The data is prepared as training prepares it, which proves every mask, and kept in ``--output_dir`` for training to reuse.
+In place of raw files a prepared folder can be named.
+"""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..storage.manifest import verify
+from ..storage.publish import write_text
+from .arguments import DataArguments
+from .commands import add, data_parser, read_arguments
+from .measures import Answers, Lengths, Limit, Measured, Report
+from .preprocess import TokenizerSource, check_rejects, prepare, row_forms, rows_kind
+from .preview import Preview, print_row, writable
+from .readers import files_of, resolve_files
+from .schema import DataError, Origin
+from .token_view import visible
+
+_OUTPUT = "output/prepared_data"
+_READING = ("max_seq_length", "over_long", "max_rejects", "preprocessing_num_workers")  # flags that shape no token
+_BAR = 40
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prepare, measure and print; exit code 0. Raises DataError when the data cannot be used for training."""
+    parser = data_parser("check", "Prove the masks and show the figures of data, before any GPU is used.")
+    add(
+        parser, "--output_dir", default=_OUTPUT, help=f"where the prepared data is kept and reused (default: {_OUTPUT})"
+    )
+    add(parser, "--json", metavar="REPORT", help="write the figures as JSON, too")
+    add(parser, "--count", type=int, default=2, help="samples to show in colour (default 2)")
+    add(parser, "--strict", action="store_true", help="exit code 2 when any row is rejected")
+    values = parser.parse_args(argv)
+    patterns, source, args = read_arguments(values)
+    target = writable(values.json, "--json")
+    folder = _prepared_folder(patterns, args)
+    if folder is None:
+        files = [file for found in resolve_files(patterns) for file in files_of(found)]
+        rows_kind(row_forms(files, args))
+    source = replace(source, loaded=source.load())
+    folder = folder or _prepare(patterns, source, args, Path(values.output_dir))
+    data = Measured(folder)
+    report = data.measure(source.loaded, args)
+    console = Console(highlight=False, soft_wrap=True)
+    _print_samples(console, data, source.loaded, args, values.count)
+    for line in _lines(report):
+        print(line)
+    problems = _problems(report, data, values)
+    if target:
+        write_text(target, json.dumps({**asdict(report), "problems": problems}, indent=1, ensure_ascii=False) + "\n")
+    if problems:
+        raise DataError("\n".join(problems))
+    return 0
+
+
+def _prepared_folder(patterns: Sequence[str], args: DataArguments) -> Path | None:
+    """The folder when a prepared one is named instead of files, verified. Raises DataError, ManifestError."""
+    found = [Path(name) for name in patterns if (Path(name) / "text_document.idx").is_file()]
+    if not found:
+        return None
+    if len(patterns) > 1:
+        raise DataError(f"{found[0]}: name a prepared folder alone")
+    plain = asdict(DataArguments())
+    shaping = [name for name, value in asdict(args).items() if value != plain[name] and name not in _READING]
+    if shaping:
+        raise DataError(
+            f"--{shaping[0]} shapes tokens, those in {found[0]} are made already; name the raw files instead"
+        )
+    verify(found[0])
+    return found[0]
+
+
+def _prepare(patterns: Sequence[str], source: TokenizerSource, args: DataArguments, cache: Path) -> Path:
+    """The prepared dataset, however many rows were rejected: the report tells them, and the limit is checked after it."""
+    try:
+        return prepare(patterns, source, replace(args, max_rejects=1.0), cache, start_method="fork")
+    except OSError as error:
+        raise DataError(f"--output_dir {cache}: {error.strerror or error}") from None
+
+
+def _print_samples(console: Console, data: Measured, tokenizer: Any, args: DataArguments, count: int) -> None:
+    for number in range(min(count, len(data.lengths))):
+        file, _, line = data.origin(number).rpartition(":")
+        row = Preview(Origin(Path(file), int(line)), [data.sample(number)], None, neutralised=False)
+        print_row(console, tokenizer, row, args, data.kind)
+
+
+def _problems(report: Report, data: Measured, values: Namespace) -> list[str]:
+    """Why the data cannot be used; empty when it can."""
+    problems: list[str] = []
+    try:
+        check_rejects(data.report, data.folder, values.max_rejects)
+    except DataError as error:
+        problems.append(str(error))
+    rejected = sum(reject.count for reject in report.rejected)
+    if values.strict and rejected:
+        problems.append(f"--strict: {rejected:,} of {report.rows:,} rows are rejected")
+    limit = report.limit
+    if limit.over and limit.over_long == "error":
+        problems.append(f"{limit.over:,} samples are over --max_seq_length {limit.max_seq_length} (--over_long error)")
+    if not limit.samples:
+        problems.append(f"no sample is left under --max_seq_length {limit.max_seq_length}; raise it")
+    return problems
+
+
+def _lines(report: Report) -> Iterator[str]:
+    """The figures as text."""
+    rejected = sum(reject.count for reject in report.rejected)
+    yield ""
+    yield _line("rows", f"{report.rows:,} -> {report.samples:,} samples ({report.kind}), {rejected:,} rows rejected")
+    yield _line("tokens", f"{report.tokens:,}, {_share(report.loss_tokens, report.tokens)} of them with loss")
+    yield from _length_lines(report.lengths, report.samples)
+    yield from _limit_lines(report.limit)
+    if report.packing:
+        packs, fill, longest = report.packing.packs, report.packing.fill, report.limit.max_seq_length
+        yield _line("packing", f"{packs:,} packs of {longest:,} tokens, {fill:.1%} filled (with --packing)")
+    if report.answers:
+        yield from _answer_lines(report.answers, report.samples)
+    what = "pairs" if report.kind == "preference" else "samples"
+    yield _line("duplicates", f"{report.doubles.count:,} {what} with the same tokens as an earlier one")
+    yield from (_example(later, f"the same as {earlier}") for later, earlier in report.doubles.first)
+    yield _line("control tokens", f"in the text of {report.neutralised_rows:,} rows, encoded as plain text")
+    yield _line("rejected", f"{rejected:,} rows")
+    for reject in report.rejected:
+        yield f"  {reject.code:<24}{reject.count:>10,}"
+        yield from (_example(place, detail) for place, detail in reject.first)
+
+
+def _length_lines(lengths: Lengths, samples: int) -> Iterator[str]:
+    yield _line(
+        "length",
+        f"p50 {lengths.p50:,}, p90 {lengths.p90:,}, p99 {lengths.p99:,}, max {lengths.longest:,}, "
+        f"min {lengths.shortest:,}, mean {lengths.mean:,.1f} tokens a sample",
+    )
+    most = max(count for _, _, count in lengths.histogram)
+    for first, last, count in lengths.histogram:
+        bar = "#" * -(-count * _BAR // most)
+        yield f"  {first:>11,} to {last:<11,}{count:>10,}  {count / samples:>6.1%}  {bar}".rstrip()
+
+
+def _limit_lines(limit: Limit) -> Iterator[str]:
+    fate = ""
+    if limit.over and limit.over_long != "error":
+        fate = f": {limit.left_out:,} left out, {limit.cut:,} cut; {limit.samples:,} samples, {limit.tokens:,} tokens remain"
+    yield _line("over the limit", f"{limit.over:,} samples have more than {limit.max_seq_length:,} tokens{fate}")
+    yield from (_example(place, f"{length:,} tokens") for place, length in limit.first)
+
+
+def _answer_lines(answers: Answers, samples: int) -> Iterator[str]:
+    total = answers.trained
+    yield _line(
+        "answers", f"{total:,} trained, {total / samples:.2f} a sample, at most {answers.most_in_a_sample:,} in one"
+    )
+    for name, count in (
+        ("with a thought", answers.thought),
+        ("with an empty thought", answers.empty_thought),
+        ("without think tags", answers.plain),
+        ("with tags out of order", answers.malformed),
+    ):
+        yield f"  {name:<24}{count:>10,}  {count / total:>6.1%}"
+    yield from (_example(place, "tags out of order") for place in answers.malformed_first)
+    yield f"  {'asked with /no_think':<24}{answers.no_think:>10,}  {answers.no_think / total:>6.1%}"
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<16}{text}"
+
+
+def _example(place: str, text: str) -> str:
+    return visible(f"    {place}: {text}").replace("\n", " ")
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} ({part / whole:.1%})"
