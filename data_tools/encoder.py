@@ -18,7 +18,7 @@ from .arguments import DataArguments
 from .engine import EngineDiffers, FastEngine, copy_texts
 from .fitting import BUILD_TIME, fit
 from .formats import RowForm, parse_row
-from .plans import Plan, Planner, fill, stretches_of
+from .plans import Plan, Planner, fill
 from .readers import Chunk, rows_of
 from .schema import Document, Kind, Origin, Preference, Rejected, Sample, TokenizedSample
 from .templates import ChatTemplate
@@ -65,7 +65,7 @@ class RowEncoder:
     def __init__(self, tokenizer: Any, args: DataArguments, kind: Kind, engine: FastEngine | None) -> None:
         self.tokenizer = tokenizer
         self.args = args
-        self.kind = kind
+        self.kind: Kind = kind
         self.engine = engine
         self.template: ChatTemplate | None = None
         if kind == "document":
@@ -142,7 +142,7 @@ class RowEncoder:
             return found
         if self.tokenization.has_literals(row):
             return None, ()
-        return self._planner.planned(stretches_of(self._planner.template, row.messages, row.template_kwargs)), ()
+        return self._planner.in_full(row), ()
 
 
 def _last_turn_only(sample: Sample) -> Sample:
@@ -255,7 +255,10 @@ class _Batch:
         if not (planned.proven[own].all() and fits):
             return self._truth(row.row)
         if row.check:
-            truth = self._truth(row.row)
+            try:
+                truth = self._truth(row.row)
+            except Rejected as reason:
+                raise EngineDiffers(f"{row.origin} ({reason})") from None
             mine = [planned.sample(number) for number in range(own.start, own.stop)]
             same = len(truth) == len(mine) and all(
                 np.array_equal(a.ids, b.ids) and np.array_equal(a.spans, b.spans)

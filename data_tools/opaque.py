@@ -17,7 +17,7 @@ from .templates import ChatTemplate
 
 MARK = "\ue000"  # begins every blank
 CLOSED, LOOSE = "\ue001", "\ue002"  # end a blank; LOOSE one whose text may have white space at its end
-BLANK = re.compile(f"{MARK}\\\\([0-9]+)[{CLOSED}{LOOSE}]")  # a backslash inside: JSON would double it, so it is not found
+BLANK = re.compile(f"{MARK}\\\\([0-9]+)[{CLOSED}{LOOSE}]")  # JSON would double the backslash, so it is not found there
 
 
 class Log:
@@ -154,7 +154,8 @@ def _wrap(value: Any, source: Opaque, *, whole: bool) -> Any:
     return value
 
 
-_LOOKS = ("__contains__", "__eq__", "__ne__", "startswith", "endswith", "split", "rsplit", "partition", "rpartition", "replace")
+_LOOKS = ("__contains__", "__eq__", "__ne__", "startswith", "endswith", "split", "rsplit", "partition", "rpartition",
+          "replace")  # fmt: skip
 _STRIPS = ("strip", "lstrip", "rstrip")
 _FREE = ("__new__", "__init__", "__getattribute__", "__class__", "__doc__", "__init_subclass__", "__subclasshook__",
          "__setattr__", "__delattr__", "__dir__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getstate__",
@@ -242,7 +243,7 @@ def _watched(source: str) -> Any:
         _compile_jinja_template,  # pyright: ignore[reportPrivateUsage] - no public name reaches the same environment
     )
 
-    official = _compile_jinja_template(source).environment
+    official: Any = _compile_jinja_template(source).environment
     env: Any = official.overlay()
     env.filters = {name: _guarded(name, function, _FILTERS) for name, function in official.filters.items()}
     env.tests = {name: _guarded(name, function, _TESTS) for name, function in official.tests.items()}

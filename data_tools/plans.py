@@ -8,7 +8,7 @@ slices, changes case) gets no plan, and a text that contains such a word has a s
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -159,7 +159,12 @@ class Planner:
                 blanks += pieces[1]
             key.append((message.role, message.trained, *fields))
             literals.append(fields)
-        kwargs = orjson.dumps(dict(sample.template_kwargs), option=orjson.OPT_SORT_KEYS)
+        try:
+            kwargs = orjson.dumps(dict(sample.template_kwargs))  # keys in the row's order, as templates write them
+        except TypeError:  # nested deeper than it goes, or no JSON
+            return None
+        if MARK.encode() in kwargs:
+            return None  # it could be taken for a blank
         return (kwargs, *key), literals, blanks
 
     def _pieces(self, text: str, message: Message, *, loose: bool) -> tuple[tuple[str, ...], list[str]] | None:
@@ -182,7 +187,9 @@ class Planner:
         if any(text[start:end] in only_text for start, end in found):
             return None  # a control token that is only text: the full rendering keeps it apart
         if text.startswith(NO_THINK):
-            found.insert(0, (0, len(NO_THINK)))
+            found = [(0, len(NO_THINK)), *((start, end) for start, end in found if end > len(NO_THINK))]
+        if any(self._overlapped(text, start, end) for start, end in found):
+            return None
         literals: list[str] = []
         blanks: list[str] = []
         literal, position = "", 0
@@ -199,6 +206,14 @@ class Planner:
             literal += text[start:end]
             position = end
         return (*literals, literal), blanks
+
+    def _overlapped(self, text: str, start: int, end: int) -> bool:
+        """Whether another word begins within the one at ``start`` and goes on after its end."""
+        return any(
+            (match := self._pattern.match(text, place)) is not None and match.end() > end
+            for place in range(start + 1, end)
+            if text[place:end] in self._heads
+        )
 
     def _learn(
         self,
@@ -251,6 +266,14 @@ class Planner:
                 return None
         return turn
 
+    def in_full(self, sample: Sample) -> Plan | None:
+        """A conversation without control tokens in its text, rendered in full; None when it cannot be cut into parts.
+
+        Raises Rejected when a turn cannot be proven.
+        """
+        stretches = stretches_of(self.template, sample.messages, sample.template_kwargs)
+        return None if any(MARK in text for text, _ in stretches) else self.planned(stretches)
+
     def planned(self, stretches: Sequence[Stretch]) -> Plan | None:
         """Rendered stretches as a plan, with or without blanks; None when words could form across a blank's border."""
         samples = [self._parts(text, spans) for text, spans in stretches]
@@ -270,6 +293,8 @@ class Planner:
                 parts.texts.append(form)
                 starts.append(position)
             if match:
+                if self._could_grow(text, match):
+                    return None
                 parts.kinds.append(self.template.token_ids[match[0]])
                 starts.append(match.start())
                 position = match.end()
@@ -281,6 +306,15 @@ class Planner:
                 return None
             parts.spans.append((first, tail, starts.index(end)))
         return parts
+
+    def _could_grow(self, text: str, match: re.Match[str]) -> bool:
+        """Whether a blank beside a control token could make a longer one of it."""
+        token = match[0]
+        after, before = text[match.end() : match.end() + 1] == MARK, text[: match.start()].endswith((CLOSED, LOOSE))
+        return (after or before) and any(
+            other != token and ((after and other.startswith(token)) or (before and other.endswith(token)))
+            for other in self.template.token_ids
+        )
 
     def _form(self, text: str, *, inside: bool = False) -> Form | None:
         """A text with blanks as a form; ``inside`` a turn, where control tokens stand, borders are not judged yet."""
@@ -318,14 +352,12 @@ def _with_blanks(literals: Sequence[str], number: int, last: str) -> tuple[str, 
     """A text of literals with blanks between, numbered from ``number`` on; ``last`` closes a blank at its end."""
     text = literals[0]
     for place, literal in enumerate(literals[1:], 2):
-        text += f"\ue000\\{number}" + (last if place == len(literals) and not literal else "\ue001") + literal
+        text += f"{MARK}\\{number}" + (last if place == len(literals) and not literal else CLOSED) + literal
         number += 1
     return text, number
 
 
-def stretches_of(
-    template: Rendering, messages: Sequence[Message], kwargs: Mapping[str, Any]
-) -> list[Stretch]:
+def stretches_of(template: Rendering, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> list[Stretch]:
     """Texts and character spans of the samples that a conversation becomes: a new one where the history changes.
 
     Raises Rejected when a turn cannot be proven.
@@ -362,6 +394,6 @@ def _opaque_messages(
         text, number = _with_blanks(content, number, LOOSE if loose else CLOSED)
         thought = None
         if reasoning is not None:
-            thought, number = _with_blanks(reasoning, number, "\ue001")
+            thought, number = _with_blanks(reasoning, number, CLOSED)
         messages.append(replace(message, content=text, reasoning=thought))
     return messages

@@ -181,7 +181,11 @@ class Tokenization:
         values = [*sample.template_kwargs.values(), *(value for m in sample.messages for value in m.extra.values())]
         if not values:
             return
-        for match in self.template.token_pattern.finditer(json.dumps(values, ensure_ascii=False)):
+        try:
+            written = json.dumps(values, ensure_ascii=False)
+        except (RecursionError, TypeError):
+            raise Rejected("bad_template_kwargs", "a tool, a call or a template variable is no plain JSON") from None
+        for match in self.template.token_pattern.finditer(written):
             if match[0] in self.template.control_tokens:
                 raise Rejected(
                     "control_token_in_tools", f"{match[0]!r} stands in a tool, a call or a template variable"
