@@ -13,8 +13,10 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -56,7 +58,9 @@ class TokenizerSource:
 
     def load(self) -> Any:
         """The tokenizer, by transformers. Raises DataError."""
-        return self.loaded or load_tokenizer(self.path, trust_remote_code=self.trust_remote_code, cache_dir=self.cache_dir)
+        return self.loaded or load_tokenizer(
+            self.path, trust_remote_code=self.trust_remote_code, cache_dir=self.cache_dir
+        )
 
 
 def prepare(
@@ -129,7 +133,9 @@ def _detected(file: Path) -> RowForm:
                     return detect_form(row)
                 except DataError as error:
                     raise DataError(f"{origin}: {error}") from None
-    raise DataError(f"{file}: no row can be read, so its form is unknown; is it JSON in UTF-8? (--data_format names a form)")
+    raise DataError(
+        f"{file}: no row can be read, so its form is unknown; is it JSON in UTF-8? (--data_format names a form)"
+    )
 
 
 def rows_kind(forms: Sequence[RowForm]) -> Kind:
@@ -191,9 +197,10 @@ def _build(
             with DatasetWriter(folder, files, kind) as writer, Progress(files, say) as progress:
                 for chunk in _encoded(files, forms, encoder, workers, start_method, progress):
                     writer.add(chunk)
-            return
         except EngineDiffers as error:
             say(f"data: {error}: the fast engine differs from tokenizers here; building again with tokenizers alone")
+        else:
+            return
 
 
 def _workers(files: Sequence[Path], tokenizer: Any, asked: int | None) -> int:
@@ -226,17 +233,24 @@ def _encoded(
     global _worker_encoder  # noqa: PLW0603 - forked workers inherit it
     _worker_encoder = encoder
     context = multiprocessing.get_context(start_method)
-    state = None if start_method == "fork" else (encoder.tokenizer, encoder.args, encoder.kind, encoder.engine is not None)
+    state = (
+        None if start_method == "fork" else (encoder.tokenizer, encoder.args, encoder.kind, encoder.engine is not None)
+    )
     os.environ["FASTOKENS_BPE_THREADS"] = "1"  # one tokenizing thread a worker
     try:
         with ProcessPoolExecutor(workers, context, _set_encoder, (state,)) as pool:
             waiting = [
-                (number, pool.submit(_encode_in_worker, chunk, form)) for number, chunk, form in islice(jobs, 3 * workers)
+                (number, pool.submit(_encode_in_worker, chunk, form))
+                for number, chunk, form in islice(jobs, 3 * workers)
             ]
             while waiting:
                 number, future = waiting.pop(0)
                 yield number, future.result()
                 waiting += [(n, pool.submit(_encode_in_worker, chunk, form)) for n, chunk, form in islice(jobs, 1)]
+    except BrokenProcessPool:
+        raise DataError(
+            "a tokenising process was killed (out of memory?); try a smaller --preprocessing_num_workers"
+        ) from None
     finally:
         del os.environ["FASTOKENS_BPE_THREADS"]
         _worker_encoder = None
@@ -247,10 +261,19 @@ _worker_encoder: RowEncoder | None = None
 
 def _set_encoder(state: tuple[Any, DataArguments, Kind, bool] | None) -> None:
     global _worker_encoder  # noqa: PLW0603 - the one way to hand a pool's workers their state
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if state is not None:
         tokenizer, args, kind, fast = state
         engine = fast_engine(tokenizer.backend_tokenizer, lambda _: None) if fast else None
         _worker_encoder = RowEncoder(tokenizer, args, kind, engine)
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that started it is killed: a forked one holds the lock of the build with it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode_in_worker(chunk: Chunk, form: RowForm) -> EncodedChunk:
