@@ -1,6 +1,7 @@
 """Command lines of the data verbs: one set of flags, taken from DataArguments, with MindSpeed-LLM's names beside."""
 
 import argparse
+import json
 import types
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
@@ -10,7 +11,15 @@ from .arguments import DataArguments
 from .preprocess import TokenizerSource
 from .schema import DataError
 
-_NOT_HERE = ("train_data_file", "eval_data_file", "prepared_data_dir", "use_dummy_data", "model_size", "complex_data", "packing")
+_NOT_HERE = (
+    "train_data_file",
+    "eval_data_file",
+    "prepared_data_dir",
+    "use_dummy_data",
+    "model_size",
+    "complex_data",
+    "packing",
+)
 _OTHER_NAMES = {
     "preprocessing_num_workers": ("--workers",),
     "chat_template": ("--prompt_type",),
@@ -47,7 +56,7 @@ def read_arguments(values: argparse.Namespace) -> tuple[list[str], TokenizerSour
         if given["map_keys"]:
             raise DataError("--json_keys and --map_keys both name columns; give one of them")
         given["data_format"] = "text"
-        given["map_keys"] = '{"text": "%s"}' % values.json_keys
+        given["map_keys"] = json.dumps({"text": values.json_keys})
     files = [*values.files, *([values.data_path] if values.data_path else [])]
     if not files:
         raise DataError("name at least one data file")
@@ -74,7 +83,9 @@ def build_main(argv: Sequence[str]) -> int:
 
     from .preprocess import prepare
 
-    parser = data_parser("build", "Tokenise data once, ahead of training. The last line printed is the prepared folder.")
+    parser = data_parser(
+        "build", "Tokenise data once, ahead of training. The last line printed is the prepared folder."
+    )
     add(parser, "--output_dir", help="where the prepared folder goes (the --prepared_data_dir of a training run)")
     add(parser, "--output_prefix", help="write the files MindSpeed-LLM and Megatron-LM read, under this prefix, too")
     add(parser, "--pack", action="store_true", help="with --output_prefix: packed, as MindSpeed-LLM's --pack")
@@ -93,8 +104,6 @@ def build_main(argv: Sequence[str]) -> int:
 
 
 def _export(folder: Any, values: argparse.Namespace, args: DataArguments) -> None:
-    import json
-
     from .layouts_cli import export_main
 
     kind = json.loads((folder / "report.json").read_text(encoding="utf-8"))["kind"]

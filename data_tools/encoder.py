@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .arguments import DataArguments
-from .engine import EngineDiffers, FastEngine, copy_texts
+from .engine import EngineDiffers, FastEngine
 from .fitting import BUILD_TIME, fit
 from .formats import RowForm, parse_row
+from .kernels import copy_texts
 from .plans import Plan, Planner, fill
 from .readers import Chunk, rows_of
 from .schema import Document, Kind, Origin, Preference, Rejected, Sample, TokenizedSample
@@ -274,7 +275,9 @@ class _Batch:
         plans = self._plans
         kinds = np.concatenate([plan.kinds for plan in plans])
         ids, offsets = self._engine.encode(self._texts)
-        good = self._engine.holds(ids, offsets, self._texts) & _without(self._tokenization.text.control_ids, ids, offsets)
+        good = self._engine.holds(ids, offsets, self._texts) & _without(
+            self._tokenization.text.control_ids, ids, offsets
+        )
         shown = _shifted([plan.numbers for plan in plans], [len(plan.texts) for plan in plans])
         part_len = np.ones(len(kinds), np.int64)
         part_len[kinds < 0] = np.diff(offsets)[shown]
@@ -332,7 +335,7 @@ class _Batch:
 
 def _shifted(numbers: Sequence[npt.NDArray[np.int64]], sizes: Sequence[int]) -> npt.NDArray[np.int64]:
     """Numbers that count from 0 in each plan, as numbers that count over all plans."""
-    begins = np.cumsum(sizes) - sizes
+    begins = np.cumsum(sizes, dtype=np.int64) - np.asarray(sizes, np.int64)
     return np.concatenate(numbers) + np.repeat(begins, [len(part) for part in numbers])
 
 

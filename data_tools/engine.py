@@ -9,16 +9,18 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import orjson
 
+from .kernels import same_bytes
+
 # Rows of what real text mixes: letters, digits, punctuation, spaces, line ends, CJK, marks, emoji, code.
 _ALPHABETS = (
-    "abcdefghijklmnopqrstuvwxyz", "ABCXYZ", "0123456789", " ", "\n", "\t", ".,;:!?'\"-_()[]{}<>/\\|@#$%^&*+=~`", "的一是不了人我在有他这中大来上国",
-    "éèüßñøåäöçÀÉ", "Привет", "مرحبا", "नमस्ते", "สวัสดี", "한국어", "ひらがなカタカナ", "😀👍🏽👨\u200d👩\u200d👧🇩🇪", "\u00a0\u2003\u3000\u200b\ufeff", "e\u0301n\u0303",
-    "ﬁﬂ①Ⅳ㎏", "'s't're'll'd", "\r\n", "𝓗𝔢", "\x00\x01\x7f\x85",
+    "abcdefghijklmnopqrstuvwxyz", "ABCXYZ", "0123456789", " ", "\n", "\t", "\r\n", "\x00\x01\x7f\x85",
+    ".,;:!?'\"-_()[]{}<>/\\|@#$%^&*+=~`", "'s't're'll'd", "éèüßñøåäöçÀÉ", "e\u0301n\u0303", "ﬁﬂ①Ⅳ㎏", "𝓗𝔢",
+    "的一是不了人我在有他", "ひらがなカタカナ", "한국어", "Привет", "مرحبا", "नमस्ते", "สวัสดี",
+    "😀👍🏽👨\u200d👩\u200d👧🇩🇪", "\u00a0\u2003\u3000\u200b\ufeff",
 )  # fmt: skip
 _WORDS = (
     "return",
@@ -70,7 +72,7 @@ class FastEngine:
         ends = np.zeros(len(raw) + 1, np.int64)
         np.cumsum([len(part) for part in raw], out=ends[1:])
         data = np.frombuffer(b"".join(raw), np.uint8)
-        return _same_bytes(ids, offsets, self._table, self._starts, data, ends)
+        return same_bytes(ids, offsets, self._table, self._starts, data, ends)
 
 
 def fast_engine(backend: Any, say: Callable[[str], None] = print) -> FastEngine | None:
@@ -171,35 +173,3 @@ def _token_bytes(settings: dict[str, Any], vocab_size: int) -> tuple[npt.NDArray
     starts = np.zeros(len(words) + 1, np.int32)
     np.cumsum([len(word) for word in words], out=starts[1:])
     return np.frombuffer(b"".join(words), np.uint8), starts
-
-
-@numba.njit(cache=True)  # type: ignore[misc]
-def _same_bytes(  # noqa: PLR0917, ANN202 - numba reads no annotations
-    ids, offsets, table, starts, data, ends  # noqa: ANN001
-):  # pragma: no cover - compiled  # fmt: skip
-    result = np.ones(len(ends) - 1, np.bool_)
-    for text in range(len(ends) - 1):
-        place, stop = ends[text], ends[text + 1]
-        other = np.uint8(0)
-        for token in range(offsets[text], offsets[text + 1]):
-            first = starts[ids[token]]
-            size = starts[ids[token] + 1] - first
-            if place + size > stop:
-                other = np.uint8(1)
-                break
-            for byte in range(size):
-                other |= table[first + byte] ^ data[place + byte]
-            place += size
-        result[text] = other == 0 and place == stop
-    return result
-
-
-@numba.njit(cache=True)  # type: ignore[misc]
-def copy_texts(flat, begins, ids, offsets, shown):  # noqa: ANN001, ANN201 - numba reads no annotations
-    """Copy text ``shown[i]``, which is ``ids[offsets[t]:offsets[t + 1]]``, to ``flat`` from ``begins[i]`` on."""
-    for part in range(len(shown)):
-        text = shown[part]
-        place = begins[part]
-        for token in range(offsets[text], offsets[text + 1]):
-            flat[place] = ids[token]
-            place += 1

@@ -10,12 +10,11 @@ import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from .kernels import machine_code
 from .schema import DataError
 
 Ints = npt.NDArray[np.int64]
@@ -151,15 +150,7 @@ def shuffled(count: int, *seeds: int) -> Ints:
     return _fisher_yates(np.asarray(raw, dtype=np.uint64))
 
 
-def _machine_code(kernel: Callable[..., Any]) -> Any:
-    """Numba's compiled kernel, kept on disk for the next process where this folder or the user's cache can be written."""
-    try:
-        return numba.njit(cache=True)(kernel)
-    except RuntimeError:  # no folder to keep it in: each process compiles it anew, a second or two
-        return numba.njit(kernel)
-
-
-@_machine_code
+@machine_code
 def _fisher_yates(raw: npt.NDArray[np.uint64]) -> Ints:
     order = np.arange(len(raw))
     for last in range(len(raw) - 1, 0, -1):
@@ -168,7 +159,7 @@ def _fisher_yates(raw: npt.NDArray[np.uint64]) -> Ints:
     return order
 
 
-@_machine_code
+@machine_code
 def _by_falling_length(drawn: Ints, lengths: Ints, capacity: int) -> Ints:
     """The drawn samples, the longest first; equally long ones stay as drawn (a counting sort)."""
     start = np.zeros(capacity + 2, np.int64)
@@ -184,7 +175,7 @@ def _by_falling_length(drawn: Ints, lengths: Ints, capacity: int) -> Ints:
     return order
 
 
-@_machine_code
+@machine_code
 def _lowest_bit(word: np.uint64) -> int:
     """The place of the lowest set bit of a word that is not zero, by halving."""
     place = 0
@@ -195,7 +186,7 @@ def _lowest_bit(word: np.uint64) -> int:
     return place
 
 
-@_machine_code
+@machine_code
 def _best_fit(order: Ints, lengths: Ints, capacity: int) -> tuple[Ints, int]:
     """The pack of every sample and the number of packs: each sample goes where it leaves the least room.
 
@@ -246,7 +237,7 @@ def _best_fit(order: Ints, lengths: Ints, capacity: int) -> tuple[Ints, int]:
     return owner, packs
 
 
-@_machine_code
+@machine_code
 def _grouped(drawn: Ints, owner: Ints, packs: int) -> tuple[Ints, Ints]:
     """The drawn samples pack by pack, as drawn inside a pack, and where each pack starts."""
     offsets = np.zeros(packs + 1, np.int64)
@@ -263,7 +254,7 @@ def _grouped(drawn: Ints, owner: Ints, packs: int) -> tuple[Ints, Ints]:
     return samples, offsets
 
 
-@_machine_code
+@machine_code
 def _dealt(order: Ints, cost: Ints, ranks: int, batch: int, accumulation: int) -> Ints:
     """``order``, falling in cost inside each window, dealt to ranks and laid out micro-step by micro-step."""
     step = ranks * batch

@@ -364,6 +364,17 @@ def test_a_bomb_is_refused_in_bounded_memory(tmp_path: Path, kind: str) -> None:
     assert grown < 300_000  # KiB, of gigabytes
 
 
+def test_a_large_row_group_of_nothing_is_a_bomb_before_it_is_read(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "a.parquet"
+    table = pa.table({"text": ["a" * (1 << 20)] * 40})
+    pq.write_table(table, file, compression="zstd", use_dictionary=False)
+    with pytest.raises(DataError, match=f"^{file}: .* times as many; this is no training data"):
+        next(read_chunks(file))
+
+
 def test_a_row_of_a_table_that_is_too_long_is_one_rejection(tmp_path: Path) -> None:
     import os
 
