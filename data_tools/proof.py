@@ -51,12 +51,13 @@ def _prompt_of(template: Rendering, history: Sequence[Message], said: str, kwarg
 
     Inference may ask with thinking on (the template's default) or, where the template knows the switch and the row
     does not set it, off. A question marked ``/no_think`` is asked the default way; else the prompt after which
-    exactly the answer's own text follows is preferred, so that an empty thought that only the template adds stays
+    exactly the answer's own text or call follows is preferred, so that an empty thought that only the template adds stays
     in the prompt, without loss.
     """
     answer = history[-1]
     question = next((message.content for message in reversed(history[:-1]) if message.role == "user"), "")
     exact = not question.startswith(NO_THINK) and not answer.reasoning
+    calls = bool(answer.extra.get("tool_calls"))
     switches: list[dict[str, Any]] = [{}]
     if "enable_thinking" in template.source and "enable_thinking" not in kwargs:
         switches.append({"enable_thinking": False})
@@ -65,7 +66,8 @@ def _prompt_of(template: Rendering, history: Sequence[Message], said: str, kwarg
         prompt = template.render(history[:-1], prompt=True, kwargs={**kwargs, **switch})
         if not (said.startswith(prompt) and _holds(said[len(prompt) :], answer)):
             continue
-        if not exact or said[len(prompt) :].strip() == answer.content.strip():
+        own = said[len(prompt) :].strip()
+        if not exact or own == answer.content.strip() or (calls and not _TAG.match(own)):
             return prompt
         found.append(prompt)
     if found:

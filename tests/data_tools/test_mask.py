@@ -3,12 +3,13 @@
 from typing import Any
 
 import pytest
-from finebridge.data_tools.formats import parse_row
+from finebridge.data_tools.formats import RowForm, parse_row
 from finebridge.data_tools.schema import Rejected, TokenizedSample
 from finebridge.data_tools.templates import ChatTemplate
 from finebridge.data_tools.thinking import apply_mode
 from finebridge.data_tools.tokenization import Tokenization
 
+MESSAGES = RowForm("messages")
 Turns = list[dict[str, Any]]
 FAST = "<think>\n\n</think>\n<answer>\na1\n</answer>"
 SLOW = "<think>\nhm</think>\n<answer>\na1\n</answer>"  # the README's own slow example lacks the break before </think>
@@ -76,7 +77,7 @@ def tokenization(tokenizers: dict[str, Any], template: str, mask_compat: Any = "
 
 
 def encode(stage: Tokenization, turns: Turns, mode: Any = "keep", **fields: Any) -> list[TokenizedSample]:
-    sample = parse_row({"messages": turns, **fields})
+    sample = parse_row({"messages": turns, **fields}, MESSAGES)
     return stage.encode(apply_mode(sample, mode, separate=stage.template.reads_reasoning))
 
 
@@ -130,7 +131,7 @@ def test_every_span_follows_the_inference_prompt(
     spans = [(sample, start, end) for sample in samples for start, end in sample.spans.tolist()]
     assert len(spans) == len(answers)
     for index, (sample, start, end) in zip(answers, spans, strict=True):
-        history = list(parse_row({"messages": turns}).messages[:index])
+        history = list(parse_row({"messages": turns}, MESSAGES).messages[:index])
         prompts = [
             tokenizer.apply_chat_template(
                 [message.as_dict() for message in history],
@@ -239,10 +240,16 @@ CALL: Turns = [
 ]
 
 
-@pytest.mark.parametrize("template", ["hunyuan_dense", "hunyuan_a13b", "hy3", "qwen3", "chatml"])
+@pytest.mark.parametrize("template", ["hunyuan_dense", "hunyuan_a13b", "hy3", "chatml"])
 def test_a_template_without_tools_refuses_calls(tokenizers_by_template: dict[str, Any], template: str) -> None:
     with pytest.raises(Rejected, match="no tools"):
         encode(tokenization(tokenizers_by_template, template), CALL)
+
+
+def test_a_call_of_a_template_with_tools_is_trained(tokenizers_by_template: dict[str, Any]) -> None:
+    stage = tokenization(tokenizers_by_template, "qwen3")
+    (text,) = marked(stage, encode(stage, CALL))
+    assert '</think>⏎⏎{{<tool_call>⏎{"name": "look_up", "arguments": {"x": 1}}⏎</tool_call><|im_end|>}}' in text
 
 
 def test_a_call_that_the_template_leaves_out_is_rejected(tokenizers_by_template: dict[str, Any]) -> None:
@@ -369,4 +376,4 @@ def test_an_empty_reasoning_is_none(tokenizers_by_template: dict[str, Any]) -> N
 def test_a_mistyped_key_of_a_row_is_rejected(key: str) -> None:
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], key: "x"}
     with pytest.raises(Rejected, match="unknown_key"):
-        parse_row(row)
+        parse_row(row, MESSAGES)

@@ -11,7 +11,7 @@ from finebridge.data_tools.arguments import DataArguments
 from finebridge.data_tools.collator import PaddingCollator
 from finebridge.data_tools.dataset import DummyDataset, PreparedDataset
 from finebridge.data_tools.indexed import IndexedError, IndexedReader, IndexedWriter
-from finebridge.data_tools.preprocess import prepare
+from finebridge.data_tools.preprocess import TokenizerSource, prepare
 from finebridge.data_tools.schema import DataError
 from finebridge.storage.manifest import verify
 
@@ -34,10 +34,18 @@ def tokenizer(tokenizers_by_template: dict[str, Any]) -> Any:
     return tokenizers_by_template["hunyuan_dense"]
 
 
-def test_what_is_written_is_what_was_encoded(tmp_path: Path, tokenizer: Any) -> None:
+@pytest.fixture
+def source(tokenizer: Any, tmp_path: Path) -> TokenizerSource:
+    """The tokenizer as a saved folder, as users name it, without a chat template of its own."""
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return TokenizerSource(str(tmp_path / "tokenizer"))
+
+
+def test_what_is_written_is_what_was_encoded(tmp_path: Path, tokenizer: Any, source: TokenizerSource) -> None:
     said: list[str] = []
     file = rows_file(tmp_path / "a.jsonl", ["one", "two two", "three"])
-    folder = prepare([str(file)], tokenizer, ARGS, tmp_path / "cache", said.append)
+    folder = prepare([str(file)], source, ARGS, tmp_path / "cache", said.append)
     verify(folder)
     data = PreparedDataset(folder, 100)
     assert len(data) == 3
@@ -51,11 +59,11 @@ def test_what_is_written_is_what_was_encoded(tmp_path: Path, tokenizer: Any) -> 
     assert "3 rows -> 3 samples" in said[-1]
 
 
-def test_second_call_reuses_and_a_change_rebuilds(tmp_path: Path, tokenizer: Any) -> None:
+def test_second_call_reuses_and_a_change_rebuilds(tmp_path: Path, source: TokenizerSource) -> None:
     said: list[str] = []
     file = rows_file(tmp_path / "a.jsonl", ["one"])
-    first = prepare([str(file)], tokenizer, ARGS, tmp_path / "cache", said.append)
-    again = prepare([str(file)], tokenizer, ARGS, tmp_path / "cache", said.append)
+    first = prepare([str(file)], source, ARGS, tmp_path / "cache", said.append)
+    again = prepare([str(file)], source, ARGS, tmp_path / "cache", said.append)
     assert again == first
     assert "prepared" in said[0]
     assert "reused" in said[1]
@@ -64,18 +72,18 @@ def test_second_call_reuses_and_a_change_rebuilds(tmp_path: Path, tokenizer: Any
     import os
 
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size, same time, other content
-    assert prepare([str(file)], tokenizer, ARGS, tmp_path / "cache", said.append) != first
+    assert prepare([str(file)], source, ARGS, tmp_path / "cache", said.append) != first
     fast = DataArguments(chat_template="hunyuan_dense", think_mode="fast")
-    assert prepare([str(file)], tokenizer, fast, tmp_path / "cache", said.append) != first
+    assert prepare([str(file)], source, fast, tmp_path / "cache", said.append) != first
 
 
-def test_worker_processes_give_the_same_bytes(tmp_path: Path, tokenizer: Any) -> None:
+def test_worker_processes_give_the_same_bytes(tmp_path: Path, source: TokenizerSource) -> None:
     file = rows_file(tmp_path / "a.jsonl", [f"answer {i}" * (i % 5 + 1) if i % 9 else None for i in range(300)])
     folders = [
         prepare(
             [str(file)],
-            tokenizer,
-            DataArguments(chat_template="hunyuan_dense", preprocessing_num_workers=workers, max_bad_ratio=0.5),
+            source,
+            DataArguments(chat_template="hunyuan_dense", preprocessing_num_workers=workers, max_rejects=0.5),
             tmp_path / str(workers),
         )
         for workers in (1, 2)
@@ -91,11 +99,11 @@ def test_worker_processes_give_the_same_bytes(tmp_path: Path, tokenizer: Any) ->
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
 
 
-def test_rejects_are_counted_and_listed(tmp_path: Path, tokenizer: Any) -> None:
+def test_rejects_are_counted_and_listed(tmp_path: Path, source: TokenizerSource) -> None:
     said: list[str] = []
     file = rows_file(tmp_path / "a.jsonl", ["a", None, "<think>open", "b"])
-    args = DataArguments(chat_template="hunyuan_dense", max_bad_ratio=0.5)
-    folder = prepare([str(file)], tokenizer, args, tmp_path / "cache", said.append)
+    args = DataArguments(chat_template="hunyuan_dense", max_rejects=0.5)
+    folder = prepare([str(file)], source, args, tmp_path / "cache", said.append)
     listed = [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
     assert [(row["line"], row["code"]) for row in listed] == [(2, "not_json"), (3, "bad_think")]
     assert "4 rows -> 2 samples" in said[0]
@@ -103,20 +111,22 @@ def test_rejects_are_counted_and_listed(tmp_path: Path, tokenizer: Any) -> None:
     assert str(folder / "rejects.jsonl") in said[1]
 
 
-def test_too_many_rejects_stop_the_run(tmp_path: Path, tokenizer: Any) -> None:
+def test_too_many_rejects_stop_the_run(tmp_path: Path, source: TokenizerSource) -> None:
     file = rows_file(tmp_path / "a.jsonl", ["a"] * 9 + [None])
     with pytest.raises(DataError, match=rf"1 of 10 rows are rejected(.|\n)*{file}:10: not_json"):
-        prepare([str(file)], tokenizer, ARGS, tmp_path / "cache")
+        prepare([str(file)], source, ARGS, tmp_path / "cache")
     none_left = rows_file(tmp_path / "b.jsonl", [None])
-    lenient = DataArguments(chat_template="hunyuan_dense", max_bad_ratio=1)
+    with pytest.raises(DataError, match=r"b\.jsonl: no row can be read"):
+        prepare([str(none_left)], source, ARGS, tmp_path / "cache")
+    lenient = DataArguments(chat_template="hunyuan_dense", max_rejects=1, data_format="messages")
     with pytest.raises(DataError, match="none is left"):
-        prepare([str(none_left)], tokenizer, lenient, tmp_path / "cache")
+        prepare([str(none_left)], source, lenient, tmp_path / "cache")
 
 
-def test_over_long_samples(tmp_path: Path, tokenizer: Any) -> None:
+def test_over_long_samples(tmp_path: Path, source: TokenizerSource) -> None:
     said: list[str] = []
     file = rows_file(tmp_path / "a.jsonl", ["short", "long " * 50, "short"])
-    folder = prepare([str(file)], tokenizer, ARGS, tmp_path / "cache")
+    folder = prepare([str(file)], source, ARGS, tmp_path / "cache")
     dropped = PreparedDataset(folder, 40, "drop", said.append)
     assert len(dropped) == 2
     assert [str(origin) for origin, _ in dropped.over_long_rows] == [f"{file}:2"]
@@ -131,15 +141,14 @@ def test_over_long_samples(tmp_path: Path, tokenizer: Any) -> None:
         PreparedDataset(folder, 3, "truncate", said.append)
 
 
-def test_no_chat_template_names_those_shipped(tmp_path: Path, tokenizer: Any) -> None:
-    tokenizer.chat_template = None
+def test_no_chat_template_names_those_shipped(tmp_path: Path, source: TokenizerSource) -> None:
     file = rows_file(tmp_path / "a.jsonl", ["a"])
     with pytest.raises(DataError, match=r"no chat template.*hunyuan_dense"):
-        prepare([str(file)], tokenizer, DataArguments(), tmp_path / "cache")
+        prepare([str(file)], source, DataArguments(), tmp_path / "cache")
     with pytest.raises(DataError, match="did you mean hunyuan_dense"):
-        prepare([str(file)], tokenizer, DataArguments(chat_template="hunyuan_dens"), tmp_path / "cache")
+        prepare([str(file)], source, DataArguments(chat_template="hunyuan_dens"), tmp_path / "cache")
     with pytest.raises(DataError, match=r"no token <\|im_"):
-        prepare([str(file)], tokenizer, DataArguments(chat_template="chatml"), tmp_path / "cache")
+        prepare([str(file)], source, DataArguments(chat_template="chatml"), tmp_path / "cache")
 
 
 def test_padding_is_told_by_lengths_not_by_the_pad_token() -> None:

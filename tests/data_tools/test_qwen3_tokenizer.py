@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finebridge.data_tools.formats import parse_row
+from finebridge.data_tools.formats import RowForm, parse_row
 from finebridge.data_tools.templates import ChatTemplate
 from finebridge.data_tools.thinking import apply_mode
 from finebridge.data_tools.tokenization import Tokenization
 
+MESSAGES = RowForm("messages")
 CHATS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "海水为什么是咸的"}, {"role": "assistant", "content": "因为有盐。"}],
     [
@@ -34,7 +35,7 @@ def qwen3(npm_tokenizer: Callable[[str], Path]) -> Any:
 @pytest.mark.parametrize("chat", CHATS)
 def test_spans_with_the_tokenizers_own_template(qwen3: Any, chat: list[dict[str, Any]]) -> None:
     stage = Tokenization(ChatTemplate(qwen3, None))
-    sample = apply_mode(parse_row({"messages": chat}), "keep", separate=stage.template.reads_reasoning)
+    sample = apply_mode(parse_row({"messages": chat}, MESSAGES), "keep", separate=stage.template.reads_reasoning)
     encoded = stage.encode(sample)
     answers = [turn for turn in chat if turn["role"] == "assistant"]
     spans = [(tokens, start, end) for tokens in encoded for start, end in tokens.spans.tolist()]
@@ -55,7 +56,7 @@ def test_think_tag_in_a_question_is_text(qwen3: Any) -> None:
             {"role": "assistant", "content": "tags"},
         ]
     }
-    (tokens,) = stage.encode(apply_mode(parse_row(row), "keep", separate=True))
+    (tokens,) = stage.encode(apply_mode(parse_row(row, MESSAGES), "keep", separate=True))
     start = int(tokens.spans[0, 0])
     prompt = tokens.ids[:start].tolist()
     assert prompt.count(qwen3.convert_tokens_to_ids("<|im_end|>")) == 1

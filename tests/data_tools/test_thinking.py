@@ -3,12 +3,13 @@
 from typing import Any
 
 import pytest
-from finebridge.data_tools.formats import parse_row
+from finebridge.data_tools.formats import RowForm, parse_row
 from finebridge.data_tools.schema import Rejected
 from finebridge.data_tools.thinking import TAGS, ThinkAnswer, apply_mode, parse
 from hypothesis import given
 from hypothesis import strategies as st
 
+MESSAGES = RowForm("messages")
 TEXT = st.text().filter(lambda text: not any(tag in text for tag in TAGS))
 
 
@@ -44,7 +45,8 @@ def test_broken_forms_are_rejected(content: str) -> None:
 
 def turns(answer: str, question: str = "q", **extra: Any) -> Any:
     return parse_row(
-        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **extra}
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **extra},
+        MESSAGES,
     )
 
 
