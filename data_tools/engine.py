@@ -136,7 +136,7 @@ def _unsuited(settings: dict[str, Any]) -> str | None:
         return f"it changes texts with {', '.join(normalizers)}"
     if any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in settings["added_tokens"]):
         return "its control tokens swallow spaces"
-    if any(token["normalized"] for token in settings["added_tokens"] if not token["content"].isascii()):
+    if normalizers and any(token["normalized"] for token in settings["added_tokens"]):
         return "its control tokens are found after normalising"
     return None
 
