@@ -98,17 +98,22 @@ def build_main(argv: Sequence[str]) -> int:
     output = Path(values.output_dir or Path(values.output_prefix).parent / "prepared_data")
     folder = prepare(files, tokenizer, args, output, start_method="fork")
     if values.output_prefix:
-        _export(folder, values, args)
+        _export(folder, values, tokenizer, args)
     print(folder)
     return 0
 
 
-def _export(folder: Any, values: argparse.Namespace, args: DataArguments) -> None:
+def _export(folder: Any, values: argparse.Namespace, tokenizer: TokenizerSource, args: DataArguments) -> None:
     from .layouts_cli import export_main
 
     kind = json.loads((folder / "report.json").read_text(encoding="utf-8"))["kind"]
-    words = ["--layout", "megatron" if kind == "document" else "mindspeed", str(folder), values.output_prefix]
-    words += ["--pack"] * values.pack + ["--neat_pack"] * values.neat_pack
-    if values.pack or values.neat_pack:
-        words += ["--seq_length", str(args.max_seq_length)]
+    words = [str(folder), "--output_prefix", values.output_prefix]
+    words += ["--layout", "megatron" if kind == "document" else "mindspeed"]
+    words += ["--pairs"] * (kind == "preference")
+    if values.pack or values.neat_pack:  # MindSpeed-LLM wants both flags for a neat pack
+        loaded = tokenizer.load()
+        pad_id = loaded.eos_token_id if loaded.pad_token_id is None else loaded.pad_token_id
+        words += ["--neat_pack" if values.neat_pack else "--pack"]
+        words += ["--seq_length", str(args.max_seq_length), "--pad_id", str(pad_id)]
+        words += ["--over_long", "drop"] * (args.over_long == "drop")
     export_main(words)
