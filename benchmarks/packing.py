@@ -97,7 +97,8 @@ def measure_reading(capacity: int) -> dict[str, Any]:
                 tokens.add(rng.integers(0, 150_000, length, dtype=np.int32))
                 spans.add(np.array([length // 3, length // 2, length * 2 // 3, length], dtype=np.int32))
         np.save(folder / "rows.npy", np.zeros((len(lengths), 2), np.int64))
-        (folder / "report.json").write_text(json.dumps({"terminators": [], "files": ["made up"]}), encoding="utf-8")
+        report = {"kind": "chat", "terminators": [], "files": ["made up"]}
+        (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
         samples = PreparedDataset(folder, capacity)
         data = PackedDataset(samples, pack(samples.lengths, capacity, 0))
         collator = FlatteningCollator(borders=True)
