@@ -16,12 +16,11 @@ from typing import Any
 from rich.console import Console
 
 from ..storage.manifest import verify
-from ..storage.publish import write_text
 from .arguments import DataArguments
 from .commands import add, data_parser, read_arguments
-from .measures import Answers, Lengths, Limit, Measured, Report
+from .measures import Answers, Example, Lengths, Limit, Measured, Report
 from .preprocess import TokenizerSource, check_rejects, prepare, row_forms, rows_kind
-from .preview import Preview, print_row, writable
+from .preview import Preview, print_row, save, writable
 from .readers import files_of, resolve_files
 from .schema import DataError, Origin
 from .token_view import visible
@@ -29,19 +28,25 @@ from .token_view import visible
 _OUTPUT = "output/prepared_data"
 _READING = ("max_seq_length", "over_long", "max_rejects", "preprocessing_num_workers")  # flags that shape no token
 _BAR = 40
+_DESCRIPTION = (
+    "Prepare data as training does, which proves every mask, and show its figures, before any GPU is used. "
+    "FILE may be the folder of a prepared dataset, too. Exit code 2 when training would refuse the data."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare, measure and print; exit code 0. Raises DataError when the data cannot be used for training."""
-    parser = data_parser("check", "Prove the masks and show the figures of data, before any GPU is used.")
+    parser = data_parser("check", _DESCRIPTION)
     add(
         parser, "--output_dir", default=_OUTPUT, help=f"where the prepared data is kept and reused (default: {_OUTPUT})"
     )
     add(parser, "--json", metavar="REPORT", help="write the figures as JSON, too")
-    add(parser, "--count", type=int, default=2, help="samples to show in colour (default 2)")
+    add(parser, "--count", type=int, default=2, help="samples (or pairs) to show in colour (default 2)")
     add(parser, "--strict", action="store_true", help="exit code 2 when any row is rejected")
     values = parser.parse_args(argv)
     patterns, source, args = read_arguments(values)
+    if values.count < 0:
+        raise DataError(f"--count {values.count}: a number of samples is expected, or 0")
     target = writable(values.json, "--json")
     folder = _prepared_folder(patterns, args)
     if folder is None:
@@ -57,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line)
     problems = _problems(report, data, values)
     if target:
-        write_text(target, json.dumps({**asdict(report), "problems": problems}, indent=1, ensure_ascii=False) + "\n")
+        save(target, json.dumps({**asdict(report), "problems": problems}, indent=1, ensure_ascii=False) + "\n")
     if problems:
         raise DataError("\n".join(problems))
     return 0
@@ -89,10 +94,17 @@ def _prepare(patterns: Sequence[str], source: TokenizerSource, args: DataArgumen
 
 
 def _print_samples(console: Console, data: Measured, tokenizer: Any, args: DataArguments, count: int) -> None:
-    for number in range(min(count, len(data.lengths))):
-        file, _, line = data.origin(number).rpartition(":")
-        row = Preview(Origin(Path(file), int(line)), [data.sample(number)], None, neutralised=False)
-        print_row(console, tokenizer, row, args, data.kind)
+    each = 2 if data.kind == "preference" else 1
+    for first in range(0, min(each * count, len(data.lengths)), each):
+        file, _, line = data.origin(first).rpartition(":")
+        samples = [data.sample(number) for number in range(first, first + each)]
+        print_row(
+            console,
+            tokenizer,
+            Preview(Origin(Path(file), int(line)), samples, None, neutralised=False),
+            args,
+            data.kind,
+        )
 
 
 def _problems(report: Report, data: Measured, values: Namespace) -> list[str]:
@@ -107,8 +119,9 @@ def _problems(report: Report, data: Measured, values: Namespace) -> list[str]:
         problems.append(f"--strict: {rejected:,} of {report.rows:,} rows are rejected")
     limit = report.limit
     if limit.over and limit.over_long == "error":
-        problems.append(f"{limit.over:,} samples are over --max_seq_length {limit.max_seq_length} (--over_long error)")
-    if not limit.samples:
+        over = f"{_count(limit.over, 'sample')} {'is' if limit.over == 1 else 'are'} over"
+        problems.append(f"{over} --max_seq_length {limit.max_seq_length} (--over_long error)")
+    elif not limit.samples:
         problems.append(f"no sample is left under --max_seq_length {limit.max_seq_length}; raise it")
     return problems
 
@@ -117,23 +130,25 @@ def _lines(report: Report) -> Iterator[str]:
     """The figures as text."""
     rejected = sum(reject.count for reject in report.rejected)
     yield ""
-    yield _line("rows", f"{report.rows:,} -> {report.samples:,} samples ({report.kind}), {rejected:,} rows rejected")
-    yield _line("tokens", f"{report.tokens:,}, {_share(report.loss_tokens, report.tokens)} of them with loss")
+    yield _line("rows", f"{report.rows:,}: {_count(report.samples, 'sample')} ({report.kind}), {rejected:,} rejected")
+    yield _line(
+        "tokens", f"{report.tokens:,}: {report.loss_tokens:,} with loss ({report.loss_tokens / report.tokens:.1%})"
+    )
     yield from _length_lines(report.lengths, report.samples)
     yield from _limit_lines(report.limit)
     if report.packing:
         packs, fill, longest = report.packing.packs, report.packing.fill, report.limit.max_seq_length
-        yield _line("packing", f"{packs:,} packs of {longest:,} tokens, {fill:.1%} filled (with --packing)")
+        yield _line("packing", f"{_count(packs, 'pack')} of {longest:,} tokens, {fill:.1%} filled (with --packing)")
     if report.answers:
         yield from _answer_lines(report.answers, report.samples)
-    what = "pairs" if report.kind == "preference" else "samples"
-    yield _line("duplicates", f"{report.doubles.count:,} {what} with the same tokens as an earlier one")
-    yield from (_example(later, f"the same as {earlier}") for later, earlier in report.doubles.first)
-    yield _line("control tokens", f"in the text of {report.neutralised_rows:,} rows, encoded as plain text")
-    yield _line("rejected", f"{rejected:,} rows")
+    what = "pair" if report.kind == "preference" else "sample"
+    yield _line("duplicates", f"{_count(report.duplicates.count, what)} with the same tokens as an earlier one")
+    yield from map(_example, report.duplicates.first)
+    yield _line("control tokens", f"in the text of {_count(report.neutralised_rows, 'row')}, encoded as plain text")
+    yield _line("rejected", _count(rejected, "row"))
     for reject in report.rejected:
         yield f"  {reject.code:<24}{reject.count:>10,}"
-        yield from (_example(place, detail) for place, detail in reject.first)
+        yield from map(_example, reject.first)
 
 
 def _length_lines(lengths: Lengths, samples: int) -> Iterator[str]:
@@ -142,18 +157,19 @@ def _length_lines(lengths: Lengths, samples: int) -> Iterator[str]:
         f"p50 {lengths.p50:,}, p90 {lengths.p90:,}, p99 {lengths.p99:,}, max {lengths.longest:,}, "
         f"min {lengths.shortest:,}, mean {lengths.mean:,.1f} tokens a sample",
     )
-    most = max(count for _, _, count in lengths.histogram)
-    for first, last, count in lengths.histogram:
-        bar = "#" * -(-count * _BAR // most)
-        yield f"  {first:>11,} to {last:<11,}{count:>10,}  {count / samples:>6.1%}  {bar}".rstrip()
+    most = max(part.samples for part in lengths.histogram)
+    for part in lengths.histogram:
+        bar = "#" * -(-part.samples * _BAR // most)
+        name = f"{part.first:,} to {part.last:,}"
+        yield f"  {name:<24}{part.samples:>10,}  {part.samples / samples:>6.1%}  {bar}".rstrip()
 
 
 def _limit_lines(limit: Limit) -> Iterator[str]:
     fate = ""
     if limit.over and limit.over_long != "error":
         fate = f": {limit.left_out:,} left out, {limit.cut:,} cut; {limit.samples:,} samples, {limit.tokens:,} tokens remain"
-    yield _line("over the limit", f"{limit.over:,} samples have more than {limit.max_seq_length:,} tokens{fate}")
-    yield from (_example(place, f"{length:,} tokens") for place, length in limit.first)
+    yield _line("over the limit", f"{_count(limit.over, 'sample')} over {limit.max_seq_length:,} tokens{fate}")
+    yield from map(_example, limit.first)
 
 
 def _answer_lines(answers: Answers, samples: int) -> Iterator[str]:
@@ -166,19 +182,19 @@ def _answer_lines(answers: Answers, samples: int) -> Iterator[str]:
         ("with an empty thought", answers.empty_thought),
         ("without think tags", answers.plain),
         ("with tags out of order", answers.malformed),
+        ("asked with /no_think", answers.no_think),
     ):
         yield f"  {name:<24}{count:>10,}  {count / total:>6.1%}"
-    yield from (_example(place, "tags out of order") for place in answers.malformed_first)
-    yield f"  {'asked with /no_think':<24}{answers.no_think:>10,}  {answers.no_think / total:>6.1%}"
+    yield from map(_example, answers.malformed_first)
 
 
 def _line(name: str, text: str) -> str:
     return f"{name:<16}{text}"
 
 
-def _example(place: str, text: str) -> str:
-    return visible(f"    {place}: {text}").replace("\n", " ")
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{part:,} ({part / whole:.1%})"
+def _example(example: Example) -> str:
+    return visible(f"    {example.where}: {example.detail}").replace("\n", " ")

@@ -7,9 +7,11 @@ from html import escape
 from .token_view import Piece, visible
 
 _STYLE = """
-:root { color-scheme: light dark; --loss: #d3f2d9; --line: #2a8745; --wrong: #b3261e; --told: #8a5a00; --dim: #777 }
+:root { color-scheme: light dark; --loss: #d3f2d9; --line: #2a8745; --wrong: #b3261e; --told: #8a5a00; --dim: #777;
+        --control: #6b3fa0 }
 @media (prefers-color-scheme: dark) {
-  :root { --loss: #17472a; --line: #58c27d; --wrong: #ff8a80; --told: #f0b95b; --dim: #999 }
+  :root { --loss: #17472a; --line: #58c27d; --wrong: #ff8a80; --told: #f0b95b; --dim: #999;
+          --control: #c9a7ff }
 }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
 h1 { font-size: 1.4rem } h2 { font-size: 1rem; margin: 2rem 0 .3rem; overflow-wrap: anywhere } p { margin: .3rem 0 }
@@ -18,12 +20,13 @@ pre { font: 14px/1.6 ui-monospace, monospace; white-space: pre-wrap; overflow-wr
 b { font-weight: normal; background: var(--loss); border-bottom: 2px solid var(--line) }
 pre:hover :is(b, span) { box-shadow: inset 1px 0 0 #8889 }
 pre :is(b, span):hover { outline: 2px solid var(--line) }
+i { color: var(--control) }
 u { color: var(--dim); text-decoration: none; user-select: none }
 .wrong { color: var(--wrong) } .told { color: var(--told) }
 """
 _LEGEND = (
-    "<p><b>Coloured tokens carry loss</b>, the others are only read. Point at a text to see where its tokens begin, "
-    "at a token for its place and id.</p>"
+    "<p><b>Coloured tokens carry loss</b>, the others are only read. <i>Control tokens</i> stand in italics. "
+    "Point at a text to see where its tokens begin, at a token for its place and id.</p>"
 )
 
 
@@ -78,7 +81,9 @@ def _row(row: RowView) -> Iterator[str]:
 def _piece(piece: Piece) -> str:
     tag = "b" if piece.trained else "span"
     numbers = " ".join(map(str, piece.ids))
-    return f'<{tag} title="token {piece.position}, id {numbers}">{_text(piece.text)}</{tag}>'
+    control, shown = (", a control token", "<i>{}</i>") if piece.control else ("", "{}")
+    text = shown.format(_text(piece.text))
+    return f'<{tag} title="token {piece.position}, id {numbers}{control}">{text}</{tag}>'
 
 
 def _text(text: str) -> str:

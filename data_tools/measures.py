@@ -1,4 +1,4 @@
-"""Figures of a prepared dataset, read from its memory-mapped files in blocks: lengths, limits, packs, answers, doubles.
+"""Figures of a prepared dataset, read from its memory-mapped files in blocks: lengths, limits, packs, answers, duplicates.
 
 Memory is bounded by a block of about a million tokens, and some 40 bytes a sample.
 """
@@ -20,6 +20,7 @@ from .schema import DataError, Kind, TokenizedSample
 from .thinking import NO_THINK
 
 _SHOWN = 3  # examples of each kind
+_LOOKED_AT = 100  # duplicates among which examples from different rows are looked for
 _SMALLEST_BIN = 16  # tokens; each further bin of the histogram is twice as wide
 _TAG = re.compile(rb"<(/?)(think|answer)(?::[^<>]*)?>")
 _OPENED = re.compile(rb"<think(?::[^<>]*)?>\s*(?:</think(?::[^<>]*)?>\s*)?\Z")  # a thought that the prompt opens
@@ -27,20 +28,34 @@ _OPENED_ROOM = 64  # bytes of the prompt's end in which it is looked for
 
 
 @dataclass(frozen=True, slots=True)
+class Example:
+    """A row that a figure counts: ``where`` is its file:line, ``detail`` what is to be said of it."""
+
+    where: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class Reject:
-    """Rows rejected for one reason; ``first`` are the first of them as (file:line, detail)."""
+    """Rows rejected for one reason, with the first of them."""
 
     code: str
     count: int
-    first: list[tuple[str, str]]
+    first: list[Example]
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Samples of ``first`` to ``last`` tokens."""
+
+    first: int
+    last: int
+    samples: int
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens a sample. ``p90`` is the smallest length that at least 90 % of the samples do not exceed (nearest rank).
-
-    ``histogram`` has (shortest, longest, samples) for each range up to the longest sample.
-    """
+    """Tokens a sample. ``p90`` is the smallest length that at least 90 % of the samples do not exceed (nearest rank)."""
 
     shortest: int
     mean: float
@@ -48,7 +63,7 @@ class Lengths:
     p90: int
     p99: int
     longest: int
-    histogram: list[tuple[int, int, int]]
+    histogram: list[Bin]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +77,7 @@ class Limit:
     cut: int
     samples: int
     tokens: int
-    first: list[tuple[str, int]]
+    first: list[Example]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +103,15 @@ class Answers:
     plain: int = 0
     malformed: int = 0
     no_think: int = 0
-    malformed_first: list[str] = field(default_factory=list[str])
+    malformed_first: list[Example] = field(default_factory=list[Example])
 
 
 @dataclass(frozen=True, slots=True)
-class Doubles:
-    """Samples (of preference data: pairs) whose tokens were all there before; ``first`` names some with the earlier one."""
+class Duplicates:
+    """Samples (of preference data: pairs) with the same tokens as an earlier one, which the examples name."""
 
     count: int
-    first: list[tuple[str, str]]
+    first: list[Example]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +130,7 @@ class Report:
     limit: Limit
     packing: Packing | None
     answers: Answers | None
-    doubles: Doubles
+    duplicates: Duplicates
 
 
 class Measured:
@@ -156,7 +171,7 @@ class Measured:
             digests.append(_digests(block))
             if forms:
                 for number in forms.count(block):
-                    forms.found.malformed_first.append(self.origin(number))
+                    forms.found.malformed_first.append(Example(self.origin(number), "tags out of order"))
         return Report(
             folder=str(self.folder),
             kind=self.kind,
@@ -170,7 +185,7 @@ class Measured:
             limit=limit,
             packing=_packing(kept, args.max_seq_length) if self.kind == "chat" else None,
             answers=forms.found if forms else None,
-            doubles=self._doubles(b"".join(digests)),
+            duplicates=self._duplicates(b"".join(digests)),
         )
 
     def _limit(self, args: DataArguments) -> tuple[Limit, npt.NDArray[np.int64]]:
@@ -186,7 +201,7 @@ class Measured:
             keep[over] = False
         kept = np.minimum(self.lengths[keep], longest).astype(np.int64)
         gone = int(len(keep) - len(kept))
-        examples = [(self.origin(number), int(self.lengths[number])) for number in over[:_SHOWN].tolist()]
+        examples = [Example(self.origin(i), f"{self.lengths[i]:,} tokens") for i in over[:_SHOWN].tolist()]
         total = int(kept.sum())
         return Limit(longest, args.over_long, len(over), gone, len(over) - gone, len(kept), total, examples), kept
 
@@ -197,10 +212,10 @@ class Measured:
                 row = json.loads(line)
                 first = found[row["code"]].first
                 if len(first) < _SHOWN:
-                    first.append((f"{row['file']}:{row['line']}", row["detail"]))
+                    first.append(Example(f"{row['file']}:{row['line']}", row["detail"]))
         return list(found.values())
 
-    def _doubles(self, digests: bytes) -> Doubles:
+    def _duplicates(self, digests: bytes) -> Duplicates:
         """Samples that came before, by their hashes, 16 bytes each; a pair's two hashes are taken as one."""
         each = 2 if self.kind == "preference" else 1
         keys = np.frombuffer(digests, "<u8").reshape(-1, 2 * each)
@@ -208,9 +223,12 @@ class Measured:
         same = np.append(False, (keys[order[1:]] == keys[order[:-1]]).all(axis=1))
         first = np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))
         places = np.flatnonzero(same)
-        places = places[np.argsort(order[places])][:_SHOWN]
+        places = places[np.argsort(order[places])][:_LOOKED_AT]
         pairs = zip(order[places].tolist(), order[first[places]].tolist(), strict=True)
-        return Doubles(int(same.sum()), [(self.origin(a * each), self.origin(b * each)) for a, b in pairs])
+        examples = [Example(self.origin(a * each), f"the same as {self.origin(b * each)}") for a, b in pairs]
+        return Duplicates(
+            int(same.sum()), list(dict.fromkeys(examples))[:_SHOWN]
+        )  # a row may have made several samples
 
 
 def check_ids(folder: Path, vocabulary: int) -> None:
@@ -233,7 +251,7 @@ def _lengths(values: npt.NDArray[np.int32]) -> Lengths:
         ends.append(2 * ends[-1])
     below = np.searchsorted(ordered, ends, side="right")
     below[0] = 0
-    bins = [(ends[i] + 1, ends[i + 1], int(below[i + 1] - below[i])) for i in range(len(ends) - 1)]
+    bins = [Bin(ends[i] + 1, ends[i + 1], int(below[i + 1] - below[i])) for i in range(len(ends) - 1)]
     mean = float(ordered.mean(dtype=np.float64))
     return Lengths(int(ordered[0]), mean, percentile(50), percentile(90), percentile(99), int(ordered[-1]), bins)
 

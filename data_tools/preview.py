@@ -40,7 +40,7 @@ class Preview:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Show rows on the terminal, or write them as a page; exit code 0. Raises DataError."""
-    parser = data_parser("preview", "Show what of each row is trained. Text with loss is green and stands in {{ }}.")
+    parser = data_parser("preview", "Show what of each row is trained: text with loss is green and stands in {{ }}.")
     add(parser, "--count", type=int, default=3, help="rows to show (default: the first 3)")
     add(
         parser,
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if target:
         views = [row_view(tokenizer, row, args, kind) for row in shown]
         title = f"{source.path}, {args.chat_template or 'its own'} chat template" if kind != "document" else source.path
-        write_text(target, page("What is trained", f"Tokenizer {title}", views))
+        save(target, page("What is trained", f"Tokenizer {title}", views))
         print(f"data: {len(views):,} rows shown in {target}")
         return 0
     console = Console(highlight=False, soft_wrap=True)
@@ -83,6 +83,14 @@ def writable(name: str | None, flag: str) -> Path | None:
     if target.is_dir() or not target.parent.is_dir():
         raise DataError(f"{flag} {name}: " + ("a folder" if target.is_dir() else f"there is no folder {target.parent}"))
     return target
+
+
+def save(target: Path, text: str) -> None:
+    """Write a whole file or none. Raises DataError when that cannot be done."""
+    try:
+        write_text(target, text)
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written: {error.strerror or error}") from None
 
 
 def print_row(
@@ -152,7 +160,7 @@ def _token_list(tokenizer: Any, sample: TokenizedSample) -> Text:
     for piece in pieces(tokenizer, sample):
         for place, token in enumerate(piece.ids):
             last = place == len(piece.ids) - 1
-            text = repr(piece.text) if last else "(a part of the next)"
+            text = repr(piece.text) + " control" * piece.control if last else "(a part of the next)"
             line = f"{piece.position + place:>6} {token:>8} {'loss' if piece.trained else '-':>5}  {text}"
             view.append(line + "\n", style="green" if piece.trained else "")
     view.rstrip()

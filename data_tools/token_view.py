@@ -1,6 +1,6 @@
 """Tokens of a sample as text: what each token adds, which of them carry loss, and nothing that a terminal would obey."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,16 @@ _WRITTEN = {code: f"<U+{code:04X}>" for code in _UNSAFE}
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One token, or the few tokens that are a character only together; ``position`` is the place of the first."""
+    """One token, or the few tokens that are a character only together; ``position`` is the place of the first.
+
+    ``control`` tells a token that stands for itself (``<|im_end|>``) from plain text that looks like it.
+    """
 
     position: int
     ids: tuple[int, ...]
     text: str
     trained: bool
+    control: bool
 
 
 def visible(text: str) -> str:
@@ -46,13 +50,14 @@ def stretches(tokenizer: Any, sample: TokenizedSample) -> list[tuple[str, bool]]
 def pieces(tokenizer: Any, sample: TokenizedSample) -> Iterator[Piece]:
     """A sample token by token."""
     ids: list[int] = sample.ids.tolist()
+    added: Container[int] = tokenizer.added_tokens_decoder
     for first, last, trained in _bounds(sample):
         start = first
         for end in range(first + 1, last + 1):
             text = _added(tokenizer, ids, start, end)
             whole = text and not text.endswith(_REPLACEMENT)
             if whole or end == last or end - start == _LONGEST_PIECE:
-                yield Piece(start, tuple(ids[start:end]), text, trained)
+                yield Piece(start, tuple(ids[start:end]), text, trained, ids[start] in added)
                 start = end
 
 
