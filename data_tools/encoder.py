@@ -18,7 +18,6 @@ from .arguments import DataArguments
 from .engine import EngineDiffers, FastEngine
 from .fitting import BUILD_TIME, fit
 from .formats import RowForm, parse_row
-from .kernels import copy_texts
 from .plans import Plan, Planner, fill
 from .readers import Chunk, rows_of
 from .schema import Document, Kind, Origin, Preference, Rejected, Sample, TokenizedSample
@@ -271,6 +270,8 @@ class _Batch:
 
     def _encode(self) -> "_Planned":
         """All planned samples as arrays, and which of them are proven."""
+        from .kernels import copy_texts
+
         assert self._engine is not None
         plans = self._plans
         kinds = np.concatenate([plan.kinds for plan in plans])

@@ -13,8 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from .kernels import same_bytes
-
 # Rows of what real text mixes: letters, digits, punctuation, spaces, line ends, CJK, marks, emoji, code.
 _ALPHABETS = (
     "abcdefghijklmnopqrstuvwxyz", "ABCXYZ", "0123456789", " ", "\n", "\t", "\r\n", "\x00\x01\x7f\x85",
@@ -57,6 +55,7 @@ class FastEngine:
         plain = settings | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         self._engine = fastokens.Tokenizer.from_json_str(orjson.dumps(plain).decode())
         self._table, self._starts = _token_bytes(settings, vocab_size)
+        self._heads = _heads(self._table, self._starts)
         self.normalize = normalize if _normalizers(settings.get("normalizer")) else str
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
@@ -68,11 +67,13 @@ class FastEngine:
         self, ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], texts: Sequence[str]
     ) -> npt.NDArray[np.bool_]:
         """For each text whether the bytes of its tokens are the text, to the last byte."""
+        from .kernels import same_bytes
+
         raw = [text.encode() for text in texts]
         ends = np.zeros(len(raw) + 1, np.int64)
         np.cumsum([len(part) for part in raw], out=ends[1:])
-        data = np.frombuffer(b"".join(raw), np.uint8)
-        return same_bytes(ids, offsets, self._table, self._starts, data, ends)
+        data = np.frombuffer(b"".join((*raw, bytes(16 - ends[-1] % 8))), "<u8")
+        return same_bytes(ids, offsets, self._table, self._starts, self._heads, data, ends)
 
 
 def fast_engine(backend: Any, say: Callable[[str], None] = print) -> FastEngine | None:
@@ -173,3 +174,10 @@ def _token_bytes(settings: dict[str, Any], vocab_size: int) -> tuple[npt.NDArray
     starts = np.zeros(len(words) + 1, np.int32)
     np.cumsum([len(word) for word in words], out=starts[1:])
     return np.frombuffer(b"".join(words), np.uint8), starts
+
+
+def _heads(table: npt.NDArray[np.uint8], starts: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
+    """The first eight bytes of every token as a little-endian word, zeros where it has fewer; shape [vocab]."""
+    place = starts[:-1, None] + np.arange(8)
+    inside = place < starts[1:, None]
+    return np.where(inside, table[np.where(inside, place, 0)], 0).astype(np.uint8).view("<u8").ravel()

@@ -174,6 +174,10 @@ _FILTERS = {"trim", "string", "default", "d", "length", "count", "first", "last"
             "map", "select", "selectattr", "reject", "rejectattr"}  # fmt: skip
 _TESTS = {"defined", "undefined", "none", "string", "mapping", "number", "boolean", "true", "false", "integer", "float",
           "sequence", "iterable", "callable"}  # fmt: skip
+_JINJAS_OWN = (
+    "_loop_vars",
+    "_block_vars",
+)  # names in sight of a call, which Jinja adds; the function does not get them
 _EQUALS = {"eq", "equalto", "==", "ne", "!="}
 
 
@@ -255,7 +259,7 @@ def _watched(source: str) -> Any:
     def call(context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         own = isinstance(getattr(function, "__self__", None), Opaque)
         if not (own or isinstance(function, Macro) or function is Namespace or function is dict):
-            _note(args, kwargs)
+            _note(args, {name: value for name, value in kwargs.items() if name not in _JINJAS_OWN})
         return official.call(context, function, *args, **kwargs)
 
     def call_binop(_context: Any, _operator: str, left: Any, right: Any) -> Any:

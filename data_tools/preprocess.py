@@ -230,6 +230,8 @@ def _encoded(
         for number, chunk, form in jobs:
             yield number, encoder(chunk, form)
         return
+    for number, chunk, form in islice(jobs, 1):
+        yield number, encoder(chunk, form)  # what it learns here of the shapes of rows, forked workers need not learn
     global _worker_encoder  # noqa: PLW0603 - forked workers inherit it
     _worker_encoder = encoder
     context = multiprocessing.get_context(start_method)

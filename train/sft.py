@@ -16,7 +16,7 @@ from pathlib import Path
 from .arguments import parse
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
-_RANK_0_SPEAKS_WITHIN = 3.0  # seconds; the launcher ends the other ranks when rank 0 has ended
+_RANK_0_SPEAKS_WITHIN = 10.0  # seconds; the launcher ends the other ranks when rank 0 has ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
