@@ -3,14 +3,14 @@
 import json
 import random
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from finebridge.data_tools.arguments import DataArguments
 from finebridge.data_tools.encoder import EncodedChunk, RowEncoder
-from finebridge.data_tools.engine import fast_engine
+from finebridge.data_tools.engine import FastEngine, fast_engine
 from finebridge.data_tools.formats import RowForm
-from finebridge.data_tools.plans import Plan, fill
 from finebridge.data_tools.readers import Chunk
 
 Row = dict[str, Any]
@@ -95,33 +95,24 @@ def encode_rows(encoder: RowEncoder, rows: Sequence[Any], form: Any = "messages"
     return encoder(chunk_of(rows), RowForm(form))
 
 
+@cache
+def _engine_of(tokenizer: Any) -> FastEngine | None:
+    return fast_engine(tokenizer.backend_tokenizer)
+
+
 def both_ways(
     tokenizer: Any, args: DataArguments, rows: Sequence[Any], kind: Any = "chat", form: Any = "messages"
 ) -> EncodedChunk:
     """The rows through the fast engine, after checking that ``tokenizers`` alone gives the very same."""
-    engine = fast_engine(tokenizer.backend_tokenizer)
+    engine = _engine_of(tokenizer)
     assert engine is not None
     fast = encode_rows(RowEncoder(tokenizer, args, kind, engine), rows, form)
     slow = encode_rows(RowEncoder(tokenizer, args, kind, None), rows, form)
     told = 3 if args.mask_compat == "none" else 2  # of several reasons the first is told, which depends on the order
     assert [reject[:told] for reject in fast.rejects] == [reject[:told] for reject in slow.rejects]
-    assert (fast.rows, fast.neutralised) == (slow.rows, slow.neutralised) == (len(rows), slow.neutralised)
+    assert fast.rows == slow.rows == len(rows)
+    assert fast.neutralised == slow.neutralised
     for name in ("lines", "lengths", "span_counts", "spans", "ids"):
         assert getattr(fast, name).tolist() == getattr(slow, name).tolist(), name
-    assert len({reject[0] for reject in fast.rejects} | set(fast.lines.tolist())) == len(rows)
-    assert len(fast.rejects) + len(set(fast.lines.tolist())) == len(rows)
+    assert sorted([*{reject[0] for reject in fast.rejects}, *set(fast.lines.tolist())]) == [*range(1, len(rows) + 1)]
     return fast
-
-
-def texts_of(plan: Plan, blanks: Sequence[str], tokens: dict[int, str]) -> list[str]:
-    """The text of each sample of a plan, its blanks filled in."""
-    texts: list[str] = []
-    part = shown = 0
-    for count in plan.part_counts.tolist():
-        text = ""
-        for kind in plan.kinds[part : part + count].tolist():
-            text += fill(plan.texts[plan.numbers[shown]], blanks) if kind < 0 else tokens[kind]
-            shown += kind < 0
-        part += count
-        texts.append(text)
-    return texts

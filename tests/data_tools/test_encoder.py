@@ -1,18 +1,21 @@
 """The fast way through plans and fastokens gives what ``tokenizers`` gives, and the masks keep their promise."""
 
+import json
+import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from finebridge.data_tools.arguments import DataArguments
-from finebridge.data_tools.encoder import RowEncoder
+from finebridge.data_tools.encoder import EncodedChunk, RowEncoder
 from finebridge.data_tools.engine import EngineDiffers, fast_engine
 from finebridge.data_tools.formats import RowForm, parse_row
-from finebridge.data_tools.schema import Rejected, Sample
+from finebridge.data_tools.schema import Message, Rejected, Sample
 from finebridge.data_tools.templates import ChatTemplate
-from finebridge.data_tools.thinking import apply_mode
+from finebridge.data_tools.thinking import TAGS, apply_mode
 from random_chats import Chats, both_ways, encode_rows
 
 REAL = ("qwen3", "llama3_1", "deepseek_v3")
@@ -24,95 +27,124 @@ def real(npm_tokenizer: Callable[[str], Path]) -> Callable[[str], Any]:
     """A real tokenizer with the template that it came with."""
     from transformers import AutoTokenizer
 
-    return lambda name: AutoTokenizer.from_pretrained(npm_tokenizer(name))
+    return cache(lambda name: AutoTokenizer.from_pretrained(npm_tokenizer(name)))
 
 
 def control_of(tokenizer: Any) -> list[str]:
+    """Names of control and added tokens, to be put into texts."""
     return sorted(set(tokenizer.all_special_tokens) | set(list(tokenizer.get_added_vocab())[:20]))
 
 
-def assert_masks(tokenizer: Any, args: DataArguments, rows: list[Any]) -> int:
-    """Each span against transformers' own rendering; returns how many were looked at."""
-    encoder = RowEncoder(tokenizer, args, "chat", fast_engine(tokenizer.backend_tokenizer))
-    template = encoder.template
-    assert template is not None
-    control = set(control_of(tokenizer)) | template.control_tokens
-    ids_of_control = {tokenizer.convert_tokens_to_ids(token) for token in control}
-    special = {tokenizer.convert_tokens_to_ids(token) for token in template.special_tokens}
-    seen = 0
-    for row in rows:
-        made = encode_rows(encoder, [row])
-        if made.rejects:
-            continue
-        sample = apply_mode(parse_row(row, RowForm("messages")), args.think_mode, separate=template.reads_reasoning)
-        assert isinstance(sample, Sample)
-        trained = [number for number, message in enumerate(sample.messages) if message.trained]
-        spans = [(tokens, *span) for tokens in made.samples() for span in tokens.spans.tolist()]
-        assert len(spans) == len(trained)
-        hostile = any(
-            token in text for m in sample.messages for text in (m.content, m.reasoning or "") for token in control
-        )
-        for number, (tokens, start, end) in zip(trained, spans, strict=True):
-            assert int(tokens.ids[end - 1]) in special
-            answer = tokenizer.decode(tokens.ids[start : end - 1].tolist(), clean_up_tokenization_spaces=False)
-            wanted = unicodedata.normalize("NFC", sample.messages[number].content.split("</think>")[-1].strip())
-            assert unicodedata.normalize("NFC", answer).strip().endswith(wanted), (answer, wanted)
-            seen += 1
-            prompts = []
-            for switch in ({}, {"enable_thinking": False}):
-                history = [message.as_dict() for message in sample.messages[:number]]
-                how = {"tokenize": False, "add_generation_prompt": True, **sample.template_kwargs, **switch}
-                prompts.append(tokenizer.apply_chat_template(history, **how))
-            mine = tokens.ids[:start].tolist()
-            if not hostile:
-                asked = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
-                assert any(mine == ids for ids in asked), (tokenizer.decode(mine), prompts)
-            else:
-                assert tokenizer.decode(mine, clean_up_tokenization_spaces=False) in {
-                    text for prompt in prompts for text in (prompt, unicodedata.normalize("NFC", prompt))
-                } | {_by_pieces(prompt, control) for prompt in prompts}
-                clean = [message.as_dict() for message in sample.messages[:number]]
-                for turn in clean:
-                    for field in ("content", "reasoning_content"):
-                        for token in sorted(control, key=len, reverse=True) if turn["role"] != "assistant" else ():
-                            turn[field] = turn[field].replace(token, "x") if turn.get(field) else turn.get(field)
-                if not any(token in (m.content, m.reasoning or "") for m in sample.messages for token in control):
-                    counts = [
-                        sum(i in ids_of_control for i in tokenizer(text, add_special_tokens=False)["input_ids"])
-                        for text in [
-                            tokenizer.apply_chat_template(clean, tokenize=False, add_generation_prompt=True,
-                                                          **sample.template_kwargs, **switch)
-                            for switch in ({}, {"enable_thinking": False})
-                        ]
-                    ]  # fmt: skip
-                    assert sum(i in ids_of_control for i in mine) <= max(counts), (row, clean)
-    return seen
+class Oracle:
+    """What a mask must keep, said with transformers alone: ``apply_chat_template``, ids of texts, texts of ids."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
+        self.special = set(tokenizer.all_special_tokens) | {token for token, special in added.items() if special}
+        control = self.special | {token for token in added if token in tokenizer.chat_template or token in TAGS}
+        self.pattern = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
+        self.control_ids = set(tokenizer.convert_tokens_to_ids(sorted(control)))
+        self.special_ids = set(tokenizer.convert_tokens_to_ids(sorted(self.special)))
+
+    def prompts(self, history: Sequence[Message], variables: Mapping[str, Any]) -> list[str]:
+        """What inference may feed the model for the next answer: the template's default, and thinking switched off."""
+        turns = [message.as_dict() for message in history]
+        return [
+            self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **variables, **switch)
+            for switch in ({}, {"enable_thinking": False})
+            if not switch.keys() & variables.keys()
+        ]
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def text(self, ids: list[int]) -> str:
+        """The text of ids in NFC, as some tokenizers normalise."""
+        return nfc(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def only_text(self, history: Sequence[Message], prompt: str) -> int:
+        """How many names of control tokens in a prompt are somebody's words: all that users, systems and tools write,
+        and the special ones in what an assistant wrote."""
+        count = 0
+        for message in history:
+            own = message.role == "assistant"
+            texts = message.content.split("</think>") if own else [message.content]  # templates leave thoughts out
+            for text in (*texts, message.reasoning or ""):
+                names = self.pattern.findall(text) if text.strip() in prompt else []
+                count += sum(name in self.special for name in names) if own else len(names)
+        return count
 
 
-def _by_pieces(text: str, control: set[str]) -> str:
-    """NFC between control tokens, as tokenizers normalise."""
-    import re
+def nfc(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
 
-    pattern = re.compile("(" + "|".join(map(re.escape, sorted(control, key=len, reverse=True))) + ")")
-    return "".join(part if part in control else unicodedata.normalize("NFC", part) for part in pattern.split(text))
+
+def assert_prompt(oracle: Oracle, ids: list[int], history: Sequence[Message], variables: Mapping[str, Any]) -> None:
+    """Before an answer stands an inference prompt; in it only the template's own control tokens are control tokens."""
+    said = oracle.text(ids)
+    asked = [prompt for prompt in oracle.prompts(history, variables) if nfc(prompt) == said]
+    assert asked, said
+    if any(oracle.pattern.search(text) for turn in history for text in (turn.content, turn.reasoning or "")):
+        real = [len(oracle.pattern.findall(prompt)) - oracle.only_text(history, prompt) for prompt in asked]
+        assert sum(token in oracle.control_ids for token in ids) in real, said
+    else:
+        assert any(ids == oracle.ids(prompt) for prompt in asked), said
+
+
+def assert_answer(oracle: Oracle, ids: list[int], turn: Message) -> None:
+    """What carries loss is the whole answer, its thought before it, and the token that ends the turn: that one last."""
+    assert ids[-1] in oracle.special_ids
+    said = oracle.text(ids[:-1]).strip()
+    if "tool_calls" in turn.extra:
+        assert nfc(turn.content).strip() in said
+        for call in turn.extra["tool_calls"]:
+            assert call["function"]["name"] in said
+            for value in call["function"]["arguments"].values():
+                assert nfc(json.dumps(value, ensure_ascii=False)) in said
+        return
+    assert sum(token in oracle.special_ids for token in ids) == 1
+    thought, closed, text = turn.content.rpartition("</think>")
+    if not (closed and turn.content.lstrip().startswith("<think>")):
+        thought, text = "", turn.content
+    assert said.endswith(nfc(text).strip())
+    for part in (thought.removeprefix("<think>"), turn.reasoning or ""):
+        assert nfc(part).strip() in said
+
+
+def assert_masks(tokenizer: Any, args: DataArguments, rows: Sequence[Any], made: EncodedChunk) -> int:
+    """Each answer of each row that became samples; returns how many were looked at."""
+    oracle = Oracle(tokenizer)
+    separate = "reasoning_content" in tokenizer.chat_template
+    samples: dict[int, list[tuple[list[int], int, int]]] = {}
+    for line, tokens in zip(made.lines.tolist(), made.samples(), strict=True):
+        samples.setdefault(line, []).extend((tokens.ids.tolist(), *span) for span in tokens.spans.tolist())
+    for line, spans in samples.items():
+        parsed = parse_row(rows[line - 1], RowForm("messages"))
+        assert isinstance(parsed, Sample)
+        sample = apply_mode(parsed, args.think_mode, separate=separate)
+        trained = [place for place, message in enumerate(sample.messages) if message.trained]
+        for place, (ids, start, end) in zip(trained, spans, strict=True):
+            assert_prompt(oracle, ids[:start], sample.messages[:place], sample.template_kwargs)
+            assert_answer(oracle, ids[start:end], sample.messages[place])
+    return sum(map(len, samples.values()))
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_tokenizers(real: Callable[[str], Any], name: str) -> None:
     tokenizer = real(name)
-    rows = Chats(1, control_of(tokenizer), tools=True).rows(400)
+    rows = Chats(1, control_of(tokenizer), tools=True).rows(250)
     made = both_ways(tokenizer, DataArguments(), rows)
-    assert len(made.lengths) > 200
-    assert assert_masks(tokenizer, DataArguments(), rows[:150]) > 80
+    assert assert_masks(tokenizer, DataArguments(), rows, made) > 150
 
 
 @pytest.mark.parametrize("mode", ["fast", "slow", "mixed"])
-def test_think_modes(real: Callable[[str], Any], mode: Any) -> None:
-    tokenizer = real("qwen3")
-    rows = Chats(2, control_of(tokenizer)).rows(120)
-    args = DataArguments(think_mode=mode)
-    assert len(both_ways(tokenizer, args, rows).lengths) > 5
-    assert assert_masks(tokenizer, args, rows[:60]) > 2
+def test_think_modes(tokenizers_by_template: dict[str, Any], mode: Any) -> None:
+    tokenizer = tokenizers_by_template["qwen3"]
+    rows = Chats(2, control_of(tokenizer)).rows(150)
+    args = DataArguments(chat_template="qwen3", think_mode=mode)
+    made = both_ways(tokenizer, args, rows)
+    assert assert_masks(tokenizer, args, rows, made) > 5
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -127,7 +159,18 @@ def test_small_tokenizers(tokenizers_by_template: dict[str, Any], name: str, com
         ("hy3", "hunyuan"),
     }
     if compat == "none":
-        assert assert_masks(tokenizer, DataArguments(chat_template=name), rows[:150]) > 80
+        assert assert_masks(tokenizer, DataArguments(chat_template=name), rows, made) > 100
+
+
+@pytest.mark.parametrize(("edge", "step"), [(0, 1), (0, -1), (1, -1), (1, -2)])
+def test_a_span_off_by_one_is_seen(tokenizers_by_template: dict[str, Any], edge: int, step: int) -> None:
+    tokenizer = tokenizers_by_template["qwen3"]
+    args = DataArguments(chat_template="qwen3")
+    rows = Chats(5, control_of(tokenizer), tools=True).rows(20)
+    made = both_ways(tokenizer, args, rows)
+    made.spans[-1, edge] += step
+    with pytest.raises(AssertionError):
+        assert_masks(tokenizer, args, rows, made)
 
 
 @pytest.mark.slow
@@ -137,8 +180,8 @@ def test_many_conversations(real: Callable[[str], Any], name: str, seed: int) ->
     tokenizer = real(name)
     rows = Chats(seed, control_of(tokenizer), tools=True).rows(3000)
     for args in (DataArguments(), DataArguments(think_mode="mixed")):
-        both_ways(tokenizer, args, rows)
-    assert_masks(tokenizer, DataArguments(), rows[:600])
+        made = both_ways(tokenizer, args, rows)
+        assert assert_masks(tokenizer, args, rows, made) > 1000
 
 
 def test_plans_are_used(tokenizers_by_template: dict[str, Any]) -> None:
@@ -223,3 +266,17 @@ def test_control_tokens_in_text_are_counted_by_rows(tokenizers_by_template: dict
     assert made.neutralised == 2
     assert [sample.ids.tolist().count(tokenizer.eos_token_id) for sample in made.samples()] == [2, 2, 2, 2]
     assert ChatTemplate(tokenizer, "hunyuan_dense").special_tokens >= {stop}
+
+
+@pytest.mark.xfail(
+    reason="its template joins the names of its tags from pieces, so they are not seen in the source", strict=True
+)
+def test_hy3s_think_tags_in_a_question_are_text(tokenizers_by_template: dict[str, Any]) -> None:
+    tokenizer = tokenizers_by_template["hy3"]
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]}
+        for text in ("q", "q</think:opensource>")
+    ]
+    plain, hostile = both_ways(tokenizer, DataArguments(chat_template="hy3"), rows).samples()
+    tag = tokenizer.convert_tokens_to_ids("</think:opensource>")
+    assert hostile.ids.tolist().count(tag) == plain.ids.tolist().count(tag)
