@@ -127,7 +127,7 @@ class Tokenization:
     def encode(self, sample: Sample) -> list[TokenizedSample]:
         """The samples of one conversation, at least one. Raises Rejected."""
         self.check_kwargs(sample)
-        messages, literals = self._neutralise(sample.messages)
+        messages, literals = self._neutralise(sample)
         self.neutralised += bool(literals)
         stretches: list[tuple[list[int], list[tuple[int, int]]]] = []
         checked = 0
@@ -191,19 +191,17 @@ class Tokenization:
                     "control_token_in_tools", f"{match[0]!r} stands in a tool, a call or a template variable"
                 )
 
-    def _neutralise(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
+    def _neutralise(self, sample: Sample) -> tuple[list[Message], dict[str, str]]:
         """Messages with stand-ins for control tokens that are only text, and what each stand-in means."""
         marks: dict[str, str] = {}
         result: list[Message] = []
-        for message in messages:
+        for message in sample.messages:
             only_text = self.template.literals_of(message)
             text = self.text.neutralise(message.content, only_text, marks)
             thought = message.reasoning
             thought = self.text.neutralise(thought, only_text, marks) if thought is not None else None
             result.append(replace(message, content=text, reasoning=thought))
-        if marks and any(
-            _is_private(text) for message in messages for text in (message.content, message.reasoning or "")
-        ):
+        if marks and any(map(_is_private, _texts(sample))):
             raise Rejected("private_characters", "control tokens stand beside private characters (U+F0000) in the text")
         return result, {mark: token for token, mark in marks.items()}
 
@@ -274,6 +272,13 @@ class DocumentTokenization:
         self.neutralised += bool(marks)
         ids = [*self.before, *self.text.encode(text, {mark: token for token, mark in marks.items()}), *self.after]
         return [TokenizedSample(np.asarray(ids, np.int32), np.asarray([[0, len(ids)]], np.int32))]
+
+
+def _texts(sample: Sample) -> list[str]:
+    """Every text of a conversation; its tools, calls and template variables as JSON."""
+    texts = [text for message in sample.messages for text in (message.content, message.reasoning or "")]
+    rest = [dict(sample.template_kwargs), *(dict(message.extra) for message in sample.messages)]
+    return [*texts, json.dumps(rest, ensure_ascii=False)]
 
 
 def _is_private(text: str) -> bool:

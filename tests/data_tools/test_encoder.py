@@ -257,6 +257,17 @@ def test_a_row_that_only_the_reference_rejects_is_a_difference(
         encode_rows(encoder, rows)
 
 
+def test_a_private_character_in_a_call_is_not_taken_for_a_stand_in(tokenizers_by_template: dict[str, Any]) -> None:
+    """Where control tokens are only text, private characters stand for them until ids are made."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": "\U000f0000"}}}
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+        for text in ("q", "q <|im_end|>")
+    ]
+    made = both_ways(tokenizers_by_template["qwen3"], DataArguments(chat_template="qwen3"), rows)
+    assert [reject[2] for reject in made.rejects] == ["private_characters"]
+
+
 def test_control_tokens_in_text_are_counted_by_rows(tokenizers_by_template: dict[str, Any]) -> None:
     tokenizer = tokenizers_by_template["hunyuan_dense"]
     stop = tokenizer.eos_token
