@@ -7,7 +7,7 @@ In place of raw files a prepared folder can be named.
 """
 
 import json
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,15 +34,18 @@ _DESCRIPTION = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prepare, measure and print; exit code 0. Raises DataError when the data cannot be used for training."""
-    parser = data_parser("check", _DESCRIPTION)
+def _flags(parser: ArgumentParser) -> None:
     add(
         parser, "--output_dir", default=_OUTPUT, help=f"where the prepared data is kept and reused (default: {_OUTPUT})"
     )
     add(parser, "--json", metavar="REPORT", help="write the figures as JSON, too")
-    add(parser, "--count", type=int, default=2, help="samples (or pairs) to show in colour (default 2)")
+    add(parser, "--count", type=int, default=2, help="samples (or pairs) to show in colour (default: 2)")
     add(parser, "--strict", action="store_true", help="exit code 2 when any row is rejected")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prepare, measure and print; exit code 0. Raises DataError when the data cannot be used for training."""
+    parser = data_parser("check", _DESCRIPTION, _flags)
     values = parser.parse_args(argv)
     patterns, source, args = read_arguments(values)
     if values.count < 0:

@@ -3,8 +3,9 @@
 import argparse
 import json
 import types
-from collections.abc import Sequence
-from dataclasses import MISSING, Field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .arguments import DataArguments
@@ -27,12 +28,51 @@ _OTHER_NAMES = {
 }
 
 
-def data_parser(verb: str, description: str, *, files: str = "*") -> argparse.ArgumentParser:
-    """A parser with the data files, the tokenizer and every flag of DataArguments; each name also with dashes."""
-    parser = argparse.ArgumentParser(f"finebridge data {verb}", description=description, allow_abbrev=False)
-    parser.add_argument("files", nargs=files, metavar="FILE", help="data files, folders or globs")
+class _Help(argparse.HelpFormatter):
+    """One line of names a flag, spelt with underscores; the wide form of argparse repeats the value after each name."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = [name for name in action.option_strings if "-" not in name[2:]]
+        takes = (
+            "" if action.nargs == 0 else " " + self._format_args(action, self._get_default_metavar_for_optional(action))
+        )
+        return ", ".join(names) + takes
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return _METAVARS.get(action.type, "TEXT")
+
+
+_METAVARS: Mapping[Any, str] = {int: "N", float: "SHARE", Path: "PATH"}
+_SPELLING = "Every flag may also be spelt with dashes (--max-seq-length)."
+
+
+def command_parser(verb: str, usage: str, description: str) -> argparse.ArgumentParser:
+    """A parser for ``finebridge data VERB``; flags are added to it with ``add``."""
+    name = f"finebridge data {verb}"
+    return argparse.ArgumentParser(
+        name, f"{name} {usage}", description, _SPELLING, formatter_class=_Help, allow_abbrev=False
+    )
+
+
+def data_parser(verb: str, description: str, own: Callable[[argparse.ArgumentParser], None]) -> argparse.ArgumentParser:
+    """A parser with the flags that ``own`` adds, the data files, the tokenizer and every flag of DataArguments."""
+    parser = command_parser(verb, "FILE... --tokenizer_name_or_path MODEL [flags]", description)
+    parser.add_argument("files", nargs="*", metavar="FILE", help="data files, folders or globs")
+    add(
+        parser,
+        "--tokenizer_name_or_path",
+        "--model_name_or_path",
+        dest="tokenizer",
+        required=True,
+        help="the folder or Hub name that the tokenizer comes from",
+    )
+    own(parser)
     add(parser, "--data_path", "--input", dest="data_path", help="the same as FILE, comma-separated")
-    add(parser, "--tokenizer_name_or_path", "--model_name_or_path", dest="tokenizer", required=True)
     add(parser, "--trust_remote_code", action="store_true", help="run the tokenizer's own .py files")
     add(parser, "--json_keys", help="pretraining text: the column that holds it (default: text)")
     hints = get_type_hints(DataArguments)
@@ -66,8 +106,9 @@ def read_arguments(values: argparse.Namespace) -> tuple[list[str], TokenizerSour
 
 def _argument(entry: "Field[Any]", kind: Any) -> dict[str, Any]:
     """What argparse needs to read a field of DataArguments."""
-    result: dict[str, Any] = {"help": entry.metadata["help"].replace("%", "%%")}
-    result["default"] = None if entry.default is MISSING else entry.default
+    told = entry.metadata["help"].replace("%", "%%")
+    shown = f" (default: {entry.default})" if entry.default not in (None, False) else ""
+    result: dict[str, Any] = {"help": told + shown, "default": entry.default}
     if get_origin(kind) in (Union, types.UnionType):
         kind = next(part for part in get_args(kind) if part is not type(None))
     if kind is bool:
@@ -77,20 +118,20 @@ def _argument(entry: "Field[Any]", kind: Any) -> dict[str, Any]:
     return {**result, "type": kind}
 
 
-def build_main(argv: Sequence[str]) -> int:
-    """``finebridge data build``: prepare data ahead of training; the last line printed is the folder. Raises DataError."""
-    from pathlib import Path
-
-    from .preprocess import prepare
-
-    parser = data_parser(
-        "build", "Tokenise data once, ahead of training. The last line printed is the prepared folder."
-    )
+def _build_flags(parser: argparse.ArgumentParser) -> None:
     add(parser, "--output_dir", help="where the prepared folder goes (the --prepared_data_dir of a training run)")
     add(parser, "--output_prefix", help="write the files MindSpeed-LLM and Megatron-LM read, under this prefix, too")
     add(parser, "--pack", action="store_true", help="with --output_prefix: packed, as MindSpeed-LLM's --pack")
     add(parser, "--neat_pack", action="store_true", help="with --output_prefix: packed, samples kept apart")
     add(parser, "--n_subs", type=int, help="accepted and not needed: memory is bounded")
+
+
+def build_main(argv: Sequence[str]) -> int:
+    """``finebridge data build``: prepare data ahead of training; the last line printed is the folder. Raises DataError."""
+    from .preprocess import prepare
+
+    told = "Tokenise data once, ahead of training. The last line printed is the prepared folder."
+    parser = data_parser("build", told, _build_flags)
     values = parser.parse_args(argv)
     if not values.output_dir and not values.output_prefix:
         raise DataError("--output_dir says where the prepared data goes")

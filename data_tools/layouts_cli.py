@@ -1,13 +1,13 @@
 """Write a prepared dataset as the files of another system, or prepare a dataset from such files.
 
     finebridge data export PREPARED --layout mindspeed --output_prefix out/alpaca [--seq_length N ...]
-    finebridge data import out/alpaca --layout mindspeed --output PREPARED
+    finebridge data import out/alpaca --layout mindspeed --output_dir PREPARED
 
 PREPARED is a folder as ``finebridge`` makes it from raw files; the messages of a run name it.
 """
 
-import argparse
 import json
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 from ..storage.manifest import file_sha256, verify
 from ..storage.publish import publish
 from .blocks import PackIndex, PreparedSource, write_prepared
+from .commands import add, command_parser
 from .layout_base import Exported, Layout, LayoutOptions
 from .layouts import LAYOUTS
 from .schema import DataError
@@ -27,23 +28,23 @@ _EXPORT = "Write a prepared dataset as the files of another system."
 _IMPORT = "Prepare a dataset from the files of another system."
 
 
-def export_parser() -> argparse.ArgumentParser:
+def export_parser() -> ArgumentParser:
     """The command line of ``finebridge data export``."""
-    parser = argparse.ArgumentParser("finebridge data export", allow_abbrev=False, description=_EXPORT)
+    parser = command_parser("export", "PREPARED --layout NAME --output_prefix PATH [flags]", _EXPORT)
     parser.add_argument("source", type=Path, metavar="PREPARED", help="the folder of a prepared dataset")
-    parser.add_argument("--output_prefix", type=Path, required=True, help="what the names of the files begin with")
+    add(parser, "--output_prefix", type=Path, required=True, help="what the names of the files begin with")
     _shared(parser)
-    parser.add_argument("--over_long", choices=("error", "drop"), default="error", help="samples that do not fit")
-    parser.add_argument("--seed", type=int, default=0, help="order of packs (default 0)")
-    parser.add_argument("--replace", action="store_true", help="write over files that stand")
+    add(parser, "--over_long", choices=("error", "drop"), default="error", help="samples that do not fit")
+    add(parser, "--seed", type=int, default=0, help="order of packs (default: 0)")
+    add(parser, "--replace", action="store_true", help="write over files that stand")
     return parser
 
 
-def import_parser() -> argparse.ArgumentParser:
+def import_parser() -> ArgumentParser:
     """The command line of ``finebridge data import``."""
-    parser = argparse.ArgumentParser("finebridge data import", allow_abbrev=False, description=_IMPORT)
+    parser = command_parser("import", "PREFIX --layout NAME --output_dir FOLDER [flags]", _IMPORT)
     parser.add_argument("prefix", type=Path, metavar="PREFIX", help="what the names of the files begin with")
-    parser.add_argument("--output", type=Path, required=True, help="the folder to prepare; it must not be there yet")
+    add(parser, "--output_dir", type=Path, required=True, help="the folder to prepare; it must not be there yet")
     _shared(parser)
     return parser
 
@@ -69,41 +70,41 @@ def import_main(argv: Sequence[str] | None = None) -> int:
     args = import_parser().parse_args(argv)
     layout, options = LAYOUTS[args.layout], LayoutOptions(**_options(args))
     blocks = layout.blocks(args.prefix, options=options)
-    if args.output.exists():
-        raise DataError(f"{args.output} exists already; choose another --output, or delete it")
+    if args.output_dir.exists():
+        raise DataError(f"{args.output_dir} exists already; choose another --output_dir, or delete it")
     files = [Path(f"{args.prefix}{ending}") for ending in layout.endings(options)]
     made_from: dict[str, Any] = {"layout": layout.name, "options": _options(args)}
     made_from["files"] = {str(file): file_sha256(file) for file in files}
-    with publish(args.output, kind="dataset", made_from=made_from) as folder:
+    with publish(args.output_dir, kind="dataset", made_from=made_from) as folder:
         report = write_prepared(folder, blocks, files[0], pairs=options.pairs)
         if not report["samples"]:
             raise DataError(f"{args.prefix}: none of its {report['rows']} samples has a token to train on")
     print(
         f"data: {report['samples']:,} samples, {report['tokens']:,} tokens, {report['loss_tokens']:,} with loss; "
-        f"prepared {args.output}"
+        f"prepared {args.output_dir}"
     )
     for code, count in report["rejects"].items():
-        print(f"data: left out, {code}: {count:,}; listed in {args.output / 'rejects.jsonl'}")
+        print(f"data: left out, {code}: {count:,}; listed in {args.output_dir / 'rejects.jsonl'}")
     return 0
 
 
-def _shared(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layout", choices=sorted(LAYOUTS), required=True)
-    parser.add_argument("--seq_length", type=int, help="tokens of an item")
-    parser.add_argument(
-        "--vocab_size", type=int, help="ids must be below it; autoalign: its vocabulary, extra ids included"
+def _shared(parser: ArgumentParser) -> None:
+    add(parser, "--layout", choices=sorted(LAYOUTS), required=True, help="whose files")
+    add(parser, "--seq_length", type=int, help="tokens of an item")
+    add(
+        parser,
+        "--vocab_size",
+        type=int,
+        help="ids must be below it; autoalign: its vocabulary, extra ids included",
     )
-    parser.add_argument("--pad_id", type=int, help="token id that fills items up (pai, mindspeed with packs)")
-    packs = parser.add_mutually_exclusive_group()
-    packs.add_argument("--pack", action="store_true", help="several samples an item (mindspeed, pai)")
-    packs.add_argument(
-        "--neat_pack", action="store_true", help="mindspeed: the same, the attention mask tells them apart"
-    )
-    parser.add_argument("--pairs", action="store_true", help="samples are chosen and rejected answers by turns")
-    parser.add_argument("--json_key", default="conversations", help="autoalign: a part of the names")
+    add(parser, "--pad_id", type=int, help="token id that fills items up (pai, mindspeed with packs)")
+    add(parser, "--pack", action="store_true", help="several samples an item (mindspeed, pai)")
+    add(parser, "--neat_pack", action="store_true", help="mindspeed: the same, the attention mask tells them apart")
+    add(parser, "--pairs", action="store_true", help="samples are chosen and rejected answers by turns")
+    add(parser, "--json_key", default="conversations", help="autoalign: a part of the names (default: conversations)")
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
+def _options(args: Namespace) -> dict[str, Any]:
     return {
         "seq_length": args.seq_length,
         "vocab_size": args.vocab_size,

@@ -193,6 +193,8 @@ def _build(
     gc.freeze()  # what is loaded by now stays: no need to look through it again and again, or to copy it into workers
     for chosen in (engine, None):
         encoder = RowEncoder(tokenizer, args, kind, chosen)
+        if chosen is engine and encoder.template and "strftime_now" in encoder.template.source:
+            say("data: the chat template writes today's date; the same rows give other tokens on another day")
         try:
             with DatasetWriter(folder, files, kind) as writer, Progress(files, say) as progress:
                 for chunk in _encoded(files, forms, encoder, workers, start_method, progress):

@@ -5,6 +5,7 @@
 Text with loss is green and stands in {{ }}, so that it can be told apart without colours too.
 """
 
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -38,19 +39,17 @@ class Preview:
     neutralised: bool
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Show rows on the terminal, or write them as a page; exit code 0. Raises DataError."""
-    parser = data_parser("preview", "Show what of each row is trained: text with loss is green and stands in {{ }}.")
+def _flags(parser: ArgumentParser) -> None:
     add(parser, "--count", type=int, default=3, help="rows to show (default: the first 3)")
-    add(
-        parser,
-        "--line",
-        "--row",
-        type=int,
-        help="show only the row on this line of the file (or row of a table), from 1",
-    )
+    add(parser, "--line", "--row", type=int, help="only the row on this line of the file (or row of a table), from 1")
     add(parser, "--tokens", action="store_true", help="list every token: place, id, whether it has loss, text")
     add(parser, "--html", metavar="PAGE", help="write a page for the browser instead, with the tokens' borders")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Show rows on the terminal, or write them as a page; exit code 0. Raises DataError."""
+    told = "Show what of each row is trained: text with loss is green and stands in {{ }}."
+    parser = data_parser("preview", told, _flags)
     values = parser.parse_args(argv)
     patterns, source, args = read_arguments(values)
     if values.count < 1:

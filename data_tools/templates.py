@@ -15,6 +15,8 @@ from .template_names import ALIASES, resolve
 from .thinking import TAGS
 
 FOLDER = Path(__file__).parent / "chat_templates"
+_SCAFFOLD = re.compile(r"<[|｜][^<>]*[|｜]>")  # words that look like control tokens
+_PLAIN_WORDS = "Plain words, no tokens:"
 
 
 def shipped() -> list[str]:
@@ -115,9 +117,12 @@ class ChatTemplate:
             ) from None
         if chosen is None:
             return  # the tokenizer's own may well write such words as plain text
-        scaffold = set(re.findall(r"<[|｜][^<>]*[|｜]>", text))
-        if lacking := sorted(scaffold - set(self.tokenizer.get_added_vocab()) - self.special_tokens):
+        words = set(_SCAFFOLD.findall(text)) - set(
+            _SCAFFOLD.findall(self.source.partition(_PLAIN_WORDS)[2].partition("#}")[0])
+        )
+        if lacking := sorted(words - set(self.tokenizer.get_added_vocab()) - self.special_tokens):
             raise DataError(
                 f"the tokenizer {self.tokenizer.name_or_path} has no token {lacking[0]}, which the chat template {name} "
-                "writes; choose the template of this model's family with --chat_template"
+                "writes; choose the template of this model's family with --chat_template (a template of your own says "
+                f"{{#- {_PLAIN_WORDS} {lacking[0]} -#}} where the model knows it as plain text)"
             )

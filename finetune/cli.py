@@ -1,5 +1,6 @@
 """The command ``finebridge``, a verb a stage. Importing it is light: each verb imports what it needs when it runs."""
 
+import errno
 import os
 import re
 import sys
@@ -8,7 +9,7 @@ from importlib import import_module
 
 from .. import __version__
 
-EXIT_BAD_INPUT = 2
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 
 _HELP = f"""finebridge {__version__}: fine-tune Hugging Face language models, HF Trainer on DeepSpeed
 
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a folder that cannot be written, a disk that is full
+        print(f"error: {error.filename or words[0]}: {error.strerror or error}", file=sys.stderr)
+        return EXIT_FAILED if error.errno == errno.ENOSPC else EXIT_BAD_INPUT
 
 
 def _sft(words: list[str]) -> int:

@@ -513,7 +513,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert f"60 samples, {sum(len(ids) for ids, _ in samples):,} tokens in" in said
     assert "% of each filled" in said
-    assert import_main([str(prefix), "--output", str(tmp_path / "back"), *common]) == 0
+    assert import_main([str(prefix), "--output_dir", str(tmp_path / "back"), *common]) == 0
     assert "data: 60 samples" in capsys.readouterr().out
     made_from = verify(tmp_path / "back")["made_from"]
     assert made_from["layout"] == "mindspeed"
@@ -524,7 +524,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads((tmp_path / "back" / "report.json").read_text())
     assert report["files"] == [f"{prefix}_packed_input_ids_document.bin"]
     with pytest.raises(DataError, match="exists already; choose another --output"):
-        import_main([str(prefix), "--output", str(tmp_path / "back"), *common])
+        import_main([str(prefix), "--output_dir", str(tmp_path / "back"), *common])
     with pytest.raises(DataError, match="exists already; give --replace"):
         export_main([str(source), "--output_prefix", str(prefix), *common])
     assert export_main([str(source), "--output_prefix", str(prefix), *common, "--replace"]) == 0
@@ -533,7 +533,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_import_is_what_raw_files_would_have_given(tmp_path: Path) -> None:
     source = prepared(tmp_path / "source", joined(random_samples(50, 30, 998)))
     assert export_main([str(source), "--output_prefix", str(tmp_path / "d"), "--layout", "mindspeed"]) == 0
-    assert import_main([str(tmp_path / "d"), "--output", str(tmp_path / "back"), "--layout", "mindspeed"]) == 0
+    assert import_main([str(tmp_path / "d"), "--output_dir", str(tmp_path / "back"), "--layout", "mindspeed"]) == 0
     for name in ("text_document.bin", "text_document.idx", "spans_document.bin", "spans_document.idx"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes(), name
     assert np.array_equal(np.load(tmp_path / "back" / "rows.npy"), np.load(source / "rows.npy"))
@@ -568,14 +568,14 @@ def test_what_an_export_leaves_out_is_listed(tmp_path: Path, capsys: pytest.Capt
 def test_what_an_import_leaves_out_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samples: Samples = [TINY[0], ([1, 2], []), ([3, 4], [(0, 1)]), TINY[1]]
     prefix = export("mindspeed", samples, tmp_path)
-    assert import_main([str(prefix), "--layout", "mindspeed", "--output", str(tmp_path / "back")]) == 0
+    assert import_main([str(prefix), "--layout", "mindspeed", "--output_dir", str(tmp_path / "back")]) == 0
     assert "left out, no_loss: 2" in capsys.readouterr().out
     rejects = [json.loads(line) for line in (tmp_path / "back" / "rejects.jsonl").read_text().splitlines()]
     assert [(row["line"], row["code"]) for row in rejects] == [(2, "no_loss"), (3, "no_loss")]
     assert np.load(tmp_path / "back" / "rows.npy").tolist() == [[0, 1], [0, 4]]
     paired = export("mindspeed", samples, tmp_path / "p", pairs=True)
     with pytest.raises(DataError, match="none of its 4 samples"):  # each pair lacks a trained answer
-        import_main([str(paired), "--layout", "mindspeed", "--pairs", "--output", str(tmp_path / "none")])
+        import_main([str(paired), "--layout", "mindspeed", "--pairs", "--output_dir", str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()
 
 
@@ -584,7 +584,7 @@ def test_megatron_import_counts_empty_documents(tmp_path: Path, capsys: pytest.C
         writer.add_document(np.array([1, 2, 3]), [1, 2])
         writer.add_document(np.array([], dtype=np.int32), [])
         writer.add(np.array([4, 5]))
-    assert import_main([str(tmp_path / "m"), "--layout", "megatron", "--output", str(tmp_path / "back")]) == 0
+    assert import_main([str(tmp_path / "m"), "--layout", "megatron", "--output_dir", str(tmp_path / "back")]) == 0
     assert "left out, empty: 1" in capsys.readouterr().out
     assert [PreparedSource(tmp_path / "back").read(np.array([i])).ids.tolist() for i in (0, 1)] == [[1, 2, 3], [4, 5]]
 

@@ -221,7 +221,7 @@ def prepared(folder: Path, lengths: list[int]) -> PreparedDataset:
             tokens.add(rng.integers(0, 90, length, dtype=np.int32))
             spans.add(np.array([0, 1, length // 2, length], dtype=np.int32))
     np.save(folder / "rows.npy", np.zeros((len(lengths), 2), np.int64))
-    (folder / "report.json").write_text(json.dumps({"terminators": [2], "files": ["a.jsonl"]}))
+    (folder / "report.json").write_text(json.dumps({"kind": "chat", "terminators": [2], "files": ["a.jsonl"]}))
     return PreparedDataset(folder, 40, over_long="truncate", say=lambda _: None)
 
 
