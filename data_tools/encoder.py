@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from .arguments import DataArguments
 from .engine import EngineDiffers, FastEngine
-from .fitting import BUILD_TIME, fit
+from .fitting import BUILD_TIME, fits, shorten
 from .formats import RowForm, parse_row
 from .plans import Plan, Planner, fill
 from .readers import Chunk, rows_of
@@ -36,11 +36,13 @@ class EncodedChunk:
 
     ``ids`` (int32) are all tokens, ``lengths`` (int32, one a sample) cut them; ``spans`` (int32, shape [s, 2]) count from
     each sample's own start, ``span_counts`` (int32) cut them; ``lines`` (int64) are the rows that samples come from.
+    ``neutralised`` rows had control tokens in their text, ``shortened`` ones were split or lost their earliest exchanges.
     """
 
     file: Path
     rows: int = 0
     neutralised: int = 0
+    shortened: int = 0
     ids: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     lengths: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     spans: Ints = field(default_factory=lambda: np.empty((0, 2), np.int32))
@@ -75,10 +77,12 @@ class RowEncoder:
             self.tokenization = Tokenization(self.template, args.mask_compat)
         self._planner = Planner(self.template) if engine and self.template else None
         self._longest = args.max_seq_length if args.over_long in BUILD_TIME else None
+        self._shortened = 0
 
     def __call__(self, chunk: Chunk, form: RowForm) -> EncodedChunk:
         """The chunk's rows in order. Never raises for a bad row: the reason is part of the result."""
         result = EncodedChunk(chunk.file)
+        before = self._shortened
         batch = _Batch(self.engine, self.tokenization, self._truth, self._longest)
         for origin, value in rows_of(chunk):
             result.rows += 1
@@ -89,27 +93,49 @@ class RowEncoder:
             except Rejected as reason:
                 result.rejects.append((origin.line, origin.offset, reason.code, reason.detail))
         batch.finish(result)
+        result.shortened = self._shortened - before
         return result
 
     def encode(self, row: Sample | Preference | Document) -> list[TokenizedSample]:
         """One row by the reference way. Raises Rejected."""
         if isinstance(row, Preference):
-            both = [self.encode(_last_turn_only(sample)) for sample in (row.chosen, row.rejected)]
-            if any(len(samples) != 1 for samples in both):
-                raise Rejected("bad_preference", "an answer became several samples")
-            return [samples[0] for samples in both]
+            return self._pair(row)
         return self._truth(self._in_mode(row))
+
+    def _pair(self, row: Preference) -> list[TokenizedSample]:
+        """The chosen answer, then the rejected one; where they are too long, both lose the same earlier turns."""
+        assert isinstance(self.tokenization, Tokenization)
+        encode = self.tokenization.encode
+        chosen, rejected = (self._chat_in_mode(_last_turn_only(sample)) for sample in (row.chosen, row.rejected))
+        samples = [*encode(chosen), *encode(rejected)]
+        if self._longest is not None and not fits(samples, self._longest):
+
+            def both(part: Sample) -> list[TokenizedSample]:
+                turns = (*part.messages[:-1], rejected.messages[-1])
+                return [*encode(part), *encode(replace(rejected, messages=turns))]
+
+            samples = shorten(chosen, both, self._longest, self.args.over_long)
+            self._shortened += 1
+        if len(samples) != 2:  # noqa: PLR2004 - a pair
+            raise Rejected("bad_preference", "an answer became several samples")
+        return samples
 
     def _truth(self, row: Sample | Document) -> list[TokenizedSample]:
         if isinstance(row, Document):
             assert isinstance(self.tokenization, DocumentTokenization)
             return self.tokenization.encode(row)
         assert isinstance(self.tokenization, Tokenization)
-        return fit(row, self.tokenization.encode, self.args.max_seq_length, self.args.over_long)
+        samples = self.tokenization.encode(row)
+        if self._longest is None or fits(samples, self._longest):
+            return samples
+        samples = shorten(row, self.tokenization.encode, self._longest, self.args.over_long)
+        self._shortened += 1
+        return samples
 
     def _in_mode(self, row: Sample | Document) -> Sample | Document:
-        if isinstance(row, Document):
-            return row
+        return row if isinstance(row, Document) else self._chat_in_mode(row)
+
+    def _chat_in_mode(self, row: Sample) -> Sample:
         assert self.template is not None
         row = enable_thinking(row, self.args.enable_thinking, self.template)
         return apply_mode(row, self.args.think_mode, separate=self.template.reads_reasoning)

@@ -14,17 +14,19 @@ BUILD_TIME: tuple[OverLong, ...] = (
 Encode = Callable[[Sample], list[TokenizedSample]]
 
 
-def fit(sample: Sample, encode: Encode, longest: int, policy: OverLong) -> list[TokenizedSample]:
-    """The samples of a conversation, each at most ``longest`` tokens.
+def fits(samples: Sequence[TokenizedSample], longest: int) -> bool:
+    """Whether every sample has at most ``longest`` tokens."""
+    return all(sample.ids.size <= longest for sample in samples)
+
+
+def shorten(sample: Sample, encode: Encode, longest: int, policy: OverLong) -> list[TokenizedSample]:
+    """The samples of a conversation that is too long, each at most ``longest`` tokens; ``policy`` is one of BUILD_TIME.
 
     ``truncate_context`` drops the earliest exchanges and keeps the last ones whole; ``split_turns`` makes several
     conversations of it, each of whole exchanges that follow one another. The system prompt stays in front of each. An
-    exchange is a user turn with all that follows up to the next one. Other policies change nothing here. Raises Rejected
-    (``over_long``) when a single exchange does not fit.
+    exchange is a user turn with all that follows up to the next one. Raises Rejected (``over_long``) when a single exchange
+    does not fit.
     """
-    samples = encode(sample)
-    if policy not in BUILD_TIME or _fits(samples, longest):
-        return samples
     head = sample.messages[: sample.messages[0].role == "system"]
     exchanges = _exchanges(sample.messages[len(head) :])
 
@@ -33,7 +35,7 @@ def fit(sample: Sample, encode: Encode, longest: int, policy: OverLong) -> list[
         if not any(message.trained for message in messages):
             return []
         made = encode(replace(sample, messages=messages))
-        return made if _fits(made, longest) else None
+        return made if fits(made, longest) else None
 
     if policy == "truncate_context":
         for first in range(1, len(exchanges)):
@@ -52,10 +54,6 @@ def fit(sample: Sample, encode: Encode, longest: int, policy: OverLong) -> list[
         result += made
         first = last
     return result
-
-
-def _fits(samples: Sequence[TokenizedSample], longest: int) -> bool:
-    return all(sample.ids.size <= longest for sample in samples)
 
 
 def _exchanges(messages: Sequence[Message]) -> list[list[Message]]:

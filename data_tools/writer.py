@@ -23,7 +23,7 @@ class DatasetWriter:
         self._spans = IndexedWriter(folder / "spans_document")
         self._rows = (folder / "rows.npy").open("wb")
         self._listed = (folder / "rejects.jsonl").open("w", encoding="utf-8")
-        self._total = Counter(rows=0, samples=0, tokens=0, loss_tokens=0, neutralised=0)
+        self._total = Counter(rows=0, samples=0, tokens=0, loss_tokens=0, neutralised=0, shortened=0)
         self._rejects: Counter[str] = Counter()
         self._terminators: set[int] = set()
         self._write_header()
@@ -33,6 +33,7 @@ class DatasetWriter:
         number, chunk = numbered
         self._total["rows"] += chunk.rows
         self._total["neutralised"] += chunk.neutralised
+        self._total["shortened"] += chunk.shortened
         for line, offset, code, detail in chunk.rejects:
             self._rejects[code] += 1
             entry = {"file": str(chunk.file), "line": line, "offset": offset, "code": code, "detail": detail}
@@ -90,4 +91,8 @@ def describe(report: Mapping[str, Any]) -> str:
         line += ", rejected: " + ", ".join(f"{code} {count:,}" for code, count in report["rejects"].items())
     if report["neutralised"]:
         line += f"; control tokens written as plain text in {report['neutralised']:,} rows"
+    if report.get("shortened"):  # datasets made of other systems' files have no such count
+        line += (
+            f"; {report['shortened']:,} conversations over --max_seq_length split or cut at their turns (--over_long)"
+        )
     return line

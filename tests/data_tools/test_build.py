@@ -313,6 +313,6 @@ def test_what_shapes_tokens_makes_another_dataset(tmp_path: Path, source: Tokeni
     with (data / "4.jsonl").open("a") as stream:
         stream.write("\n")
     folders.append(prepare([str(data)], source, arguments(), cache))
-    (data / "4.jsonl").rename(data / "91.jsonl")  # the files in another order
+    (data / "4.jsonl").rename(data / "00.jsonl")  # the files in another order
     folders.append(prepare([str(data)], source, arguments(), cache))
     assert len(set(folders)) == len(folders)
