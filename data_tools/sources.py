@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..storage.assets import is_tokenizer_asset
 from ..storage.manifest import file_sha256
@@ -21,24 +21,31 @@ def source_sha256(files: Sequence[Path], cache: Path) -> dict[Path, str]:
     that was written to is always read.
     """
     memo_file = cache / _MEMO
-    memo: dict[str, list[Any]] = {}
-    if memo_file.is_file():
-        try:
-            memo = json.loads(memo_file.read_text(encoding="utf-8"))
-        except ValueError:
-            memo = {}  # cut by a full disk, for example: it only saves time
+    memo = _read_memo(memo_file)
     hashes: dict[Path, str] = {}
     new: dict[str, list[Any]] = {}
     for file in dict.fromkeys(files):
         state = file.stat()
         mark = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev]
-        known = memo.get(str(file.resolve()))
-        hashes[file] = str(known[1]) if known and known[0] == mark else file_sha256(file)
+        match memo.get(str(file.resolve())):
+            case [earlier, str(known)] if earlier == mark:
+                hashes[file] = known
+            case _:
+                hashes[file] = file_sha256(file)
         new[str(file.resolve())] = [mark, hashes[file]]
     if any(memo.get(name) != value for name, value in new.items()):
         cache.mkdir(parents=True, exist_ok=True)
         write_text(memo_file, json.dumps({**memo, **new}))
     return hashes
+
+
+def _read_memo(file: Path) -> dict[str, Any]:
+    """What the memory holds; nothing when it is damaged (cut by a full disk, for example): it only saves time."""
+    try:
+        memo: object = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, RecursionError):
+        return {}
+    return cast("dict[str, Any]", memo) if isinstance(memo, dict) else {}
 
 
 def tokenizer_sha256(path: str, load: Callable[[], Any]) -> str:
