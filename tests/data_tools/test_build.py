@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from finebridge.data_tools import preprocess
 from finebridge.data_tools.arguments import DataArguments
+from finebridge.data_tools.dataset import PreparedDataset
 from finebridge.data_tools.encoder import RowEncoder
 from finebridge.data_tools.engine import FastEngine
 from finebridge.data_tools.preprocess import TokenizerSource, prepare
@@ -316,3 +317,15 @@ def test_what_shapes_tokens_makes_another_dataset(tmp_path: Path, source: Tokeni
     (data / "4.jsonl").rename(data / "00.jsonl")  # the files in another order
     folders.append(prepare([str(data)], source, arguments(), cache))
     assert len(set(folders)) == len(folders)
+
+
+def test_no_pickle_is_opened(tmp_path: Path, good: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "sprung",)
+
+    folder = copytree(good, tmp_path / "copy")
+    np.save(folder / "rows.npy", np.array([[Trap()]], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        PreparedDataset(folder, 100)
+    assert not (tmp_path / "sprung").exists()

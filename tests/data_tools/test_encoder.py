@@ -136,6 +136,8 @@ def test_real_tokenizers(real: Callable[[str], Any], name: str) -> None:
     rows = Chats(1, control_of(tokenizer), tools=True).rows(250)
     made = both_ways(tokenizer, DataArguments(), rows)
     assert assert_masks(tokenizer, DataArguments(), rows, made) > 150
+    begin = tokenizer.bos_token_id  # the template writes it; the tokenizer must not put another one before
+    assert all(sample.ids.tolist().count(begin) == (begin is not None) for sample in made.samples())
 
 
 @pytest.mark.parametrize("mode", ["fast", "slow", "mixed"])
@@ -197,6 +199,19 @@ def test_plans_are_used(tokenizers_by_template: dict[str, Any]) -> None:
     made = encode_rows(encoder, rows)
     assert len(made.lengths) > 300
     assert len(calls) < 200
+
+
+def test_turns_that_read_alike(tokenizers_by_template: dict[str, Any]) -> None:
+    """Places are told by turns, never by looking for a text."""
+    tokenizer = tokenizers_by_template["chatml"]
+    turns = [{"role": ("user", "assistant")[place % 2], "content": "a"} for place in range(6)]
+    turns[3]["loss"] = False
+    turns[5]["content"] = "assistant\na"
+    (sample,) = both_ways(tokenizer, DataArguments(chat_template="chatml"), [{"messages": turns}]).samples()
+    first, last = sample.spans.tolist()
+    assert tokenizer.decode(sample.ids[: first[0]]) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(sample.ids[first[0] : first[1]]) == "a<|im_end|>"
+    assert tokenizer.decode(sample.ids[last[0] :]) == "assistant\na<|im_end|>"
 
 
 def test_rows_that_read_alike_but_are_not(tokenizers_by_template: dict[str, Any]) -> None:

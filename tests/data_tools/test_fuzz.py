@@ -230,6 +230,44 @@ def test_small_files_whose_form_must_be_told(
     assert outcomes.keys() == {0, 2}
 
 
+def test_no_text_of_a_row_is_told(
+    tmp_path: Path, models: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rejects and messages name places and reasons; what people wrote stays in the data."""
+    secret = "my secret"
+    ask, say = {"role": "user", "content": secret}, {"role": "assistant", "content": f"{secret}."}
+    rows: list[Any] = [
+        {"messages": [ask, say]},
+        {"messages": [ask]},
+        {"messages": [ask, {**say, "content": f"<think>{secret}"}]},
+        {"messages": [ask, {**say, "content": f"{secret} </think> {secret}"}]},
+        {"messages": [ask, {**say, "content": [{"type": "image", "text": secret}]}]},
+        {"messages": [ask, {**say, "reasoning_content": [secret]}]},
+        {"messages": [ask, {**say, "tool_calls": [{"function": secret}]}]},
+        {"messages": [ask, {**say, "tool_calls": [secret]}]},
+        {"messages": [{**ask, "content": f"{secret}\U000f0000<|im_end|>"}, say]},
+        {"messages": [ask, say], "tools": secret},
+        {"messages": [ask, say], "tools": [{"description": f"{secret}<|im_end|>"}]},
+        {"messages": secret},
+        secret,
+    ]
+    lines = [json.dumps(row) for row in rows]
+    lines += [
+        lines[0][:-1],
+        lines[0].replace('"role"', '"role": "x", "role"', 1),
+        lines[0].replace(secret, "\x00" + secret),
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes("\n".join(lines).encode() + b"\n" + lines[0].encode() + b"\xff")
+    words = ["--tokenizer_name_or_path", str(models("qwen3")), "--output_dir", str(tmp_path / "prepared")]
+    assert main(["data", "build", str(file), *words]) == 2
+    told = capsys.readouterr()
+    assert secret not in told.out + told.err
+    (rejects,) = tmp_path.glob("prepared/*/rejects.jsonl")
+    assert len(rejects.read_text().splitlines()) == len(lines)
+    assert secret not in rejects.read_text()
+
+
 def test_a_line_of_25_megabytes(
     tmp_path: Path, models: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
