@@ -15,22 +15,20 @@ from typing import Any
 
 from rich.console import Console
 
-from ..storage.manifest import verify
 from .arguments import DataArguments
 from .commands import add, data_parser, read_arguments
 from .measures import Answers, Example, Lengths, Limit, Measured, Report
-from .preprocess import TokenizerSource, check_rejects, prepare, row_forms, rows_kind
+from .preprocess import check_rejects, prepare
 from .preview import Preview, print_row, save, writable
-from .readers import files_of, resolve_files
 from .schema import DataError, Origin
 from .token_view import visible
+from .tokenizer_files import TokenizerSource
 
 _OUTPUT = "output/prepared_data"
-_READING = ("max_seq_length", "over_long", "max_rejects", "preprocessing_num_workers")  # flags that shape no token
 _BAR = 40
 _DESCRIPTION = (
     "Prepare data as training does, which proves every mask, and show its figures, before any GPU is used. "
-    "FILE may be the folder of a prepared dataset, too. Exit code 2 when training would refuse the data."
+    "FILE may be the folder of a prepared dataset, too. Exit code 2 when the data cannot be used."
 )
 
 
@@ -51,12 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if values.count < 0:
         raise DataError(f"--count {values.count}: a number of samples is expected, or 0")
     target = writable(values.json, "--json")
-    folder = _prepared_folder(patterns, args)
-    if folder is None:
-        files = [file for found in resolve_files(patterns) for file in files_of(found)]
-        rows_kind(row_forms(files, args))
+    folder = _prepare(patterns, source, args, Path(values.output_dir))
     source = replace(source, loaded=source.load())
-    folder = folder or _prepare(patterns, source, args, Path(values.output_dir))
     data = Measured(folder)
     report = data.measure(source.loaded, args)
     console = Console(highlight=False, soft_wrap=True)
@@ -69,23 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if problems:
         raise DataError("\n".join(problems))
     return 0
-
-
-def _prepared_folder(patterns: Sequence[str], args: DataArguments) -> Path | None:
-    """The folder when a prepared one is named instead of files, verified. Raises DataError, ManifestError."""
-    found = [Path(name) for name in patterns if (Path(name) / "text_document.idx").is_file()]
-    if not found:
-        return None
-    if len(patterns) > 1:
-        raise DataError(f"{found[0]}: name a prepared folder alone")
-    plain = asdict(DataArguments())
-    shaping = [name for name, value in asdict(args).items() if value != plain[name] and name not in _READING]
-    if shaping:
-        raise DataError(
-            f"--{shaping[0]} shapes tokens, those in {found[0]} are made already; name the raw files instead"
-        )
-    verify(found[0])
-    return found[0]
 
 
 def _prepare(patterns: Sequence[str], source: TokenizerSource, args: DataArguments, cache: Path) -> Path:

@@ -1,16 +1,17 @@
 """Command lines of the data verbs: one set of flags, taken from DataArguments, with MindSpeed-LLM's names beside."""
 
 import argparse
+import difflib
 import json
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from .arguments import DataArguments
-from .preprocess import TokenizerSource
 from .schema import DataError
+from .tokenizer_files import TokenizerSource
 
 _NOT_HERE = (
     "train_data_file",
@@ -47,6 +48,16 @@ class _Help(argparse.HelpFormatter):
         return _METAVARS.get(action.type, "TEXT")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses like everything here: one message, with the nearest name; argparse would print the usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        words = message.removeprefix("unrecognized arguments: ").split()
+        names = [name for name in self._option_string_actions if name.startswith("--")]
+        near = difflib.get_close_matches(words[0], names, n=1) if words[0].startswith("--") else []
+        raise DataError(message + (f"; did you mean {near[0]}?" if near else f" ({self.prog} --help tells more)"))
+
+
 _METAVARS: Mapping[Any, str] = {int: "N", float: "SHARE", Path: "PATH"}
 _SPELLING = "Every flag may also be spelt with dashes (--max-seq-length)."
 
@@ -54,9 +65,7 @@ _SPELLING = "Every flag may also be spelt with dashes (--max-seq-length)."
 def command_parser(verb: str, usage: str, description: str) -> argparse.ArgumentParser:
     """A parser for ``finebridge data VERB``; flags are added to it with ``add``."""
     name = f"finebridge data {verb}"
-    return argparse.ArgumentParser(
-        name, f"{name} {usage}", description, _SPELLING, formatter_class=_Help, allow_abbrev=False
-    )
+    return _Parser(name, f"{name} {usage}", description, _SPELLING, formatter_class=_Help, allow_abbrev=False)
 
 
 def data_parser(verb: str, description: str, own: Callable[[argparse.ArgumentParser], None]) -> argparse.ArgumentParser:
@@ -99,7 +108,7 @@ def read_arguments(values: argparse.Namespace) -> tuple[list[str], TokenizerSour
         given["map_keys"] = json.dumps({"text": values.json_keys})
     files = [*values.files, *([values.data_path] if values.data_path else [])]
     if not files:
-        raise DataError("name at least one data file")
+        raise DataError("FILE is missing: name at least one data file, folder or glob")
     source = TokenizerSource(values.tokenizer, trust_remote_code=values.trust_remote_code)
     return files, source, DataArguments(**given)
 
@@ -134,7 +143,11 @@ def build_main(argv: Sequence[str]) -> int:
     parser = data_parser("build", told, _build_flags)
     values = parser.parse_args(argv)
     if not values.output_dir and not values.output_prefix:
-        raise DataError("--output_dir says where the prepared data goes")
+        raise DataError("--output_dir is missing: the folder that the prepared data goes into")
+    if (values.pack or values.neat_pack) and not values.output_prefix:
+        raise DataError(
+            "--pack and --neat_pack shape the files of --output_prefix; to train on packed rows: sft --packing"
+        )
     files, tokenizer, args = read_arguments(values)
     output = Path(values.output_dir or Path(values.output_prefix).parent / "prepared_data")
     folder = prepare(files, tokenizer, args, output, start_method="fork")

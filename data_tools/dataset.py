@@ -11,11 +11,11 @@ import numpy.typing as npt
 from .arguments import OverLong
 from .indexed import IndexedReader
 from .packing import Packs
+from .prepared import check_kind
 from .schema import DataError, Origin
 
 IGNORE_INDEX = -100
 _SHOWN = 5
-_NOT_CHAT = {"document": "plain text for pretraining", "preference": "pairs of answers"}
 
 Item = dict[str, npt.NDArray[np.int64]]
 
@@ -52,10 +52,7 @@ class PreparedDataset:
         self._spans = IndexedReader(folder / "spans_document")
         self._rows = np.load(folder / "rows.npy", allow_pickle=False)
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        if report["kind"] != "chat":
-            raise DataError(
-                f"{', '.join(report['files'])}: these rows are {_NOT_CHAT[report['kind']]}; fine-tuning needs conversations"
-            )
+        check_kind(report["kind"], "chat", report["files"])
         self.terminators: list[int] = report["terminators"]  # ids that end the trained answers
         self._files = [Path(name) for name in report["files"]]
         if not len(self._tokens) == len(self._spans) == len(self._rows):

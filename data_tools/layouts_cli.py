@@ -21,6 +21,7 @@ from .blocks import PackIndex, PreparedSource, write_prepared
 from .commands import add, command_parser
 from .layout_base import Exported, Layout, LayoutOptions
 from .layouts import LAYOUTS
+from .prepared import is_prepared
 from .schema import DataError
 
 _SHOWN = 5
@@ -53,8 +54,9 @@ def export_main(argv: Sequence[str] | None = None) -> int:
     """Write the files and say what is in them; exit code 0. Raises ValueError for bad input."""
     args = export_parser().parse_args(argv)
     layout = LAYOUTS[args.layout]
-    if not (args.source / "text_document.idx").is_file():
-        raise DataError(f"{args.source}: no prepared dataset")
+    if not is_prepared(args.source):
+        inside = [str(folder) for folder in sorted(args.source.glob("*/")) if is_prepared(folder)]
+        raise DataError(f"{args.source}: no prepared dataset" + (f"; it holds {', '.join(inside)}" if inside else ""))
     verify(args.source)
     values = _options(args) | {"over_long": args.over_long, "replace": args.replace}
     if args.pack or args.neat_pack:
@@ -133,7 +135,8 @@ def _say(layout: Layout, done: Exported, source: Path, options: LayoutOptions) -
     if options.packs is not None and done.items:
         line += f", {tokens / done.items / (layout.longest(options) or 1):.2%} of each filled"
     print(line + "; wrote " + ", ".join(str(file) for file in done.files))
-    if layout.name == "megatron":
+    kind = json.loads((source / "report.json").read_text(encoding="utf-8"))["kind"]
+    if layout.name == "megatron" and kind != "document":
         print("data: this layout holds tokens only; which of them have loss stays behind")
     gone = np.flatnonzero(~done.used)
     if gone.size:

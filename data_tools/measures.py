@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from .arguments import DataArguments, OverLong
 from .blocks import Block, PreparedSource, runs
-from .indexed import IndexedError, IndexedReader
+from .indexed import IndexedReader
 from .schema import DataError, Kind, TokenizedSample
 from .thinking import NO_THINK
 
@@ -161,8 +161,7 @@ class Measured:
         return TokenizedSample(block.ids, block.spans()[0])
 
     def measure(self, tokenizer: Any, args: DataArguments) -> Report:
-        """All figures, for ``args.max_seq_length`` and ``args.over_long``. Raises DataError for another tokenizer's ids."""
-        check_ids(self.folder, len(tokenizer))
+        """All figures, for ``args.max_seq_length`` and ``args.over_long``."""
         limit, kept = self._limit(args)
         forms = _AnswerForms(tokenizer) if self.kind != "document" else None
         digests: list[bytes] = []
@@ -229,14 +228,6 @@ class Measured:
         return Duplicates(
             int(same.sum()), list(dict.fromkeys(examples))[:_SHOWN]
         )  # a row may have made several samples
-
-
-def check_ids(folder: Path, vocabulary: int) -> None:
-    """Raises DataError when the samples hold ids that a tokenizer of so many tokens does not have."""
-    try:
-        IndexedReader(folder / "text_document").check_ids(vocabulary)
-    except IndexedError as error:
-        raise DataError(f"{error}; is this the tokenizer that the data was prepared with?") from None
 
 
 def _lengths(values: npt.NDArray[np.int32]) -> Lengths:

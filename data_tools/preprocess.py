@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -26,41 +26,24 @@ from ..storage.once import build_once
 from .arguments import DataArguments
 from .encoder import EncodedChunk, RowEncoder
 from .engine import EngineDiffers, fast_engine
-from .fitting import BUILD_TIME
 from .formats import RowForm, detect_form
 from .handlers import handler_form, map_keys
+from .prepared import check_kind, open_prepared, prepared_folder, shaping
 from .progress import Progress
 from .readers import Chunk, files_of, read_chunks, resolve_files, rows_of
 from .schema import DataError, Kind, Rejected
 from .sources import source_sha256, tokenizer_sha256
-from .templates import template_source
-from .tokenizer_files import load_tokenizer
+from .tokenizer_files import TokenizerSource
 from .writer import DatasetWriter, describe
 
 FORMAT = 3  # raise when the same input would give other tokens or spans
 UNREADABLE = ("not_utf8", "not_json", "line_too_long", "duplicate_key", "not_an_object")
-_SMALL = 8 << 20  # bytes of data below which starting worker processes costs more than it saves
+_SMALL = 8 << 20  # bytes of data for which starting one more worker process pays
 _MAX_WORKERS = 16
 _DEFAULT_REJECTS = 0.05
 _SHOWN = 10
 
 StartMethod = Literal["fork", "spawn"]
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerSource:
-    """Where a tokenizer comes from; it is loaded only when something must be built and ``loaded`` is not given."""
-
-    path: str
-    trust_remote_code: bool = False
-    cache_dir: str | None = None
-    loaded: Any = None
-
-    def load(self) -> Any:
-        """The tokenizer, by transformers. Raises DataError."""
-        return self.loaded or load_tokenizer(
-            self.path, trust_remote_code=self.trust_remote_code, cache_dir=self.cache_dir
-        )
 
 
 def prepare(
@@ -70,30 +53,36 @@ def prepare(
     cache: Path,
     say: Callable[[str], None] = print,
     start_method: StartMethod = "spawn",
+    wanted: Kind | None = None,
 ) -> Path:
-    """The prepared dataset of these files, built when it does not stand yet.
+    """The prepared dataset of these files, built when it does not stand yet; or the prepared dataset that is named.
 
     Safe to call from many processes at once: one builds, the others wait. ``fork`` starts workers faster and is for a
-    process that has no threads. Raises DataError when a file is unusable, when no row can be trained on, or when more
-    rows are rejected than ``args.max_rejects`` allows.
+    process that has no threads. Raises DataError when a file is unusable, when its rows are not of the ``wanted`` kind, when
+    no row can be trained on, or when more rows are rejected than ``args.max_rejects`` allows.
     """
+    if folder := prepared_folder(patterns):
+        open_prepared(folder, tokenizer, args)
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        check_kind(report["kind"], wanted, patterns)
+        say(f"data: {describe(report)}; reused {folder}")
+        check_rejects(report, folder, args.max_rejects)
+        return folder
     sources = resolve_files(patterns)
     files = [file for source in sources for file in files_of(source)]
     forms = row_forms(files, args)
     kind = rows_kind(forms)
+    check_kind(kind, wanted, patterns)
     hashes = source_sha256(files, cache)
     settings = {
         "format": FORMAT,
         "sources": [hashes[file] for file in files],  # a file that is named twice counts twice
         "forms": [asdict(form) for form in forms],
         "tokenizer": tokenizer_sha256(tokenizer.path, tokenizer.load),
-        "chat_template": template_source(args.chat_template) if args.chat_template and kind != "document" else None,
-        "think_mode": args.think_mode,
-        "enable_thinking": args.enable_thinking,
-        "mask_compat": args.mask_compat,
-        "append_eod": args.append_eod,
-        "longest": [args.over_long, args.max_seq_length] if args.over_long in BUILD_TIME else None,
+        **shaping(args),
     }
+    if kind == "document":
+        settings["chat_template"] = None
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     target = cache / key
 
@@ -126,6 +115,7 @@ def row_forms(files: Sequence[Path], args: DataArguments) -> list[RowForm]:
 
 
 def _detected(file: Path) -> RowForm:
+    first = ""
     for chunk in read_chunks(file, 1 << 16):
         for origin, row in rows_of(chunk):
             if not isinstance(row, Rejected):
@@ -133,9 +123,9 @@ def _detected(file: Path) -> RowForm:
                     return detect_form(row)
                 except DataError as error:
                     raise DataError(f"{origin}: {error}") from None
-    raise DataError(
-        f"{file}: no row can be read, so its form is unknown; is it JSON in UTF-8? (--data_format names a form)"
-    )
+            else:
+                first = first or f"; line {origin.line}: {row}"
+    raise DataError(f"{file}: no row can be read, so their form is unknown (--data_format names it){first}")
 
 
 def rows_kind(forms: Sequence[RowForm]) -> Kind:
@@ -210,8 +200,8 @@ def _workers(files: Sequence[Path], tokenizer: Any, asked: int | None) -> int:
         return asked
     # Code that came with the tokenizer cannot be imported by a fresh process before transformers has fetched it.
     remote = type(tokenizer).__module__.startswith("transformers_modules")
-    small = sum(file.stat().st_size for file in files) < _SMALL
-    return 1 if remote or small else min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
+    useful = sum(file.stat().st_size for file in files) // _SMALL
+    return 1 if remote else max(1, min(_MAX_WORKERS, len(os.sched_getaffinity(0)), useful))
 
 
 def _encoded(

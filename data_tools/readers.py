@@ -54,9 +54,12 @@ def resolve_files(patterns: Sequence[str]) -> list[Path]:
         for name in filter(None, names):
             try:
                 found = _from_hub(name) if name.startswith(HUB) else _on_disk(name)
-                sources += [source for path in found for source in _expand(path)]
+                expanded = [source for path in found for source in _expand(path)]
             except OSError as error:
                 raise DataError(f"{name}: cannot be read: {error.strerror or error}") from None
+            if not expanded:
+                raise DataError(f"{name}: the folder is empty")
+            sources += expanded
     if not sources:
         raise DataError("no data file is named")
     return sources
@@ -267,9 +270,9 @@ def _expand(path: Path) -> list[Path]:
         if (path / "dataset_dict.json").is_file():
             splits = sorted(str(entry) for entry in path.iterdir() if (entry / "state.json").is_file())
             raise DataError(f"{path}: a data set with several splits; name one of {', '.join(splits) or 'its folders'}")
+        if (path / "text_document.idx").is_file():
+            raise DataError(f"{path} is a prepared dataset; name it alone")
         inside = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith((".", "_"))]
-        if not inside:
-            raise DataError(f"{path}: the folder is empty")
         return [source for entry in inside for source in _expand(entry)]
     if not path.is_file():
         raise DataError(f"{path}: not a file that can be read")

@@ -86,9 +86,10 @@ def apply_mode(sample: Sample, mode: ThinkMode, *, separate: bool) -> Sample:
     """The sample in one thinking mode, every think/answer text in canonical form.
 
     ``keep`` leaves the choice to the data; ``fast`` drops every thought and puts ``/no_think`` before the question;
-    ``slow`` needs a thought in every trained turn and takes ``/no_think`` away; ``mixed`` trains turns with a thought as
-    slow and turns without one as fast. ``separate`` says that the chat template reads ``reasoning_content``: thoughts
-    go there, else into the content. A row's ``reasoning_effort`` follows the mode. Raises Rejected (``no_thought``) in slow mode.
+    ``slow`` takes ``/no_think`` away and needs a thought in every trained turn (a turn without loss may lack it);
+    ``mixed`` trains turns with a thought as slow and turns without one as fast. ``separate`` says that the chat template
+    reads ``reasoning_content``: thoughts go there, else into the content. A row's ``reasoning_effort`` follows the mode.
+    Raises Rejected (``no_thought``) in slow mode.
     """
     messages = list(sample.messages)
     thoughts = 0
@@ -99,8 +100,10 @@ def apply_mode(sample: Sample, mode: ThinkMode, *, separate: bool) -> Sample:
         value = inline or (ThinkAnswer(message.reasoning, message.content) if message.reasoning is not None else None)
         if mode != "keep":
             value = value or _plain(message)
+            if mode == "slow" and not message.trained and not value.thought.strip():
+                continue  # nothing is learned from it, so it may stay without a thought
             slow = mode == "slow" or (mode == "mixed" and bool(value.thought.strip()))
-            if slow and message.trained and not value.thought.strip():
+            if slow and not value.thought.strip():
                 raise Rejected("no_thought", f"message {index + 1} has no thought, which --think_mode slow needs")
             if not slow:
                 value = replace(value, thought="")

@@ -1,5 +1,6 @@
 """Load a tokenizer from a folder or the Hub, with one clear message when that fails."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +30,19 @@ def remote_code_hint(folder: Path, *, allowed: bool) -> str:
     if allowed or not any((folder / name).is_file() and "auto_map" in read_json(folder / name) for name in names):
         return ""
     return f"\n{folder} comes with Python code of its own; read it, then allow it with --trust_remote_code"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerSource:
+    """Where a tokenizer comes from; it is loaded only when something must be built and ``loaded`` is not given."""
+
+    path: str
+    trust_remote_code: bool = False
+    cache_dir: str | None = None
+    loaded: Any = None
+
+    def load(self) -> Any:
+        """The tokenizer, by transformers. Raises DataError."""
+        return self.loaded or load_tokenizer(
+            self.path, trust_remote_code=self.trust_remote_code, cache_dir=self.cache_dir
+        )

@@ -9,7 +9,7 @@ from importlib import import_module
 
 from .. import __version__
 
-EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 _HELP = f"""finebridge {__version__}: fine-tune Hugging Face language models, HF Trainer on DeepSpeed
 
@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except OSError as error:  # a folder that cannot be written, a disk that is full
         print(f"error: {error.filename or words[0]}: {error.strerror or error}", file=sys.stderr)
         return EXIT_FAILED if error.errno == errno.ENOSPC else EXIT_BAD_INPUT
@@ -99,8 +102,12 @@ def _merge(words: list[str]) -> int:
 
 def _data(words: list[str]) -> int:
     verb = _DATA_VERBS.get(words[0]) if words else None
+    usage = f"finebridge data {'|'.join(_DATA_VERBS)} ...; each tells more with --help"
+    if words and words[0] in ("-h", "--help"):
+        print(usage)
+        return 0
     if verb is None:
-        raise ValueError(f"finebridge data {'|'.join(_DATA_VERBS)} ...; each tells more with --help")
+        raise ValueError(usage)
     module, name = verb
     return import_module(f"..data_tools.{module}", __package__).__dict__[name](words[1:])
 

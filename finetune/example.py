@@ -150,7 +150,7 @@ def _answer(text: str) -> str | None:
 
 
 def _train(recipe: str, model: Path, output_dir: Path) -> Path:
-    """Train by a shipped recipe; the last checkpoint. Raises RuntimeError when the run fails."""
+    """Train by a shipped recipe; the last checkpoint. Ends with the run's exit code when it fails: it has said why."""
     values = read_recipe(FOLDER / recipe)
     values |= {
         "model_name_or_path": str(model),
@@ -158,7 +158,8 @@ def _train(recipe: str, model: Path, output_dir: Path) -> Path:
         "output_dir": str(output_dir),
     }
     if code := run_ranks("finebridge.train.sft", to_argv(values), _RANKS):
-        raise RuntimeError(f"training by {recipe} ended with exit code {code}; its messages stand above")
+        print(f"error: training by {recipe} ended with exit code {code}; its messages stand above", file=sys.stderr)
+        raise SystemExit(code)
     return output_dir / f"checkpoint-{values['max_steps']}"
 
 

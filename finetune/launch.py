@@ -75,7 +75,8 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
             if code:
                 if code < 0:
                     name = next((s.name for s in signal.Signals if s == -code), f"signal {-code}")
-                    print(f"error: rank {number} was ended by {name}; the run stops", file=sys.stderr, flush=True)
+                    why = " (out of memory?)" if name == "SIGKILL" else ""
+                    print(f"error: rank {number} was ended by {name}{why}; the run stops", file=sys.stderr, flush=True)
                 elif number > 0:
                     print(
                         f"error: rank {number} ended with exit code {code}; the run stops", file=sys.stderr, flush=True

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from ..data_tools.arguments import DataArguments
+from ..data_tools.prepared import prepared_folder
 from ..data_tools.readers import resolve_files
 from ..ds_configs.resolve import FIXED_BY_FLAGS, check_fixed, check_precision, resolve, zero_stage
 from ..storage.manifest import steps
@@ -306,12 +307,11 @@ def _check_hf(args: Arguments) -> None:
 def _check_together(args: Arguments) -> None:
     """What one flag alone cannot tell. Raises ArgumentsError, DataError, DeepSpeedConfigError; adds warnings."""
     model, data, hf = args.model, args.data, args.hf
-    if not data.use_dummy_data:
-        if not data.train_data_file:
-            raise ArgumentsError("--train_data_file is missing (or --use_dummy_data for a speed test)")
-        resolve_files([data.train_data_file])
-    if data.eval_data_file:
-        resolve_files([data.eval_data_file])
+    if not (data.use_dummy_data or data.train_data_file):
+        raise ArgumentsError("--train_data_file is missing (or --use_dummy_data for a speed test)")
+    for name in (data.train_data_file, data.eval_data_file):
+        if name and not prepared_folder([name]):
+            resolve_files([name])
     _check_hf(args)
     if hf.get("bf16") and hf.get("fp16"):
         raise ArgumentsError("--bf16 and --fp16 exclude each other")

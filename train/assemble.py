@@ -15,10 +15,11 @@ from ..data_tools.arguments import DataArguments
 from ..data_tools.collator import FlatteningCollator, PaddingCollator
 from ..data_tools.dataset import DummyDataset, PackedDataset, PreparedDataset, Samples
 from ..data_tools.packing import pack, spread
-from ..data_tools.preprocess import TokenizerSource, prepare
+from ..data_tools.preprocess import prepare
 from ..data_tools.templates import template_source
-from ..data_tools.tokenizer_files import load_tokenizer
+from ..data_tools.tokenizer_files import TokenizerSource, load_tokenizer
 from ..ds_configs.resolve import resolve, zero_stage
+from ..storage.manifest import read
 from ..storage.publish import write_text
 from . import runtime
 from .arguments import Arguments
@@ -116,7 +117,8 @@ def _open_prepared(
 ) -> PreparedDataset:
     cache = Path(data.prepared_data_dir) if data.prepared_data_dir else output_dir / "prepared_data"
     source = TokenizerSource(tokenizer.name_or_path, loaded=tokenizer)
-    folder = prepare([pattern], source, data, cache, runtime.say)
+    folder = prepare([pattern], source, data, cache, runtime.say, wanted="chat")
+    tokenizer.chat_template = read(folder)["made_from"].get("chat_template") or tokenizer.chat_template
     dataset = PreparedDataset(folder, data.max_seq_length, data.over_long, runtime.say)
     over_long += [
         json.dumps({"file": str(origin.file), "line": origin.line, "tokens": tokens}, ensure_ascii=False) + "\n"

@@ -217,11 +217,11 @@ def test_a_prepared_folder_gives_the_same_report(
     folder = next(path for path in cache.iterdir() if path.is_dir() and not path.name.startswith("."))
     assert check(folder, *words) == 0
     prepared = capsys.readouterr().out
-    assert prepared == raw[raw.index("\nrows ") :]
+    assert prepared[prepared.index("\nrows ") :] == raw[raw.index("\nrows ") :]
     assert check(folder, *words, "--think_mode", "fast") == 2
     assert "--think_mode shapes tokens" in capsys.readouterr().err
     assert check(folder, digits, *words) == 2
-    assert "name a prepared folder alone" in capsys.readouterr().err
+    assert "is a prepared dataset; name it alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -282,8 +282,7 @@ def test_another_tokenizers_folder_is_refused(model: Path, tmp_path: Path, capsy
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "small")
     capsys.readouterr()
     assert check(folder, "--tokenizer_name_or_path", tmp_path / "small") == 2
-    said = capsys.readouterr().err
-    assert "the vocabulary has 2; is this the tokenizer that the data was prepared with?" in said
+    assert "was made with another tokenizer" in capsys.readouterr().err
 
 
 def test_a_changed_folder_is_not_trusted(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

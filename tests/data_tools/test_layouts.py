@@ -40,7 +40,7 @@ def prepared(folder: Path, samples: Samples) -> Path:
         rows = np.array([[0, i + 1] for i in range(len(samples))], dtype=np.int64).reshape(-1, 2)
         np.save(staging / "rows.npy", rows)
         (staging / "rejects.jsonl").touch()
-        (staging / "report.json").write_text(json.dumps({"files": ["raw.jsonl"], "terminators": [9]}))
+        (staging / "report.json").write_text(json.dumps({"kind": "chat", "files": ["raw.jsonl"], "terminators": [9]}))
     return folder
 
 

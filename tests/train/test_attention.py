@@ -62,14 +62,15 @@ def losses(model: Any) -> tuple[float, float, float]:
     """The loss of a packed row, that of its samples one by one weighted by tokens, and the gradients' difference."""
     data = packed([17, 30, 5, 21])
     batch = FlatteningCollator(borders=takes_borders(model))([data[0]])
-    row = model(**batch).loss
+    device = model.device
+    row = model(**{name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}).loss
     row.backward()
     together = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
     count = int((batch["labels"] != -100).sum())
     alone = 0.0
     for number in range(4):
-        item = {name: torch.from_numpy(value)[None] for name, value in data.data[number].items()}
+        item = {name: torch.from_numpy(value)[None].to(device) for name, value in data.data[number].items()}
         share = model(**item).loss * int((item["labels"][:, 1:] != -100).sum()) / count
         share.backward()
         alone += share.item()
@@ -85,6 +86,24 @@ def test_packed_loss_and_gradients_are_those_of_the_samples_alone(model_type: st
     row, alone, gradients = losses(build(model_type, attention))
     assert row == pytest.approx(alone, rel=1e-6)
     assert gradients < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention", "flash_attention_2"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_on_a_gpu_samples_stay_apart_and_train_as_alone(model_type: str, attention: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if attention == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+    sizes = {"hidden_size": 64, "head_dim": 16, "use_cache": False}  # FlexAttention's kernels take no smaller heads
+    half = attention == "flash_attention_2"
+    model = build(model_type, attention, torch.bfloat16 if half else torch.float32, **sizes).to("cuda")
+    check_trainable(model, model.device, say=lambda _: None)
+    check_isolation(model, model.device)
+    row, alone, gradients = losses(model)
+    assert row == pytest.approx(alone, rel=1e-2 if half else 1e-4)
+    assert gradients < (0.1 if half else 1e-2)
 
 
 def by_borders(
