@@ -136,7 +136,8 @@ def test_the_memory_of_plans_is_bounded(
 ) -> None:
     monkeypatch.setattr(plans, "_MAX_PLANS", 3)
     rows = Chats(44, tools=True).rows(150)
-    both_ways(tokenizers_by_template["qwen3"], DataArguments(chat_template="qwen3"), rows)
+    made = both_ways(tokenizers_by_template["qwen3"], DataArguments(chat_template="qwen3"), rows)
+    assert len(made.lengths) > 100
 
 
 def test_words_that_a_template_looks_for_are_found_across_borders(tokenizers_by_template: dict[str, Any]) -> None:
