@@ -124,6 +124,8 @@ def _lines(report: Report) -> Iterator[str]:
     what = "pair" if report.kind == "preference" else "sample"
     yield _line("duplicates", f"{_count(report.duplicates.count, what)} with the same tokens as an earlier one")
     yield from map(_example, report.duplicates.first)
+    if report.shortened_rows:
+        yield _line("shortened", f"{_count(report.shortened_rows, 'row')} split or cut at their turns (--over_long)")
     yield _line("control tokens", f"in the text of {_count(report.neutralised_rows, 'row')}, encoded as plain text")
     yield _line("rejected", _count(rejected, "row"))
     for reject in report.rejected:

@@ -125,6 +125,7 @@ class Report:
     tokens: int
     loss_tokens: int
     neutralised_rows: int
+    shortened_rows: int
     rejected: list[Reject]
     lengths: Lengths
     limit: Limit
@@ -179,6 +180,7 @@ class Measured:
             tokens=int(self.lengths.sum(dtype=np.int64)),
             loss_tokens=self.report["loss_tokens"],
             neutralised_rows=self.report["neutralised"],
+            shortened_rows=self.report.get("shortened", 0),
             rejected=self._rejected(),
             lengths=_lengths(self.lengths),
             limit=limit,

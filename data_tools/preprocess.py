@@ -93,6 +93,10 @@ def prepare(
     built = build_once(target, build, kind="dataset", say=say)
     report = json.loads((target / "report.json").read_text(encoding="utf-8"))
     say(f"data: {describe(report)}; {'prepared' if built else 'reused'} {target}")
+    if not built and report["files"] != [str(file) for file in files]:
+        say(
+            f"data: the same bytes were prepared as {', '.join(report['files'])}; messages and rejects.jsonl name these"
+        )
     if report["rejects"]:
         say(f"data: rejected rows are listed in {target / 'rejects.jsonl'}")
     check_rejects(report, target, args.max_rejects)

@@ -11,10 +11,9 @@ from typing import Any, cast
 
 from .schema import Message, Rejected
 from .templates import Rendering
-from .thinking import NO_THINK
+from .thinking import NO_THINK, TAG
 
 _SPACE = re.compile(r"\s+")
-_TAG = re.compile(r"</?(?:think|answer)(?::[^<>]*)?>")  # Hy3's tags carry a suffix: <think:opensource>
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ def _prompt_of(template: Rendering, history: Sequence[Message], said: str, kwarg
         if not (said.startswith(prompt) and _holds(said[len(prompt) :], answer)):
             continue
         own = said[len(prompt) :].strip()
-        if not exact or own == answer.content.strip() or (calls and not _TAG.match(own)):
+        if not exact or own == answer.content.strip() or (calls and not TAG.match(own)):
             return prompt
         found.append(prompt)
     if found:
@@ -124,4 +123,4 @@ def _occurs(content: str, text: str) -> bool:
 
 def _letters(text: str) -> str:
     """A text without think/answer tags and white space: what a template may not change."""
-    return _SPACE.sub("", _TAG.sub("", text))
+    return _SPACE.sub("", TAG.sub("", text))

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from .schema import DataError, Message, Rejected
 from .template_names import ALIASES, resolve
-from .thinking import TAGS
+from .thinking import TAG
 
 FOLDER = Path(__file__).parent / "chat_templates"
 _SCAFFOLD = re.compile(r"<[|｜][^<>]*[|｜]>")  # words that look like control tokens
@@ -76,11 +76,11 @@ class ChatTemplate:
         special = {str(token) for token in tokenizer.all_special_tokens}
         special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.special_tokens = frozenset(special)
-        self.control_tokens = self.special_tokens | {token for token in added if token in self.source or token in TAGS}
+        shown = self.source + self._probe(chosen)  # a template may join a token's name from pieces
+        self.control_tokens = self.special_tokens | {token for token in added if token in shown or TAG.fullmatch(token)}
         tokens = sorted(self.control_tokens | set(added), key=len, reverse=True)
         self.token_pattern = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
         self.token_ids: dict[str, int] = {token: tokenizer.convert_tokens_to_ids(token) for token in tokens}
-        self._probe(chosen)
 
     def render(self, messages: Sequence[Message], *, prompt: bool, kwargs: Mapping[str, Any]) -> str:
         """The text of a conversation; with ``prompt`` the inference prompt that asks for the next assistant turn.
@@ -102,21 +102,21 @@ class ChatTemplate:
         """
         if message.role != "assistant":
             return self.control_tokens
-        return frozenset(token for token in self.special_tokens if token not in TAGS)
+        return frozenset(token for token in self.special_tokens if not TAG.fullmatch(token))
 
-    def _probe(self, chosen: str | None) -> None:
-        """Fail now, with the template's name, rather than once a row."""
+    def _probe(self, chosen: str | None) -> str:
+        """A plain question and answer as rendered. Raises DataError: now, with the template's name, not once a row."""
         name = chosen or "of the tokenizer"
         question = [Message("user", "q")]
         try:
             text = self.render([*question, Message("assistant", "a")], prompt=False, kwargs={})
-            self.render(question, prompt=True, kwargs={})
+            text += self.render(question, prompt=True, kwargs={})
         except Rejected as error:
             raise DataError(
                 f"the chat template {name} does not render a plain question and answer: {error.detail}"
             ) from None
         if chosen is None:
-            return  # the tokenizer's own may well write such words as plain text
+            return text  # the tokenizer's own may well write such words as plain text
         words = set(_SCAFFOLD.findall(text)) - set(
             _SCAFFOLD.findall(self.source.partition(_PLAIN_WORDS)[2].partition("#}")[0])
         )
@@ -126,3 +126,4 @@ class ChatTemplate:
                 "writes; choose the template of this model's family with --chat_template (a template of your own says "
                 f"{{#- {_PLAIN_WORDS} {lacking[0]} -#}} where the model knows it as plain text)"
             )
+        return text

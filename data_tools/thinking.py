@@ -17,6 +17,7 @@ ThinkMode = Literal["keep", "fast", "slow", "mixed"]
 THINK_MODES: tuple[ThinkMode, ...] = ("keep", "fast", "slow", "mixed")
 NO_THINK = "/no_think"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+TAG = re.compile(r"</?(?:think|answer)(?::[^<>]*)?>")  # Hy3's tags carry a suffix: <think:opensource>
 
 _OPENS = re.compile(r"\s*<think>")
 _FORM = re.compile(r"\s*<think>\n?(.*?)\n?</think>\s*<answer>\n?(.*?)\n?</answer>\s*", re.DOTALL)
@@ -70,9 +71,10 @@ def enable_thinking(sample: Sample, switch: EnableThinking | None, template: Has
     if "enable_thinking" not in template.source:
         raise DataError(f"--enable_thinking {switch}: this chat template has no such switch; see --think_mode")
     messages = sample.messages
-    if switch == "false":
+    kwargs = {"enable_thinking": switch == "true", **sample.template_kwargs}
+    if switch == "false" and not kwargs["enable_thinking"]:
         messages = tuple(_without_thought(turn) if turn.role == "assistant" else turn for turn in messages)
-    return Sample(messages, {"enable_thinking": switch == "true", **sample.template_kwargs})
+    return Sample(messages, kwargs)
 
 
 def _without_thought(message: Message) -> Message:

@@ -48,9 +48,6 @@ def test_a_rows_own_enable_thinking_wins(tokenizers_by_template: dict[str, Any],
     assert thinking_of(tokenizer, switch, {"messages": [QUESTION, PLAIN], "enable_thinking": False}) == [OFF]
 
 
-@pytest.mark.xfail(
-    reason="--enable_thinking false takes the thought of a row that switches thinking on itself", strict=True
-)
 def test_a_row_that_thinks_keeps_its_thought(tokenizers_by_template: dict[str, Any]) -> None:
     row = {"messages": [QUESTION, THOUGHT], "enable_thinking": True}
     assert thinking_of(tokenizers_by_template["qwen3"], "false", row) == [THINKS]
