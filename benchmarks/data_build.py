@@ -14,13 +14,8 @@ imports, loading the tokenizer, parsing and (``tokenizers``) rendering are not c
 
 import argparse
 import contextlib
-import csv
-import datetime as dt
 import importlib
-import importlib.metadata
 import json
-import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -34,8 +29,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from results import add_rows, circumstances
+
 HERE = Path(__file__).resolve().parent
 TOKENIZER = HERE.parent / ".venv" / "npm" / "tokenizer-qwen3-3.7.2"
+PACKAGES = ("finebridge", "transformers", "tokenizers", "fastokens", "datasets", "numpy", "snownlp")
 GOAL = 5.0  # million tokens a CPU second
 PACK = 8192
 _MEGABYTE = 2**20
@@ -193,30 +191,6 @@ def count_tokens(chats: Path, tokenizer: Path) -> list[int]:
     return counts
 
 
-def versions(trl_python: str | None) -> str:
-    """The versions that decide the figures, as ``name version`` separated by semicolons."""
-    names = ("finebridge", "transformers", "tokenizers", "fastokens", "datasets", "numpy", "snownlp")
-    known = [f"python {platform.python_version()}"]
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            known.append(f"{name} {importlib.metadata.version(name)}")
-    if trl_python:
-        ask = "import importlib.metadata as m; print(m.version('trl'))"
-        known.append(
-            "trl " + subprocess.run([trl_python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
-        )
-    return "; ".join(known)
-
-
-def hardware() -> str:
-    """The processor's name and how many of its cores this process may use."""
-    name = platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
-
-
 def show(results: Sequence[Measured]) -> None:
     """A table; ``ours`` says how many times the rate of a line ours is."""
     ours = results[0].mtok_per_cpu_s
@@ -230,20 +204,6 @@ def show(results: Sequence[Measured]) -> None:
             f"{ours / rate:>6.1f}x{line.rss_sum_mb:>13}{line.rss_process_mb:>6}   {line.note}"
         )
     print(f"goal of {GOAL:g} Mtok a CPU second: {'met' if ours >= GOAL else 'missed'}")
-
-
-def append_csv(path: Path, results: Sequence[Measured], common: dict[str, str]) -> None:
-    """Add the lines; the head is written when the file is new."""
-    rows: list[dict[str, Any]] = []
-    for line in results:
-        values = {name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(line).items()}
-        rows.append({**common, **values})
-    new = not path.exists()
-    with path.open("a", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -274,12 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.peer:
         print(json.dumps(PEERS[args.peer](args.chats, args.tokenizer)))
         return
-    common = {
-        "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "hardware": hardware(),
-        "load_before": f"{os.getloadavg()[0]:.1f}",
-        "versions": versions(args.trl_python),
-    }
+    common = circumstances(PACKAGES, args.trl_python)
     with tempfile.TemporaryDirectory(prefix="data_build_") as work:
         chats = args.chats or Path(work, "chats.jsonl")
         if not args.chats:
@@ -290,7 +245,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with chats.open("rb") as whole, some.open("wb") as part:
             part.writelines(islice(whole, args.peer_rows))
         results = _measure_all(args, chats, some, counts, Path(work, "built"))
-    append_csv(args.csv, results, common)
+    lines = [{name: _rounded(value) for name, value in asdict(line).items()} for line in results]
+    add_rows(args.csv, [{**common, **line} for line in lines])
     show(results)
 
 
@@ -305,6 +261,10 @@ def _measure_all(args: argparse.Namespace, chats: Path, some: Path, counts: list
     else:
         print("TRL is left out: --trl_python names no Python that has it")
     return results
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 3) if isinstance(value, float) else value
 
 
 def _load(tokenizer: Path) -> Any:

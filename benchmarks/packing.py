@@ -19,14 +19,8 @@ averaged over optimizer steps of 8 ranks x 1 row x 8 accumulated. The result is 
 """
 
 import argparse
-import contextlib
-import csv
-import datetime as dt
 import importlib
-import importlib.metadata
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -36,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from results import add_rows, circumstances
 
 HERE = Path(__file__).resolve().parent
 READ_SAMPLES = 60_000
@@ -142,7 +137,7 @@ def measure_trl(samples: int, capacity: int) -> list[dict[str, Any]]:
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = arrow.LargeListArray.from_arrays(offsets, arrow.array(np.zeros(offsets[-1], np.int8)))
     table = arrow.table({"input_ids": ids})
-    watched = trl.pc = Watched(trl.pc)
+    watched = trl.pc = Watched(trl.pc)  # pyright: ignore[reportAttributeAccessIssue]
     trl._pack_bfd(table.slice(0, 100), capacity)  # noqa: SLF001 - what is loaded late is loaded now
     ways = {
         "TRL _pack_bfd, all at once": lambda: trl._pack_bfd(table, capacity),  # noqa: SLF001
@@ -158,27 +153,6 @@ def measure_trl(samples: int, capacity: int) -> list[dict[str, Any]]:
         note = f"and {watched.seconds:.1f} CPU s moving tokens; wall_s holds both"
         results.append(line(tool, lengths, capacity, packs, note=note, **times))
     return results
-
-
-def versions(trl_python: str | None) -> str:
-    """The versions that decide the figures, as ``name version`` separated by semicolons."""
-    known = [f"python {platform.python_version()}"]
-    for name in ("finebridge", "numpy", "numba", "torch"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            known.append(f"{name} {importlib.metadata.version(name)}")
-    if trl_python:
-        ask = 'import importlib.metadata as m; print(f\'trl {m.version("trl")}; pyarrow {m.version("pyarrow")}\')'
-        known.append(subprocess.run([trl_python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip())
-    return "; ".join(known)
-
-
-def hardware() -> str:
-    """The processor's name and how many of its cores this process may use."""
-    name = platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((row.split(":", 1)[1].strip() for row in lines if row.startswith("model name")), name)
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -202,12 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.peer:
         print(json.dumps(measure_trl(args.samples, args.capacity)))
         return
-    common = {
-        "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "hardware": hardware(),
-        "load_before": f"{os.getloadavg()[0]:.1f}",
-        "versions": versions(args.trl_python),
-    }
+    common = circumstances(("finebridge", "numpy", "numba", "torch"), args.trl_python)
     results = [*measure_ours(args.samples, args.capacity), measure_reading(args.capacity)]
     if args.trl_python:
         peer = [args.trl_python, __file__, "--peer", "--samples", str(args.samples), "--capacity", str(args.capacity)]
@@ -218,12 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [{name: row.get(name, "") for name in COLUMNS} for row in results]
     for row in rows:
         row |= {name: f"{row[name]:.3f}" for name in ("cpu_s", "wall_s")}
-    new = not args.csv.exists()
-    with args.csv.open("a", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, [*common, *COLUMNS], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows({**common, **row} for row in rows)
+    add_rows(args.csv, [{**common, **row} for row in rows])
     for row in rows:
         print("  ".join(f"{row[name]!s:>{26 if name == 'tool' else 9}}" for name in COLUMNS))
 

@@ -9,17 +9,15 @@ result is added to ``packing_train.csv``.
 """
 
 import argparse
-import csv
-import datetime as dt
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from results import add_rows, circumstances
 
 HERE = Path(__file__).resolve().parent
 BATCH = 8
@@ -83,21 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = [train(name, args, Path(work)) for name in RUNS]
         (report,) = (Path(work) / "prepared").glob("*/report.json")
         told = json.loads(report.read_text(encoding="utf-8"))
-    versions = [f"python {platform.python_version()}"]
-    versions += [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers")]
-    common = {"date": dt.datetime.now(dt.UTC).date().isoformat(), "device": device(), "versions": "; ".join(versions)}
-    common |= {
-        "layers": str(args.layers),
-        "length": str(args.length),
-        "samples": str(told["samples"]),
-        "flags": " ".join(args.more),
-    }
-    new = not args.csv.exists()
-    with args.csv.open("a", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, [*common, *results[0]], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows({**common, **result} for result in results)
+    common = {"device": device(), **circumstances(("torch", "transformers"))}
+    common |= {"layers": str(args.layers), "length": str(args.length), "samples": str(told["samples"])}
+    add_rows(args.csv, [{**common, "flags": " ".join(args.more), **result} for result in results])
     for result in results:
         print(result)
     print(f"padded / packed: {results[0]['seconds'] / results[1]['seconds']:.2f}")  # pyright: ignore[reportOperatorIssue]

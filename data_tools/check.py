@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from .arguments import DataArguments
-from .commands import add, data_parser, read_arguments
+from .flags import add, data_parser, read_arguments
 from .measures import Answers, Example, Lengths, Limit, Measured, Report
 from .preprocess import check_rejects, prepare
 from .preview import Preview, print_row, save, writable

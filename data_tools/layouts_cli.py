@@ -18,7 +18,7 @@ import numpy as np
 from ..storage.manifest import file_sha256, verify
 from ..storage.publish import publish
 from .blocks import PackIndex, PreparedSource, write_prepared
-from .commands import add, command_parser
+from .flags import add, command_parser
 from .layout_base import Exported, Layout, LayoutOptions
 from .layouts import LAYOUTS
 from .prepared import is_prepared

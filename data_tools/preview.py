@@ -17,8 +17,8 @@ from rich.text import Text
 
 from ..storage.publish import write_text
 from .arguments import DataArguments
-from .commands import add, data_parser, read_arguments
 from .encoder import RowEncoder
+from .flags import add, data_parser, read_arguments
 from .formats import RowForm
 from .html_view import RowView, SampleView, page
 from .preprocess import row_forms, rows_kind

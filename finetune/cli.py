@@ -119,7 +119,7 @@ def _example(words: list[str]) -> int:
 
 
 _DATA_VERBS = {
-    "build": ("commands", "build_main"),
+    "build": ("build", "main"),
     "check": ("check", "main"),
     "preview": ("preview", "main"),
     "export": ("layouts_cli", "export_main"),

@@ -1,10 +1,10 @@
-"""Command lines of the data verbs: one set of flags, taken from DataArguments, with MindSpeed-LLM's names beside."""
+"""Flags of the data verbs: one set, taken from DataArguments, with MindSpeed-LLM's names beside."""
 
 import argparse
 import difflib
 import json
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -125,49 +125,3 @@ def _argument(entry: "Field[Any]", kind: Any) -> dict[str, Any]:
     if get_origin(kind) is Literal:
         return {**result, "choices": get_args(kind)}
     return {**result, "type": kind}
-
-
-def _build_flags(parser: argparse.ArgumentParser) -> None:
-    add(parser, "--output_dir", help="where the prepared folder goes (the --prepared_data_dir of a training run)")
-    add(parser, "--output_prefix", help="write the files MindSpeed-LLM and Megatron-LM read, under this prefix, too")
-    add(parser, "--pack", action="store_true", help="with --output_prefix: packed, as MindSpeed-LLM's --pack")
-    add(parser, "--neat_pack", action="store_true", help="with --output_prefix: packed, samples kept apart")
-    add(parser, "--n_subs", type=int, help="accepted and not needed: memory is bounded")
-
-
-def build_main(argv: Sequence[str]) -> int:
-    """``finebridge data build``: prepare data ahead of training; the last line printed is the folder. Raises DataError."""
-    from .preprocess import prepare
-
-    told = "Tokenise data once, ahead of training. The last line printed is the prepared folder."
-    parser = data_parser("build", told, _build_flags)
-    values = parser.parse_args(argv)
-    if not values.output_dir and not values.output_prefix:
-        raise DataError("--output_dir is missing: the folder that the prepared data goes into")
-    if (values.pack or values.neat_pack) and not values.output_prefix:
-        raise DataError(
-            "--pack and --neat_pack shape the files of --output_prefix; to train on packed rows: sft --packing"
-        )
-    files, tokenizer, args = read_arguments(values)
-    output = Path(values.output_dir or Path(values.output_prefix).parent / "prepared_data")
-    folder = prepare(files, tokenizer, args, output, start_method="fork")
-    if values.output_prefix:
-        _export(folder, values, tokenizer, args)
-    print(folder)
-    return 0
-
-
-def _export(folder: Any, values: argparse.Namespace, tokenizer: TokenizerSource, args: DataArguments) -> None:
-    from .layouts_cli import export_main
-
-    kind = json.loads((folder / "report.json").read_text(encoding="utf-8"))["kind"]
-    words = [str(folder), "--output_prefix", values.output_prefix]
-    words += ["--layout", "megatron" if kind == "document" else "mindspeed"]
-    words += ["--pairs"] * (kind == "preference")
-    if values.pack or values.neat_pack:  # MindSpeed-LLM wants both flags for a neat pack
-        loaded = tokenizer.load()
-        pad_id = loaded.eos_token_id if loaded.pad_token_id is None else loaded.pad_token_id
-        words += ["--neat_pack" if values.neat_pack else "--pack"]
-        words += ["--seq_length", str(args.max_seq_length), "--pad_id", str(pad_id)]
-        words += ["--over_long", "drop"] * (args.over_long == "drop")
-    export_main(words)

@@ -1,0 +1,58 @@
+"""Tokenise data once, ahead of training.
+
+finebridge data build data.jsonl --tokenizer_name_or_path MODEL --output_dir prepared [--output_prefix out/name]
+"""
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from .arguments import DataArguments
+from .flags import add, data_parser, read_arguments
+from .layouts_cli import export_main
+from .preprocess import prepare
+from .schema import DataError
+from .tokenizer_files import TokenizerSource
+
+
+def _flags(parser: ArgumentParser) -> None:
+    add(parser, "--output_dir", help="where the prepared folder goes (the --prepared_data_dir of a training run)")
+    add(parser, "--output_prefix", help="write the files MindSpeed-LLM and Megatron-LM read, under this prefix, too")
+    add(parser, "--pack", action="store_true", help="with --output_prefix: packed, as MindSpeed-LLM's --pack")
+    add(parser, "--neat_pack", action="store_true", help="with --output_prefix: packed, samples kept apart")
+    add(parser, "--n_subs", type=int, help="accepted and not needed: memory is bounded")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prepare data and print its folder last; exit code 0. Raises DataError."""
+    told = "Tokenise data once, ahead of training. The last line printed is the prepared folder."
+    parser = data_parser("build", told, _flags)
+    values = parser.parse_args(argv)
+    if not values.output_dir and not values.output_prefix:
+        raise DataError("--output_dir is missing: the folder that the prepared data goes into")
+    if (values.pack or values.neat_pack) and not values.output_prefix:
+        raise DataError(
+            "--pack and --neat_pack shape the files of --output_prefix; to train on packed rows: sft --packing"
+        )
+    files, tokenizer, args = read_arguments(values)
+    output = Path(values.output_dir or Path(values.output_prefix).parent / "prepared_data")
+    folder = prepare(files, tokenizer, args, output, start_method="fork")
+    if values.output_prefix:
+        _export(folder, values, tokenizer, args)
+    print(folder)
+    return 0
+
+
+def _export(folder: Path, values: Namespace, tokenizer: TokenizerSource, args: DataArguments) -> None:
+    kind = json.loads((folder / "report.json").read_text(encoding="utf-8"))["kind"]
+    words = [str(folder), "--output_prefix", values.output_prefix]
+    words += ["--layout", "megatron" if kind == "document" else "mindspeed"]
+    words += ["--pairs"] * (kind == "preference")
+    if values.pack or values.neat_pack:  # MindSpeed-LLM wants both flags for a neat pack
+        loaded = tokenizer.load()
+        pad_id = loaded.eos_token_id if loaded.pad_token_id is None else loaded.pad_token_id
+        words += ["--neat_pack" if values.neat_pack else "--pack"]
+        words += ["--seq_length", str(args.max_seq_length), "--pad_id", str(pad_id)]
+        words += ["--over_long", "drop"] * (args.over_long == "drop")
+    export_main(words)
