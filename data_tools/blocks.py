@@ -215,12 +215,12 @@ def write_prepared(folder: Path, blocks: Iterable[Block], file: Path, *, pairs: 
 
     ``file`` is where they come from; the line of a sample is its number there, counted from 1. A sample that is empty
     or trains no token is listed in ``rejects.jsonl``; with ``pairs`` (chosen and rejected answers by turns) its partner
-    is listed with it.
+    is listed with it. No terminators are recorded: labels do not say where an answer's end token is (they may go on to a
+    line break after it, or mark every word of a text), and generation would stop at whatever stands there.
     """
     total = Counter(rows=0, samples=0, tokens=0, loss_tokens=0, neutralised=0)
     rejects: Counter[str] = Counter()
     lines: list[Numbers] = []
-    terminators: set[int] = set()
     with (
         IndexedWriter(folder / "text_document") as tokens,
         IndexedWriter(folder / "spans_document") as spans,
@@ -240,9 +240,6 @@ def write_prepared(folder: Path, blocks: Iterable[Block], file: Path, *, pairs: 
             tokens.add_many(kept.ids, kept.lengths)
             spans.add_many(stretches, 2 * counts)
             lines.append(kept.numbers + 1)
-            owner = np.repeat(np.arange(len(counts)), counts)
-            last = (kept.ends - kept.lengths)[owner] + stretches[:, 1] - 1
-            terminators.update(np.unique(kept.ids[last]).tolist())
             total.update(
                 rows=len(keep), samples=len(kept.lengths), tokens=kept.ids.size, loss_tokens=int(kept.trained.sum())
             )
@@ -253,7 +250,7 @@ def write_prepared(folder: Path, blocks: Iterable[Block], file: Path, *, pairs: 
         **total,
         "rejects": dict(rejects),
         "files": [str(file)],
-        "terminators": sorted(terminators),
+        "terminators": [],
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return report

@@ -18,6 +18,7 @@ from .blocks import Block, PreparedSource, runs
 from .indexed import IndexedReader
 from .schema import DataError, Kind, TokenizedSample
 from .thinking import NO_THINK
+from .tokenizer_files import vocabulary_size
 
 _SHOWN = 3  # examples of each kind
 _LOOKED_AT = 100  # duplicates among which examples from different rows are looked for
@@ -277,9 +278,10 @@ class _AnswerForms:
     def __init__(self, tokenizer: Any) -> None:
         self.found = Answers()
         self._tokenizer = tokenizer
-        self._known = np.zeros(len(tokenizer), np.bool_)
-        self._starts = np.zeros(len(tokenizer), np.int64)
-        self._sizes = np.zeros(len(tokenizer), np.int64)
+        size = vocabulary_size(tokenizer)
+        self._known = np.zeros(size, np.bool_)
+        self._starts = np.zeros(size, np.int64)
+        self._sizes = np.zeros(size, np.int64)
         self._words = np.empty(0, np.uint8)
 
     def count(self, block: Block) -> list[int]:

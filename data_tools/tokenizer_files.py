@@ -24,6 +24,11 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, cache_dir: str
         raise DataError(f"the tokenizer of {path} does not load: {type(error).__name__}: {error}{hint}") from error
 
 
+def vocabulary_size(tokenizer: Any) -> int:
+    """One more than the largest id of a tokenizer, added tokens included; ``len(tokenizer)`` is less where ids are left out."""
+    return 1 + max((*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder), default=-1)
+
+
 def remote_code_hint(folder: Path, *, allowed: bool) -> str:
     """A line for the user when a folder's configs name Python code of their own that may not run."""
     names = ("config.json", "tokenizer_config.json")

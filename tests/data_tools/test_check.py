@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from finebridge.data_tools.arguments import DataArguments
+from finebridge.data_tools.blocks import Block, write_prepared
 from finebridge.data_tools.measures import Measured
 from finebridge.finetune.cli import main
 
@@ -307,6 +309,23 @@ def test_duplicates_of_many_samples(model: Path, tmp_path: Path) -> None:
     assert found["first"] == [{"where": f"{data}:{i + 1}", "detail": f"the same as {data}:{j + 1}"} for i, j in again]
     folder = next(path for path in (tmp_path / "c").iterdir() if path.is_dir())
     assert Measured(folder).origin(199) == f"{data}:200"
+
+
+def test_a_vocabulary_with_a_hole(tmp_path: Path) -> None:
+    """Ids 0, 1 and 900: ``len`` of this tokenizer is far below its largest id."""
+    from finebridge.data_tools.tokenizer_files import vocabulary_size
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"u": 0, "?": 1, "a": 900}, unk_token="?"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
+    assert (len(tokenizer), vocabulary_size(tokenizer)) == (3, 901)
+    block = Block(np.asarray([0, 900], np.int32), np.asarray([False, True]), np.asarray([2]), np.asarray([0]))
+    write_prepared(tmp_path, [block], Path("raw"))
+    report = Measured(tmp_path).measure(tokenizer, DataArguments())
+    assert report.answers is not None
+    assert (report.answers.trained, report.answers.plain) == (1, 1)
 
 
 def test_no_deepspeed_and_no_gpu_is_touched(model: Path, digits: Path, cache: Path) -> None:

@@ -538,9 +538,8 @@ def test_the_import_is_what_raw_files_would_have_given(tmp_path: Path) -> None:
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes(), name
     assert np.array_equal(np.load(tmp_path / "back" / "rows.npy"), np.load(source / "rows.npy"))
     report = json.loads((tmp_path / "back" / "report.json").read_text())
-    reader, spans = IndexedReader(source / "text_document"), IndexedReader(source / "spans_document")
-    ends = {int(reader[i][end - 1]) for i in range(50) for end in spans[i][1::2]}
-    assert report["terminators"] == sorted(ends)
+    reader = IndexedReader(source / "text_document")
+    assert report["terminators"] == []  # a label's last token may be a line break, or any word
     assert report["tokens"] == int(reader.lengths.sum())
     assert report["samples"] == report["rows"] == 50
 
