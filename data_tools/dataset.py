@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .arguments import OverLong
+from .fitting import loss_remains
 from .indexed import IndexedReader
 from .packing import Packs
 from .prepared import check_kind
@@ -58,8 +59,11 @@ class PreparedDataset:
         if not len(self._tokens) == len(self._spans) == len(self._rows):
             raise DataError(f"{folder}: tokens, spans and rows differ in number; delete the folder and run again")
         too_long = np.flatnonzero(self._tokens.lengths > max_length)
-        gone = [int(i) for i in too_long if over_long != "truncate" or int(self._spans[int(i)][0]) >= max_length]
-        self.over_long_rows = [(self.origin_of(i), int(self._tokens.lengths[i])) for i in gone]
+        gone = too_long
+        if over_long == "truncate":
+            spans, counts = self._spans.gather(too_long).reshape(-1, 2), self._spans.lengths[too_long] // 2
+            gone = too_long[~loss_remains(spans, counts, max_length)]
+        self.over_long_rows = [(self.origin_of(i), int(self._tokens.lengths[i])) for i in gone.tolist()]
         if len(too_long):
             shown = ", ".join(f"{self.origin_of(int(i))} ({self._tokens.lengths[i]})" for i in too_long[:_SHOWN])
             message = f"{len(too_long)} of {len(self._tokens)} samples are over --max_seq_length {max_length}: {shown}"

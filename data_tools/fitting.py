@@ -2,6 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from .arguments import OverLong
 from .schema import Message, Rejected, Sample, TokenizedSample
@@ -17,6 +21,19 @@ Encode = Callable[[Sample], list[TokenizedSample]]
 def fits(samples: Sequence[TokenizedSample], longest: int) -> bool:
     """Whether every sample has at most ``longest`` tokens."""
     return all(sample.ids.size <= longest for sample in samples)
+
+
+def loss_remains(
+    spans: npt.NDArray[np.integer[Any]], counts: npt.NDArray[np.integer[Any]], longest: int
+) -> npt.NDArray[np.bool_]:
+    """Whether a token that is predicted with loss is left of each sample when it is cut after ``longest`` tokens.
+
+    ``spans`` are those of all samples, [start, end) with shape [spans, 2]; ``counts``, shape [samples], says how many each
+    has. The first token of a sample is never predicted.
+    """
+    predicted = np.maximum(spans[:, 0], 1) < np.minimum(spans[:, 1], longest)
+    owners = np.repeat(np.arange(len(counts)), counts)
+    return np.bincount(owners[predicted], minlength=len(counts)) > 0
 
 
 def shorten(sample: Sample, encode: Encode, longest: int, policy: OverLong) -> list[TokenizedSample]:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from .arguments import DataArguments, OverLong
 from .blocks import Block, PreparedSource, runs
+from .fitting import loss_remains
 from .indexed import IndexedReader
 from .schema import DataError, Kind, TokenizedSample
 from .thinking import NO_THINK
@@ -197,8 +198,7 @@ class Measured:
         keep = np.ones(len(self.lengths), np.bool_)
         if args.over_long == "truncate":
             spans = IndexedReader(self.folder / "spans_document")
-            first = spans.tokens[spans.pointers[over] // spans.dtype.itemsize]
-            keep[over[first >= longest]] = False
+            keep[over] = loss_remains(spans.gather(over).reshape(-1, 2), spans.lengths[over] // 2, longest)
         else:
             keep[over] = False
         kept = np.minimum(self.lengths[keep], longest).astype(np.int64)

@@ -12,12 +12,14 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from ..storage.publish import write_text
 from .arguments import DataArguments
 from .encoder import RowEncoder
+from .fitting import loss_remains
 from .flags import add, data_parser, read_arguments
 from .formats import RowForm
 from .html_view import RowView, SampleView, page
@@ -102,7 +104,7 @@ def print_row(
         console.print(Text(visible(f"{row.origin}: {_NEUTRALISED}"), style="yellow"))
     for number, sample in enumerate(row.samples):
         trained, note = as_trained(sample, args)
-        heading = f"{row.origin}: {_label(kind, number, len(row.samples))}{_size(sample)}"
+        heading = f"{row.origin}: {_label(kind, number, len(row.samples))}{_size(trained)}"
         console.print(Text(visible(heading), style="bold"))
         if note:
             console.print(Text(note, style="yellow"))
@@ -127,9 +129,9 @@ def as_trained(sample: TokenizedSample, args: DataArguments) -> tuple[TokenizedS
         return sample, over + "training stops here (--over_long error)"
     if args.over_long != "truncate":
         return sample, over + f"left out of training (--over_long {args.over_long})"
-    if sample.spans[0, 0] >= longest:
+    if not loss_remains(sample.spans, np.asarray([len(sample.spans)]), longest)[0]:
         return sample, over + "left out of training, for no token with loss is left after the cut"
-    return cut(sample, longest), over + f"cut after {longest} tokens (--over_long truncate)"
+    return cut(sample, longest), over + f"cut after {longest} of {sample.ids.size} tokens (--over_long truncate)"
 
 
 def row_view(tokenizer: Any, row: Preview, args: DataArguments, kind: Kind) -> RowView:
@@ -137,7 +139,7 @@ def row_view(tokenizer: Any, row: Preview, args: DataArguments, kind: Kind) -> R
     samples: list[SampleView] = []
     for number, sample in enumerate(row.samples):
         trained, note = as_trained(sample, args)
-        heading = _label(kind, number, len(row.samples)) + _size(sample)
+        heading = _label(kind, number, len(row.samples)) + _size(trained)
         samples.append(SampleView(heading, note, tuple(pieces(tokenizer, trained))))
     rejected = f"rejected, {row.reject[0]}: {row.reject[1]}" if row.reject else ""
     return RowView(str(row.origin), rejected, _NEUTRALISED if row.neutralised else "", tuple(samples))

@@ -140,6 +140,25 @@ def test_a_cut_before_the_first_loss_token_leaves_a_sample_out(
     assert (limit["over"], limit["left_out"], limit["cut"], limit["samples"], limit["tokens"]) == (5, 1, 4, 4, 20)
 
 
+def test_a_cut_that_leaves_loss_on_the_first_token_alone(
+    tmp_path: Path, tokenizers_by_template: dict[str, Any]
+) -> None:
+    trained = np.zeros(20, np.bool_)
+    trained[[0, 10]] = True  # the first token is never predicted
+    block = Block(np.arange(20, dtype=np.int32), trained, np.asarray([20]), np.asarray([0]))
+    write_prepared(tmp_path, [block], Path("raw"))
+    figures = [
+        Measured(tmp_path).measure(
+            tokenizers_by_template["hunyuan_dense"], DataArguments(max_seq_length=longest, over_long="truncate")
+        )
+        for longest in (10, 11)
+    ]
+    assert [(figure.limit.left_out, figure.limit.cut, figure.limit.tokens) for figure in figures] == [
+        (1, 0, 0),
+        (0, 1, 11),
+    ]
+
+
 def test_forms_of_answers(model: Path, tmp_path: Path) -> None:
     slow, fast = (
         "<think>\none and one\n</think>\n<answer>\n2\n</answer>",

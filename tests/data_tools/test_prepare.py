@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from finebridge.data_tools.arguments import DataArguments
+from finebridge.data_tools.blocks import Block, write_prepared
 from finebridge.data_tools.collator import PaddingCollator
 from finebridge.data_tools.dataset import DummyDataset, PreparedDataset
 from finebridge.data_tools.indexed import IndexedError, IndexedReader, IndexedWriter
@@ -139,6 +140,20 @@ def test_over_long_samples(tmp_path: Path, source: TokenizerSource) -> None:
     # cut so short that only the prompt is left: never a sample without loss
     with pytest.raises(DataError, match="every sample"):
         PreparedDataset(folder, 3, "truncate", said.append)
+
+
+def test_a_cut_that_leaves_loss_on_the_first_token_alone(tmp_path: Path) -> None:
+    """That token is never predicted, so the sample would be a batch without loss."""
+    trained = np.zeros(26, np.bool_)
+    trained[[0, 10, 22]] = True  # a sample of 20 tokens, and one of 6
+    lengths = np.asarray([20, 6])
+    write_prepared(tmp_path, [Block(np.arange(26, dtype=np.int32), trained, lengths, np.arange(2))], Path("raw"))
+    said: list[str] = []
+    data = PreparedDataset(tmp_path, 10, "truncate", said.append)
+    assert [item["input_ids"].tolist() for item in (data[n] for n in range(len(data)))] == [[20, 21, 22, 23, 24, 25]]
+    assert [(str(origin), tokens) for origin, tokens in data.over_long_rows] == [("raw:1", 20)]
+    assert "(1 without any loss token left: dropped)" in said[0]
+    assert len(PreparedDataset(tmp_path, 11, "truncate", said.append)) == 2
 
 
 def test_no_chat_template_names_those_shipped(tmp_path: Path, source: TokenizerSource) -> None:

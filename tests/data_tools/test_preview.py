@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from finebridge.data_tools.preview import save
+from finebridge.data_tools.arguments import DataArguments
+from finebridge.data_tools.preview import as_trained, save
 from finebridge.data_tools.schema import DataError, TokenizedSample
 from finebridge.data_tools.token_view import cut, pieces, stretches, visible
 from finebridge.finetune.cli import main
@@ -125,7 +126,7 @@ def test_documents_and_pairs(model: Path, tmp_path: Path, capsys: pytest.Capture
     [
         ("drop", 8, "over --max_seq_length 8: left out of training (--over_long drop)", f"{{{{2222222{END}}}}}"),
         ("error", 8, "over --max_seq_length 8: training stops here (--over_long error)", f"{{{{2222222{END}}}}}"),
-        ("truncate", 8, "over --max_seq_length 8: cut after 8 tokens (--over_long truncate)", "{{2222}}"),
+        ("truncate", 8, "over --max_seq_length 8: cut after 8 of 12 tokens (--over_long truncate)", "{{2222}}"),
         ("truncate", 3, "no token with loss is left after the cut", f"{{{{2222222{END}}}}}"),
     ],
 )
@@ -136,9 +137,18 @@ def test_long_samples(
     words = ("--tokenizer_name_or_path", model, "--max_seq_length", longest, "--over_long", policy)
     assert preview(data, *words) == 0
     heading, told, text = capsys.readouterr().out.splitlines()
-    assert heading == f"{data}:1: 12 tokens, 8 with loss"
+    size = "8 tokens, 4 with loss" if shown == "{{2222}}" else "12 tokens, 8 with loss"
+    assert heading == f"{data}:1: {size}"
     assert note in told
     assert text == f"{BOS}{USER}1{ASSISTANT}{shown}"
+
+
+def test_loss_on_the_first_token_alone_is_no_loss() -> None:
+    sample = TokenizedSample(np.arange(20, dtype=np.int32), np.asarray([[0, 1], [10, 11]], np.int32))
+    left = [as_trained(sample, DataArguments(max_seq_length=n, over_long="truncate")) for n in (10, 11)]
+    assert [len(short.ids) for short, _ in left] == [20, 11]
+    assert "left out of training, for no token with loss is left" in left[0][1]
+    assert "cut after 11 of 20 tokens" in left[1][1]
 
 
 def test_several_samples_of_one_conversation(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
