@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,6 +117,21 @@ class PreparedSource:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @cached_property
+    def rows(self) -> Numbers:
+        """Which file and which line each sample comes from, int64, shape [samples, 2], memory-mapped."""
+        return np.load(self.folder / "rows.npy", mmap_mode="r", allow_pickle=False)
+
+    @cached_property
+    def report(self) -> Mapping[str, Any]:
+        """The ``report.json`` of the dataset."""
+        return json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
+
+    def origin(self, number: int) -> str:
+        """File and line of a sample."""
+        file, line = self.rows[number].tolist()
+        return f"{self.report['files'][file]}:{line}"
 
     def read(self, numbers: Numbers) -> Block:
         """These samples in this order. Raises DataError for spans that are not ascending stretches of their sample."""

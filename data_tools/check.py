@@ -18,8 +18,9 @@ from rich.console import Console
 from .arguments import DataArguments
 from .flags import add, data_parser, read_arguments
 from .measures import Answers, Example, Lengths, Limit, Measured, Report
+from .output import counted, save, writable
 from .preprocess import check_rejects, prepare
-from .preview import Preview, print_row, save, writable
+from .preview import Preview, print_row
 from .schema import DataError, Origin
 from .token_view import visible
 from .tokenizer_files import TokenizerSource
@@ -99,7 +100,7 @@ def _problems(report: Report, data: Measured, values: Namespace) -> list[str]:
         problems.append(f"--strict: {rejected:,} of {report.rows:,} rows are rejected")
     limit = report.limit
     if limit.over and limit.over_long == "error":
-        over = f"{_count(limit.over, 'sample')} {'is' if limit.over == 1 else 'are'} over"
+        over = f"{counted(limit.over, 'sample')} {'is' if limit.over == 1 else 'are'} over"
         problems.append(f"{over} --max_seq_length {limit.max_seq_length} (--over_long error)")
     elif not limit.samples:
         problems.append(f"no sample is left under --max_seq_length {limit.max_seq_length}; raise it")
@@ -110,7 +111,7 @@ def _lines(report: Report) -> Iterator[str]:
     """The figures as text."""
     rejected = sum(reject.count for reject in report.rejected)
     yield ""
-    yield _line("rows", f"{report.rows:,}: {_count(report.samples, 'sample')} ({report.kind}), {rejected:,} rejected")
+    yield _line("rows", f"{report.rows:,}: {counted(report.samples, 'sample')} ({report.kind}), {rejected:,} rejected")
     yield _line(
         "tokens", f"{report.tokens:,}: {report.loss_tokens:,} with loss ({report.loss_tokens / report.tokens:.1%})"
     )
@@ -118,16 +119,16 @@ def _lines(report: Report) -> Iterator[str]:
     yield from _limit_lines(report.limit)
     if report.packing:
         packs, fill, longest = report.packing.packs, report.packing.fill, report.limit.max_seq_length
-        yield _line("packing", f"{_count(packs, 'pack')} of {longest:,} tokens, {fill:.1%} filled (with --packing)")
+        yield _line("packing", f"{counted(packs, 'pack')} of {longest:,} tokens, {fill:.1%} filled (with --packing)")
     if report.answers:
         yield from _answer_lines(report.answers, report.samples)
     what = "pair" if report.kind == "preference" else "sample"
-    yield _line("duplicates", f"{_count(report.duplicates.count, what)} with the same tokens as an earlier one")
+    yield _line("duplicates", f"{counted(report.duplicates.count, what)} with the same tokens as an earlier one")
     yield from map(_example, report.duplicates.first)
     if report.shortened_rows:
-        yield _line("shortened", f"{_count(report.shortened_rows, 'row')} split or cut at their turns (--over_long)")
-    yield _line("control tokens", f"in the text of {_count(report.neutralised_rows, 'row')}, encoded as plain text")
-    yield _line("rejected", _count(rejected, "row"))
+        yield _line("shortened", f"{counted(report.shortened_rows, 'row')} split or cut at their turns (--over_long)")
+    yield _line("control tokens", f"in the text of {counted(report.neutralised_rows, 'row')}, encoded as plain text")
+    yield _line("rejected", counted(rejected, "row"))
     for reject in report.rejected:
         yield f"  {reject.code:<24}{reject.count:>10,}"
         yield from map(_example, reject.first)
@@ -150,7 +151,7 @@ def _limit_lines(limit: Limit) -> Iterator[str]:
     fate = ""
     if limit.over and limit.over_long != "error":
         fate = f": {limit.left_out:,} left out, {limit.cut:,} cut; {limit.samples:,} samples, {limit.tokens:,} tokens remain"
-    yield _line("over the limit", f"{_count(limit.over, 'sample')} over {limit.max_seq_length:,} tokens{fate}")
+    yield _line("over the limit", f"{counted(limit.over, 'sample')} over {limit.max_seq_length:,} tokens{fate}")
     yield from map(_example, limit.first)
 
 
@@ -172,10 +173,6 @@ def _answer_lines(answers: Answers, samples: int) -> Iterator[str]:
 
 def _line(name: str, text: str) -> str:
     return f"{name:<16}{text}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _example(example: Example) -> str:

@@ -81,7 +81,7 @@ class PreparedDataset:
         self._index = np.flatnonzero(keep)
         if not len(self._index):
             raise DataError(f"every sample is over --max_seq_length {max_length}; raise it")
-        self.lengths = np.minimum(self._tokens.lengths[self._index], max_length).astype(np.int64)
+        self.lengths = np.minimum(self._tokens.lengths[self._index].astype(np.int64), max_length)
 
     def origin_of(self, number: int) -> Origin:
         """File and line of a sample of the prepared dataset (its number there, not after dropping)."""

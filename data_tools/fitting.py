@@ -31,7 +31,8 @@ def loss_remains(
     ``spans`` are those of all samples, [start, end) with shape [spans, 2]; ``counts``, shape [samples], says how many each
     has. The first token of a sample is never predicted.
     """
-    predicted = np.maximum(spans[:, 0], 1) < np.minimum(spans[:, 1], longest)
+    first = np.maximum(spans[:, 0], 1)
+    predicted = (first < spans[:, 1]) & (first < longest)
     owners = np.repeat(np.arange(len(counts)), counts)
     return np.bincount(owners[predicted], minlength=len(counts)) > 0
 

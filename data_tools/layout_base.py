@@ -29,8 +29,8 @@ class LayoutOptions:
     ``seq_length`` is the capacity of an item in tokens, ``pad_id`` fills it up. ``pack`` says how MindSpeed's
     attention mask marks the samples of one item: not at all (``pack``) or by number (``neat``). ``packs`` says which
     samples share an item; else each has one of its own. ``pairs``: samples are chosen and rejected answers by turns.
-    ``over_long`` is for samples that fit into no item, ``json_key`` a part of AutoAlign's file names. ``replace``
-    permits to write over files that stand.
+    ``over_long`` is for samples that fit into no item. ``json_key`` is a part of the file names of some layouts; None
+    stands for what is usual there. ``replace`` permits to write over files that stand.
     """
 
     seq_length: int | None = None
@@ -40,7 +40,7 @@ class LayoutOptions:
     packs: PackIndex | None = None
     pairs: bool = False
     over_long: Literal["error", "drop"] = "error"
-    json_key: str = "conversations"
+    json_key: str | None = None
     replace: bool = False
 
 
@@ -101,6 +101,8 @@ class Layout(ABC):
                 raise DataError(f"--{option} {value}: a positive number is expected")
         if options.pad_id is not None and not 0 <= options.pad_id < (options.vocab_size or _MAX_ID):
             raise DataError(f"--pad_id {options.pad_id}: it is no token id")
+        if options.json_key is not None and (not options.json_key or "/" in options.json_key):
+            raise DataError(f"--json_key {options.json_key}: it cannot be a part of a file's name")
         if options.pairs and not self.takes_pairs:
             raise DataError(f"layout {self.name}: it has no form for preference pairs")
         if (options.packs is not None or options.pack != "none") and (options.pairs or not self.takes_packs):
@@ -122,8 +124,8 @@ class Layout(ABC):
         if options.over_long == "error" and not used.all():
             first = int((source.lengths > (longest or 0)).argmax())
             raise DataError(
-                f"{source.folder}: samples of more than {longest} tokens do not fit, the first is sample {first} "
-                f"({source.lengths[first]} tokens); raise --seq_length or choose --over_long drop"
+                f"{source.folder}: samples of more than {longest} tokens do not fit, the first is that of "
+                f"{source.origin(first)} ({source.lengths[first]} tokens); raise --seq_length or choose --over_long drop"
             )
         return used
 
@@ -178,10 +180,7 @@ def whole_files(prefix: Path, endings: Sequence[str], *, replace: bool) -> Gener
 def refuse(bad: Flags, file: Path, numbers: Numbers, lengths: Numbers, what: str) -> None:
     """Raises DataError naming file, sequence and token when ``bad``, shape [sum of ``lengths``], holds anywhere."""
     if bad.any():
-        place = int(bad.argmax())
-        ends = np.cumsum(lengths)
-        item = int(np.searchsorted(ends, place, side="right"))
-        token = place - int(ends[item] - lengths[item])
+        item, token = _first(bad, lengths)
         raise DataError(f"{file}: sequence {numbers[item]}, token {token}: {what}")
 
 
@@ -196,13 +195,25 @@ def read_ids(reader: IndexedReader, numbers: Numbers, vocab_size: int | None) ->
     return values.astype(np.int32)
 
 
-def check_vocabulary(block: Block, folder: Path, vocab_size: int | None) -> None:
-    """Raises DataError when a sample of the prepared dataset ``folder`` has an id beyond the vocabulary."""
+def check_vocabulary(block: Block, source: PreparedSource, vocab_size: int | None) -> None:
+    """Raises DataError when a sample of the block, which is of ``source``, has an id beyond the vocabulary."""
+    bad = block.ids < 0
     if vocab_size is not None:
-        refuse(
-            block.ids >= vocab_size, folder, block.numbers, block.lengths, f"its id is beyond --vocab_size {vocab_size}"
+        bad |= block.ids >= vocab_size
+    if bad.any():
+        item, token = _first(bad, block.lengths)
+        what = "negative" if block.ids[bad.argmax()] < 0 else f"beyond --vocab_size {vocab_size}"
+        raise DataError(
+            f"{source.folder}: the sample of {source.origin(int(block.numbers[item]))}, token {token}: its id is {what}"
         )
-    refuse(block.ids < 0, folder, block.numbers, block.lengths, "its id is negative")
+
+
+def _first(bad: Flags, lengths: Numbers) -> tuple[int, int]:
+    """Where the first true value is: which of the stretches of these lengths, and which place in it."""
+    place = int(bad.argmax())
+    ends = np.cumsum(lengths)
+    item = int(np.searchsorted(ends, place, side="right"))
+    return item, place - int(ends[item] - lengths[item])
 
 
 def padded(values: npt.NDArray[Any], totals: Numbers, width: int, fill: int) -> npt.NDArray[np.int32]:

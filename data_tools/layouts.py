@@ -22,10 +22,11 @@ IGNORE_INDEX = -100
 
 
 class Megatron(Layout):
-    """``PREFIX_text_document.bin/.idx``: plain tokens, as Megatron-LM's ``tools/preprocess_data.py`` writes them.
+    """``PREFIX_{json_key}_document.bin/.idx``: plain tokens, as Megatron-LM's ``tools/preprocess_data.py`` writes them.
 
-    There is no place for loss spans: when it is read, every token has loss, as in pretraining. A document is a sample,
-    however many sequences it has. With ``vocab_size`` the dtype is Megatron's choice for it, else int32.
+    ``json_key`` is the column that held the texts, ``text`` when none is given. There is no place for loss spans: when it
+    is read, every token has loss, as in pretraining. A document is a sample, however many sequences it has. With
+    ``vocab_size`` the dtype is Megatron's choice for it, else int32.
     """
 
     name = "megatron"
@@ -34,20 +35,25 @@ class Megatron(Layout):
     def needs(self, options: LayoutOptions, *, writing: bool) -> tuple[str, ...]:  # noqa: ARG002
         return ()
 
-    def endings(self, options: LayoutOptions) -> tuple[str, ...]:  # noqa: ARG002
-        return ("_text_document.bin", "_text_document.idx")
+    def endings(self, options: LayoutOptions) -> tuple[str, ...]:
+        stem = self.stem(options)
+        return (f"{stem}.bin", f"{stem}.idx")
+
+    def stem(self, options: LayoutOptions) -> str:
+        """What follows the prefix in both names."""
+        return f"_{options.json_key or 'text'}_document"
 
     def write(self, source: PreparedSource, used: Flags, stem: Path, options: LayoutOptions) -> int:
         items = 0
-        with IndexedWriter(Path(f"{stem}_text_document"), optimal_dtype(options.vocab_size)) as writer:
+        with IndexedWriter(Path(f"{stem}{self.stem(options)}"), optimal_dtype(options.vocab_size)) as writer:
             for block, sizes in source.items(used, None):
-                check_vocabulary(block, source.folder, options.vocab_size)
+                check_vocabulary(block, source, options.vocab_size)
                 writer.add_many(block.ids, block.lengths)
                 items += len(sizes)
         return items
 
     def read(self, prefix: Path, options: LayoutOptions) -> Iterator[Block]:
-        reader = IndexedReader(Path(f"{prefix}_text_document"))
+        reader = IndexedReader(Path(f"{prefix}{self.stem(options)}"))
         lengths = np.diff(np.concatenate([[0], np.cumsum(reader.lengths, dtype=np.int64)])[reader.documents])
         for start, stop in runs(lengths):
             ids = read_ids(reader, np.arange(reader.documents[start], reader.documents[stop]), options.vocab_size)
@@ -66,6 +72,7 @@ class MindSpeed(Layout):
     """
 
     name = "mindspeed"
+    unused = ("json_key",)
     takes_pairs = True
     takes_packs = True
 
@@ -195,6 +202,7 @@ class Pai(Layout):
     """
 
     name = "pai"
+    unused = ("json_key",)
     takes_packs = True
 
     def needs(self, options: LayoutOptions, *, writing: bool) -> tuple[str, ...]:  # noqa: ARG002
@@ -213,7 +221,7 @@ class Pai(Layout):
         items = 0
         with IndexedWriter(Path(f"{stem}_text_document")) as writer:
             for block, sizes in source.items(used, options.packs, 2 * width):
-                check_vocabulary(block, source.folder, options.vocab_size)
+                check_vocabulary(block, source, options.vocab_size)
                 last = block.last_tokens()
                 labels = np.append(block.labels(IGNORE_INDEX)[1:], np.int32(IGNORE_INDEX))
                 labels[last] = IGNORE_INDEX
@@ -280,12 +288,12 @@ class AutoAlign(Layout):
         return ("seq_length", "vocab_size")
 
     def endings(self, options: LayoutOptions) -> tuple[str, ...]:
-        stems = [f"_{options.json_key}_maxlen_{options.seq_length}_{part}" for part in self.parts(options)]
-        return tuple(f"{stem}{kind}" for kind in ("_input.bin", "_label.bin", ".idx") for stem in stems)
+        return tuple(f"{stem}{kind}" for kind in ("_input.bin", "_label.bin", ".idx") for stem in self.stems(options))
 
-    def parts(self, options: LayoutOptions) -> tuple[str, ...]:
-        """The last part of the names, one an index."""
-        return ("chosen", "rejected") if options.pairs else ("conv",)
+    def stems(self, options: LayoutOptions) -> list[str]:
+        """What follows the prefix in the names, one an index."""
+        parts = ("chosen", "rejected") if options.pairs else ("conv",)
+        return [f"_{options.json_key or 'conversations'}_maxlen_{options.seq_length}_{part}" for part in parts]
 
     def write(self, source: PreparedSource, used: Flags, stem: Path, options: LayoutOptions) -> int:
         vocabulary = options.vocab_size or 0  # it is there: needs()
@@ -293,13 +301,13 @@ class AutoAlign(Layout):
         dtype, items = optimal_dtype(vocabulary), 0
         with ExitStack() as stack:
             files = []
-            for part in self.parts(options):
-                base = Path(f"{stem}_{options.json_key}_maxlen_{options.seq_length}_{part}")
+            for name in self.stems(options):
+                base = Path(f"{stem}{name}")
                 inputs = stack.enter_context(IndexedWriter(base, dtype, data=Path(f"{base}_input.bin")))
                 files.append((inputs, stack.enter_context(Path(f"{base}_label.bin").open("wb"))))
             for group in blocks:
                 for block, (inputs, labels) in zip(group, files, strict=True):
-                    check_vocabulary(block, source.folder, vocabulary)
+                    check_vocabulary(block, source, vocabulary)
                     values = block.labels(vocabulary + 1)
                     values[block.first_tokens()] = vocabulary + 1
                     inputs.add_many(block.ids, block.lengths)
@@ -310,8 +318,8 @@ class AutoAlign(Layout):
     def read(self, prefix: Path, options: LayoutOptions) -> Iterator[Block]:
         vocabulary = options.vocab_size or 0
         readers: list[tuple[IndexedReader, IndexedReader]] = []
-        for part in self.parts(options):
-            base = Path(f"{prefix}_{options.json_key}_maxlen_{options.seq_length}_{part}")
+        for name in self.stems(options):
+            base = Path(f"{prefix}{name}")
             pair = [IndexedReader(base, data=Path(f"{base}_{kind}.bin")) for kind in ("input", "label")]
             readers.append((pair[0], pair[1]))
         costs = np.zeros(len(readers[0][0]), dtype=np.int64)

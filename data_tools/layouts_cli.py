@@ -6,7 +6,6 @@
 PREPARED is a folder as ``finebridge`` makes it from raw files; the messages of a run name it.
 """
 
-import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from .blocks import PackIndex, PreparedSource, write_prepared
 from .flags import add, command_parser
 from .layout_base import Exported, Layout, LayoutOptions
 from .layouts import LAYOUTS
+from .output import counted
 from .prepared import is_prepared
 from .schema import DataError
 
@@ -82,7 +82,7 @@ def import_main(argv: Sequence[str] | None = None) -> int:
         if not report["samples"]:
             raise DataError(f"{args.prefix}: none of its {report['rows']} samples has a token to train on")
     print(
-        f"data: {report['samples']:,} samples, {report['tokens']:,} tokens, {report['loss_tokens']:,} with loss; "
+        f"data: {counted(report['samples'], 'sample')}, {report['tokens']:,} tokens, {report['loss_tokens']:,} with loss; "
         f"prepared {args.output_dir}"
     )
     for code, count in report["rejects"].items():
@@ -103,7 +103,7 @@ def _shared(parser: ArgumentParser) -> None:
     add(parser, "--pack", action="store_true", help="several samples an item (mindspeed, pai)")
     add(parser, "--neat_pack", action="store_true", help="mindspeed: the same, the attention mask tells them apart")
     add(parser, "--pairs", action="store_true", help="samples are chosen and rejected answers by turns")
-    add(parser, "--json_key", default="conversations", help="autoalign: a part of the names (default: conversations)")
+    add(parser, "--json_key", help="megatron, autoalign: a part of the names (default: text, conversations)")
 
 
 def _options(args: Namespace) -> dict[str, Any]:
@@ -129,21 +129,18 @@ def _packs(layout: Layout, source: Path, options: LayoutOptions, seed: int) -> P
 
 
 def _say(layout: Layout, done: Exported, source: Path, options: LayoutOptions) -> None:
-    used, lengths = int(done.used.sum()), PreparedSource(source).lengths
-    tokens = int(lengths[done.used].sum(dtype=np.int64))
-    line = f"data: {used:,} samples, {tokens:,} tokens in {done.items:,} items"
+    data = PreparedSource(source)
+    tokens = int(data.lengths[done.used].sum(dtype=np.int64))
+    line = (
+        f"data: {counted(int(done.used.sum()), 'sample')}, {counted(tokens, 'token')} in {counted(done.items, 'item')}"
+    )
     if options.packs is not None and done.items:
         line += f", {tokens / done.items / (layout.longest(options) or 1):.2%} of each filled"
     print(line + "; wrote " + ", ".join(str(file) for file in done.files))
-    kind = json.loads((source / "report.json").read_text(encoding="utf-8"))["kind"]
-    if layout.name == "megatron" and kind != "document":
+    if layout.name == "megatron" and data.report["kind"] != "document":
         print("data: this layout holds tokens only; which of them have loss stays behind")
     gone = np.flatnonzero(~done.used)
     if gone.size:
-        rows = np.load(source / "rows.npy", mmap_mode="r", allow_pickle=False)
-        files = json.loads((source / "report.json").read_text(encoding="utf-8"))["files"]
-        shown = ", ".join(
-            f"{files[int(rows[i][0])]}:{rows[i][1]} ({lengths[i]} tokens)" for i in gone[:_SHOWN].tolist()
-        )
+        shown = ", ".join(f"{data.origin(i)} ({data.lengths[i]} tokens)" for i in gone[:_SHOWN].tolist())
         more = " ..." if gone.size > _SHOWN else ""
-        print(f"data: left out because they do not fit: {gone.size:,} samples: {shown}{more}")
+        print(f"data: left out because they do not fit: {counted(gone.size, 'sample')}: {shown}{more}")

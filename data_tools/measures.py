@@ -142,21 +142,19 @@ class Measured:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.source = PreparedSource(folder)
-        self.report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        self.report = self.source.report
         self.kind: Kind = self.report["kind"]
         self.lengths = self.source.lengths
-        self._rows = np.load(folder / "rows.npy", mmap_mode="r", allow_pickle=False)
         if not len(self.lengths):
             raise DataError(f"{folder}: the prepared dataset holds no sample")
-        if len(self._rows) != len(self.lengths):
+        if len(self.source.rows) != len(self.lengths):
             raise DataError(
-                f"{folder}: {len(self.lengths)} samples, but {len(self._rows)} rows; delete it and build again"
+                f"{folder}: {len(self.lengths)} samples, but {len(self.source.rows)} rows; delete it and build again"
             )
 
     def origin(self, number: int) -> str:
         """File and line of a sample."""
-        file, line = self._rows[number].tolist()
-        return f"{self.report['files'][file]}:{line}"
+        return self.source.origin(number)
 
     def sample(self, number: int) -> TokenizedSample:
         """One sample."""
@@ -201,7 +199,7 @@ class Measured:
             keep[over] = loss_remains(spans.gather(over).reshape(-1, 2), spans.lengths[over] // 2, longest)
         else:
             keep[over] = False
-        kept = np.minimum(self.lengths[keep], longest).astype(np.int64)
+        kept = np.minimum(self.lengths[keep].astype(np.int64), longest)
         gone = int(len(keep) - len(kept))
         examples = [Example(self.origin(i), f"{self.lengths[i]:,} tokens") for i in over[:_SHOWN].tolist()]
         total = int(kept.sum())

@@ -16,13 +16,13 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from ..storage.publish import write_text
 from .arguments import DataArguments
 from .encoder import RowEncoder
 from .fitting import loss_remains
 from .flags import add, data_parser, read_arguments
 from .formats import RowForm
 from .html_view import RowView, SampleView, page
+from .output import save, writable
 from .preprocess import row_forms, rows_kind
 from .readers import Chunk, files_of, read_chunks, resolve_files, rows_of
 from .schema import DataError, Kind, Origin, Rejected, TokenizedSample
@@ -74,24 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in shown:
         print_row(console, tokenizer, row, args, kind, tokens=values.tokens)
     return 0
-
-
-def writable(name: str | None, flag: str) -> Path | None:
-    """The path of a file to write, checked before any work is done. Raises DataError."""
-    if not name:
-        return None
-    target = Path(name)
-    if target.is_dir() or not target.parent.is_dir():
-        raise DataError(f"{flag} {name}: " + ("a folder" if target.is_dir() else f"there is no folder {target.parent}"))
-    return target
-
-
-def save(target: Path, text: str) -> None:
-    """Write a whole file or none. Raises DataError when that cannot be done."""
-    try:
-        write_text(target, text)
-    except OSError as error:
-        raise DataError(f"{target}: cannot be written: {error.strerror or error}") from None
 
 
 def print_row(

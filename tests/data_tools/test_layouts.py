@@ -18,6 +18,7 @@ from finebridge.data_tools.layouts import LAYOUTS
 from finebridge.data_tools.layouts_cli import export_main, import_main
 from finebridge.data_tools.packing import Packs
 from finebridge.data_tools.schema import DataError
+from finebridge.finetune.cli import main
 from finebridge.storage.manifest import verify
 from finebridge.storage.publish import publish
 
@@ -124,6 +125,14 @@ def test_megatron_bytes(tmp_path: Path) -> None:
     export("megatron", TINY, tmp_path, vocab_size=65500, replace=True)
     assert Path(f"{prefix}_text_document.bin").read_bytes() == ints(1, 2, 3, 11, 12, 9, 4, 7, 9, 5, 6, 7, 8)
     assert Path(f"{prefix}_text_document.idx").read_bytes() == index_bytes([6, 3, 4], 4)
+
+
+def test_megatron_names_the_column(tmp_path: Path) -> None:
+    prefix = export("megatron", TINY, tmp_path, json_key="content")
+    assert names(prefix) == ["d_content_document.bin", "d_content_document.idx"]
+    assert [ids for ids, _ in loaded("megatron", prefix, json_key="content")] == [list(ids) for ids, _ in TINY]
+    with pytest.raises(DataError, match=r"d_text_document\.bin: no such file"):
+        loaded("megatron", prefix)
 
 
 def test_mindspeed_bytes(tmp_path: Path) -> None:
@@ -307,7 +316,11 @@ def test_loss_on_the_first_token_is_not_predicted(tmp_path: Path) -> None:
         ("autoalign", {"vocab_size": 99}, "--seq_length is needed"),
         ("autoalign", {"seq_length": 9, "vocab_size": 99, "pad_id": 0}, "--pad_id means nothing"),
         ("autoalign", {"seq_length": 9, "vocab_size": 99, "pack": "pack"}, "never packed"),
-        ("autoalign", {"seq_length": 9, "vocab_size": 12}, r"sequence 0, token 4: its id is beyond --vocab_size 12"),
+        (
+            "autoalign",
+            {"seq_length": 9, "vocab_size": 12},
+            r"sample of raw\.jsonl:1, token 4: its id is beyond --vocab_size 12",
+        ),
         ("mindspeed", {"pack": "neat", "pad_id": 0}, "--seq_length is needed"),
         ("mindspeed", {"pack": "pack", "seq_length": 9}, "--pad_id is needed"),
         ("mindspeed", {"pad_id": 0}, "need --pack"),
@@ -315,6 +328,8 @@ def test_loss_on_the_first_token_is_not_predicted(tmp_path: Path) -> None:
         ("mindspeed", {"pairs": True, "pack": "pack", "seq_length": 9, "pad_id": 0}, "pairs are never packed"),
         ("mindspeed", {"pairs": True}, "3 samples are no pairs"),
         ("megatron", {"seq_length": 9}, "--seq_length means nothing"),
+        ("megatron", {"json_key": "a/b"}, "--json_key a/b: it cannot be a part of a file's name"),
+        ("mindspeed", {"json_key": "text"}, "--json_key means nothing"),
         ("megatron", {"vocab_size": 11}, "token 3: its id is beyond"),
     ],
 )
@@ -332,7 +347,9 @@ def test_samples_that_do_not_fit(tmp_path: Path) -> None:
         ("mindspeed", {"seq_length": 6}),
         ("autoalign", {"seq_length": 5, "vocab_size": 99}),
     ):
-        with pytest.raises(DataError, match=r"more than 5 tokens do not fit, the first is sample 0 \(6 tokens\)"):
+        with pytest.raises(
+            DataError, match=r"more than 5 tokens do not fit, the first is that of raw\.jsonl:1 \(6 tokens\)"
+        ):
             export(name, TINY, tmp_path, **options)
         prefix = export(name, TINY, tmp_path / name, over_long="drop", **options)
         options.pop("pad_id", None)
@@ -560,7 +577,7 @@ def test_what_an_export_leaves_out_is_listed(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(DataError, match="--over_long drop"):
         export_main([*words, "--pack"])
     assert export_main([*words, "--pack", "--over_long", "drop"]) == 0
-    assert "do not fit: 1 samples: raw.jsonl:1 (6 tokens)" in capsys.readouterr().out
+    assert "do not fit: 1 sample: raw.jsonl:1 (6 tokens)" in capsys.readouterr().out
     assert sorted(loaded("pai", tmp_path / "d")) == sorted(joined(TINY[1:]))
 
 
@@ -586,6 +603,76 @@ def test_megatron_import_counts_empty_documents(tmp_path: Path, capsys: pytest.C
     assert import_main([str(tmp_path / "m"), "--layout", "megatron", "--output_dir", str(tmp_path / "back")]) == 0
     assert "left out, empty: 1" in capsys.readouterr().out
     assert [PreparedSource(tmp_path / "back").read(np.array([i])).ids.tolist() for i in (0, 1)] == [[1, 2, 3], [4, 5]]
+
+
+@pytest.fixture
+def model(tmp_path: Path, tokenizers_by_template: dict[str, Any]) -> Path:
+    """A tokenizer and chat template for which a row of one digit and n digits as answer has n + 5 tokens."""
+    from finebridge.data_tools.templates import ChatTemplate
+
+    ChatTemplate(tokenizers_by_template["hunyuan_dense"], "hunyuan_dense")
+    tokenizers_by_template["hunyuan_dense"].save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def conversations(path: Path, *tokens: int) -> Path:
+    rows = [[{"role": "user", "content": "1"}, {"role": "assistant", "content": "2" * (n - 5)}] for n in tokens]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return path
+
+
+def build(*words: object) -> int:
+    return main(["data", "build", *map(str, words)])
+
+
+def test_build_writes_over_files_when_told(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = conversations(tmp_path / "a.jsonl", 7, 2100)
+    words = (data, "--tokenizer_name_or_path", model, "--output_prefix", tmp_path / "d")
+    assert build(*words) == 0
+    assert "2 samples, 2,107 tokens in 2 items" in capsys.readouterr().out  # a limit that nobody gave is none
+    assert build(*words) == 2
+    assert "exists already; give --replace" in capsys.readouterr().err
+    conversations(data, 9)
+    assert build(*words, "--replace") == 0
+    assert "1 sample, 9 tokens in 1 item;" in capsys.readouterr().out
+    assert [len(ids) for ids, _ in loaded("mindspeed", tmp_path / "d")] == [9]
+    assert build(data, "--tokenizer_name_or_path", model, "--output_dir", tmp_path / "o", "--replace") == 2
+    assert "--replace is for the files of --output_prefix" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--max_seq_length", "--seq_length"])
+def test_build_keeps_to_a_length_without_packs_too(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    """MindSpeed-LLM skips samples of its --seq-length."""
+    data = conversations(tmp_path / "a.jsonl", 7, 12, 11)
+    words = (data, "--tokenizer_name_or_path", model, "--output_prefix", tmp_path / "d", flag, 12)
+    assert build(*words, "--over_long", "error") == 2
+    assert f"the first is that of {data}:2 (12 tokens)" in capsys.readouterr().err
+    assert build(*words) == 0
+    assert f"do not fit: 1 sample: {data}:2 (12 tokens)" in capsys.readouterr().out
+    assert [len(ids) for ids, _ in loaded("mindspeed", tmp_path / "d")] == [7, 11]
+    assert build(*words, "--over_long", "split_turns", "--replace") == 0
+    assert f"do not fit: 1 sample: {data}:2 (12 tokens)" in capsys.readouterr().out
+
+
+def test_build_tells_what_training_leaves_out(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = conversations(tmp_path / "a.jsonl", 7, 13, 11)
+    words = (data, "--tokenizer_name_or_path", model, "--output_dir", tmp_path / "o", "--max_seq_length", 12)
+    assert build(*words) == 0
+    *_, said, folder = capsys.readouterr().out.splitlines()
+    assert said == f"data: 1 of 3 samples are over --max_seq_length 12: {data}:2 (13); dropped"
+    assert Path(folder).is_dir()
+    assert build(*words, "--over_long", "error") == 2
+    assert f"1 of 3 samples are over --max_seq_length 12: {data}:2 (13)" in capsys.readouterr().err
+
+
+def test_build_names_the_column_of_texts(tmp_path: Path, model: Path) -> None:
+    data = tmp_path / "texts.jsonl"
+    data.write_text('{"content": "12"}\n')
+    words = (data, "--tokenizer_name_or_path", model, "--output_prefix", tmp_path / "out" / "d")
+    assert build(*words, "--json_keys", "content") == 0
+    assert {"d_content_document.bin", "d_content_document.idx"} <= set(names(tmp_path / "out" / "d"))
 
 
 def test_a_changed_source_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from finebridge.data_tools.arguments import DataArguments
-from finebridge.data_tools.preview import as_trained, save
+from finebridge.data_tools.output import save
+from finebridge.data_tools.preview import as_trained
 from finebridge.data_tools.schema import DataError, TokenizedSample
 from finebridge.data_tools.token_view import cut, pieces, stretches, visible
 from finebridge.finetune.cli import main
