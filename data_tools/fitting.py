@@ -42,35 +42,40 @@ def shorten(sample: Sample, encode: Encode, longest: int, policy: OverLong) -> l
 
     ``truncate_context`` drops the earliest exchanges and keeps the last ones whole; ``split_turns`` makes several
     conversations of it, each of whole exchanges that follow one another. The system prompt stays in front of each. An
-    exchange is a user turn with all that follows up to the next one. Raises Rejected (``over_long``) when a single exchange
-    does not fit.
+    exchange is a user turn with all that follows up to the next one. For ``split_turns`` one without a trained turn is
+    context of the next that has one: as many as fit stay with it, the earliest go first. Raises Rejected (``over_long``)
+    when a single exchange does not fit.
     """
     head = sample.messages[: sample.messages[0].role == "system"]
     exchanges = _exchanges(sample.messages[len(head) :])
 
-    def fitting(part: Sequence[Sequence[Message]]) -> list[TokenizedSample] | None:
+    def fitting(part: Sequence[Sequence[Message]]) -> list[TokenizedSample]:
+        """The samples of some exchanges; none when one is too long, or nothing is trained."""
         messages = (*head, *(turn for exchange in part for turn in exchange))
         if not any(message.trained for message in messages):
             return []
         made = encode(replace(sample, messages=messages))
-        return made if fits(made, longest) else None
+        return made if fits(made, longest) else []
+
+    def cut_to(first: int, end: int) -> tuple[int, list[TokenizedSample]]:
+        """Where the exchanges that fit begin, at ``first`` or later, and their samples."""
+        for start in range(first, end):
+            if made := fitting(exchanges[start:end]):
+                return start, made
+        raise Rejected("over_long", f"an exchange of this conversation is over {longest} tokens by itself")
 
     if policy == "truncate_context":
-        for first in range(1, len(exchanges)):
-            made = fitting(exchanges[first:])
-            if made is not None:
-                return made or _too_long(longest)
-        return _too_long(longest)
+        return cut_to(1, len(exchanges))[1]
+    ends = [number for number, turns in enumerate(exchanges, 1) if any(turn.trained for turn in turns)]
     result: list[TokenizedSample] = []
     first = 0
-    while first < len(exchanges):
-        made, last = None, first
-        while last < len(exchanges) and (longer := fitting(exchanges[first : last + 1])) is not None:
-            made, last = longer, last + 1
-        if made is None:
-            return _too_long(longest)
+    while ends:
+        first, made = cut_to(first, ends[0])
+        taken = 1
+        while taken < len(ends) and (longer := fitting(exchanges[first : ends[taken]])):
+            made, taken = longer, taken + 1
         result += made
-        first = last
+        first, ends = ends[taken - 1], ends[taken:]
     return result
 
 
@@ -83,7 +88,3 @@ def _exchanges(messages: Sequence[Message]) -> list[list[Message]]:
         exchanges[-1].append(message)
         before = message.role
     return exchanges
-
-
-def _too_long(longest: int) -> list[TokenizedSample]:
-    raise Rejected("over_long", f"an exchange of this conversation is over {longest} tokens by itself")

@@ -121,9 +121,11 @@ def balanced(order: Ints, cost: Ints, window: Window) -> Ints:
     ranks in turn: batch ``b`` goes to rank ``b % ranks``. What is left at the end and too little for all ranks stays
     as it is.
     """
-    number = np.arange(len(order)) // (window.ranks * window.batch * window.accumulation)
-    falling = order[np.lexsort((-cost[order], number))]  # stable, so equal costs keep their order
-    return _dealt(falling, cost, window.ranks, window.batch, window.accumulation)
+    step = window.ranks * window.batch
+    head, tail = np.split(order, [len(order) // step * step])
+    number = np.arange(len(head)) // (step * window.accumulation)
+    falling = head[np.lexsort((-cost[head], number))]  # stable, so equal costs keep their order
+    return np.concatenate([_dealt(falling, cost, window.ranks, window.batch, window.accumulation), tail])
 
 
 class PackOrder:
@@ -256,13 +258,13 @@ def _grouped(drawn: Ints, owner: Ints, packs: int) -> tuple[Ints, Ints]:
 
 @machine_code
 def _dealt(order: Ints, cost: Ints, ranks: int, batch: int, accumulation: int) -> Ints:
-    """``order``, falling in cost inside each window, dealt to ranks and laid out micro-step by micro-step."""
-    step = ranks * batch
-    result = order.copy()
+    """Whole batches, falling in cost inside each window, dealt to ranks and laid out micro-step by micro-step."""
+    window = ranks * batch * accumulation
+    result = np.empty_like(order)
     total = np.zeros(ranks, np.int64)
     filled = np.zeros(ranks, np.int64)
-    for start in range(0, len(order) // step * step, step * accumulation):
-        size = min(step * accumulation, (len(order) - start) // step * step)
+    for start in range(0, len(order), window):
+        size = min(window, len(order) - start)
         total[:] = 0
         filled[:] = 0
         for chosen in order[start : start + size]:

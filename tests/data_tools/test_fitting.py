@@ -90,6 +90,28 @@ def test_split_turns_keeps_as_many_exchanges_together_as_fit(tokenizer: Any) -> 
     assert shown(tokenizer, made) == [(1, "1{2|}3{4|}"), (1, "5{6|}"), (2, "1{22|}"), (2, "3{4|}5{6|}")]
 
 
+def test_split_turns_keeps_exchanges_without_loss_as_context(tokenizer: Any) -> None:
+    rows = [
+        chat("1", "-2", "3", "-4", "5", "6"),  # the last is trained
+        chat("1", "-2", "3", "4", "5", "-6", "7", "8"),
+        chat("1", "2", "3", "-4", "5", "-6"),  # nothing is learnt from what follows the last trained answer
+        chat("1", "-2", "3", "4", "5", "6"),
+    ]
+    assert shown(tokenizer, encode(tokenizer, 11, "split_turns", rows)) == [
+        (1, "34|5{6|}"),
+        (2, "12|3{4|}"), (2, "56|7{8|}"),
+        (3, "1{2|}"),
+        (4, "12|3{4|}"), (4, "5{6|}"),
+    ]  # fmt: skip
+
+
+def test_split_turns_of_a_conversation_whose_last_turn_alone_is_trained(tokenizer: Any) -> None:
+    row = chat(*(text for n in range(10) for text in ("1" * 20, "2" * 20 if n == 9 else "-" + "2" * 20)))
+    both = [encode(tokenizer, 240, policy, [row]) for policy in ("split_turns", "truncate_context")]
+    assert [made.lengths.tolist() for made in both] == [[216], [216]]  # 5 exchanges of 43 tokens
+    assert both[0].ids.tolist() == both[1].ids.tolist()
+
+
 def test_truncate_context(tokenizer: Any) -> None:
     made = encode(tokenizer, 11, "truncate_context")
     assert shown(tokenizer, made) == [
