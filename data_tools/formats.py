@@ -18,7 +18,8 @@ Three programs read the same columns instruction, input and output in three ways
 Beside its turns a row may carry ``tools``, ``reasoning_effort``, ``enable_thinking`` or ``chat_template_kwargs`` (handed to
 the chat template). A turn may carry ``reasoning_content``, ``tool_calls``, ``tool_call_id``, ``name``, and
 ``"loss": false`` or OpenAI's ``"weight": 0`` (an assistant turn that is shown but not trained). Columns that no form knows
-are left alone, unless their name looks like a misspelt one. A null is the same as nothing.
+are left alone, unless the name looks like a misspelt one of a column that may be left out and that the row lacks. A null
+is the same as nothing.
 """
 
 import difflib
@@ -32,8 +33,10 @@ from .turns import (
     OPENAI,
     SHAREGPT,
     TurnStyle,
+    a_turn,
     answer_turn,
     check_order,
+    json_name,
     read_tools,
     read_turn,
     read_turns,
@@ -49,6 +52,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 _KWARGS = ("tools", "reasoning_effort", "enable_thinking")
 _KWARGS_RESERVED = {"messages", "add_generation_prompt", "tokenize", "return_dict", "chat_template"}
 _LONGEST_KEY = 40
+_LEFT_OUT = frozenset(("input", "history", "system", "chat_template_kwargs", *_KWARGS))  # columns that a row may lack
 _TRIPLE = ("instruction", "input", "output", "history", "system")
 COLUMNS: dict[Form, tuple[str, ...]] = {
     "messages": ("messages", "system"),
@@ -86,7 +90,7 @@ def detect_form(row: object) -> RowForm:
     no form fits, or more than one.
     """
     if not isinstance(row, dict):
-        raise DataError(f"the first row is a JSON {type(row).__name__}; an object is expected")
+        raise DataError(f"the first row is a JSON {json_name(row)}; an object is expected")
     there = {str(key) for key, value in cast("dict[str, Any]", row).items() if value is not None}
     if {"chosen", "rejected"} <= there:
         return RowForm("preference")
@@ -121,19 +125,23 @@ def parse_row(row: object, how: RowForm) -> Sample | Preference | Document:
     An empty system prompt is the same as none. Nothing of a row is repaired.
     """
     if not isinstance(row, dict):
-        raise Rejected("not_an_object", f"the row is a JSON {type(row).__name__}; an object is expected")
+        raise Rejected("not_an_object", f"the row is a JSON {json_name(row)}; an object is expected")
     fields = cast("dict[str, Any]", row)
     result = _PARSERS[how.form](fields, how)
     own = _KNOWN[how.form]
     for key in fields:
-        if key not in own and (hint := _misspelt(key, how.form)) and not _meant(key, fields, how):
-            raise Rejected("unknown_key", f"the row has the key {key!r}; {hint}")
+        if key not in own and (meant := _misspelt(key, how.form)) and not _intended(key, meant, fields, how):
+            raise Rejected("unknown_key", f"the row has the key {key!r}; did you mean {meant!r}?")
     return result
 
 
-def _meant(key: str, fields: dict[str, Any], how: RowForm) -> bool:
-    """Whether a column whose name looks misspelt is none: it is null, or named by the user."""
-    return fields[key] is None or key in how.keys.values() or bool(how.pattern)
+def _intended(key: str, meant: str, fields: dict[str, Any], how: RowForm) -> bool:
+    """Whether a column whose name is near that of ``meant`` is no misspelling.
+
+    It is null, or named by the user, or ``meant`` is there itself, or the user said that there is none.
+    """
+    column = how.keys.get(meant, meant)
+    return fields[key] is None or key in how.keys.values() or not column or fields.get(column) is not None
 
 
 def _messages(fields: dict[str, Any], how: RowForm) -> Sample:
@@ -158,7 +166,7 @@ def _join_triples(messages: list[Message]) -> list[Message]:
     """System, user, assistant, repeated: the later triples are further turns under the one system prompt."""
     for number, message in enumerate(messages):
         if message.role != ("system", "user", "assistant")[number % 3]:
-            raise Rejected("bad_order", f"message {number + 1}: a {message.role} turn; system, user, assistant repeat")
+            raise Rejected("bad_order", f"message {number + 1}: {a_turn(message.role)}; system, user, assistant repeat")
         if number and number % 3 == 0 and message.content not in ("", messages[0].content):
             raise Rejected(
                 "misplaced_system",
@@ -218,7 +226,7 @@ def _prompt_response(fields: dict[str, Any], how: RowForm) -> Sample:
     elif isinstance(response, str):
         answer = answer_turn(response, column)
     else:
-        raise Rejected("bad_content", f"{column!r} is of type {type(response).__name__}; a text is expected")
+        raise Rejected("bad_content", f"{column!r} is of type {json_name(response)}; a text is expected")
     return _sample([*_asking(_prompt(fields, how)), answer], fields)
 
 
@@ -252,7 +260,7 @@ def _preference(fields: dict[str, Any], how: RowForm) -> Preference:
         before = _context(fields, how)
     for column, turns in zip(columns, (chosen, rejected), strict=True):
         if turns[-1].role != "assistant":
-            raise Rejected("no_answer", f"{column!r} ends with a {turns[-1].role} turn; the answer is missing")
+            raise Rejected("no_answer", f"{column!r} ends with {a_turn(turns[-1].role)}; the answer is missing")
     if chosen[-1] == rejected[-1]:
         raise Rejected("bad_pair", "'chosen' and 'rejected' are the same answer")
     before = _asking(before)
@@ -310,7 +318,7 @@ def _check_context(fields: dict[str, Any], how: RowForm, before: list[Message], 
 
 def _text(fields: dict[str, Any], how: RowForm) -> Document:
     text = how.pattern.format_map(_Strings(fields)) if how.pattern else _string(fields, how, "text")
-    if not text.strip():
+    if not text:  # white space alone is a text, as it is to Megatron-LM
         raise Rejected("empty_text", "the text is empty")
     return Document(text)
 
@@ -321,7 +329,7 @@ class _Strings(dict[str, Any]):
     def __getitem__(self, key: str) -> str:
         value = self.get(key)
         if not isinstance(value, str):
-            state = f"is of type {type(value).__name__}" if key in self else "is not there"
+            state = f"is of type {json_name(value)}" if key in self else "is not there"
             raise Rejected("bad_content", f"the column {key!r} {state}; a text is expected")
         return value
 
@@ -374,15 +382,15 @@ def _string(fields: dict[str, Any], how: RowForm, name: str, *, needed: bool = T
         if needed and column:
             raise _missing(fields, column)
         return ""
-    raise Rejected("bad_content", f"{column!r} is of type {type(value).__name__}; a text is expected")
+    raise Rejected("bad_content", f"{column!r} is of type {json_name(value)}; a text is expected")
 
 
 def _missing(fields: dict[str, Any], column: str) -> Rejected:
-    near = difflib.get_close_matches(column, fields, n=1, cutoff=0.6)
-    hint = f"; did you mean to name {near[0]!r} {column!r}?" if near and column not in fields else ""
     code = "no_messages" if column in ("messages", "conversations") else "no_column"
     if column in fields:
         return Rejected(code, f"{column!r} is null")
+    near = difflib.get_close_matches(column, fields, n=1, cutoff=0.6)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
     return Rejected(code, f"there is no {column!r}; the keys are {', '.join(fields)[:200] or 'none'}{hint}")
 
 
@@ -401,10 +409,14 @@ _KNOWN = {form: frozenset((*COLUMNS[form], "chat_template_kwargs", *_KWARGS)) fo
 
 @lru_cache(maxsize=4096)
 def _misspelt(key: str, form: Form) -> str:
-    """What a key that the form does not know was meant to be, "" when it looks like no column of the form."""
-    if len(key) > _LONGEST_KEY:
+    """The column that a key may be a misspelling of, "" when there is none.
+
+    Only columns that may be left out: a row without one of the others has been rejected for that. A document reads no other
+    column, and the name of an id says what it is.
+    """
+    if len(key) > _LONGEST_KEY or form == "text" or key.endswith("_id"):
         return ""
-    if key == "functions" and form != "text":
-        return "OpenAI's old form; name it 'tools'"
-    near = difflib.get_close_matches(key, _KNOWN[form], n=1, cutoff=0.8)
-    return f"did you mean {near[0]!r}?" if near else ""
+    if key == "functions":  # OpenAI's old form
+        return "tools"
+    near = difflib.get_close_matches(key, _LEFT_OUT & _KNOWN[form], n=1, cutoff=0.8)
+    return near[0] if near else ""

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -107,6 +107,30 @@ def map_keys(how: RowForm, text: str) -> RowForm:
             raise DataError(f"--map-keys: {name!r} is the name of a column, not {value!r:.40}")
         keys[column] = value
     return replace(how, keys=keys, roles=roles)
+
+
+def check_columns(form: RowForm, rows: Iterable[dict[str, Any]]) -> None:
+    """Raises DataError when a column that ``--map-keys`` names is in none of these rows.
+
+    A column that rows may lack would else be left out of every row without a word. A form's own name for a column is no
+    claim that it is there, nor is the empty string; without rows nothing is said.
+    """
+    names = {
+        name: column for name, column in form.keys.items() if name in COLUMNS[form.form] and column not in ("", name)
+    }
+    there: dict[str, None] = {}  # in the order of the rows
+    if not names:
+        return
+    for row in rows:
+        there.update(dict.fromkeys(row))
+    for name, column in names.items() if there else ():
+        if column not in there:
+            near = difflib.get_close_matches(column, there, n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise DataError(
+                f"--map-keys: no row has the column {column!r}, which is named for {name!r}; "
+                f"the columns are {', '.join(there)[:200]}{hint}"
+            )
 
 
 def _map_tags(how: RowForm, tags: object, keys: dict[str, str], roles: dict[str, str]) -> None:

@@ -5,6 +5,8 @@ Two steps, so that parsing can run in worker processes: ``read_chunks`` cuts a f
 """
 
 import json
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob
@@ -14,13 +16,21 @@ from typing import Any, BinaryIO, cast
 import orjson
 
 from .schema import DataError, Origin, Rejected
-from .tables import MAX_ROW_BYTES, TooLong, read_arrow, read_csv, read_json_array, read_parquet, saved_shards
+from .tables import MAX_ROW_BYTES, TooLong, read_arrow, read_csv, read_parquet, saved_shards
+from .turns import json_name
 from .unpacking import PACKED, open_unpacked
 
 MAX_LINE_BYTES = MAX_ROW_BYTES
+MAX_JSON_BYTES = 512 * 1024 * 1024
 KINDS = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".txt")
 HUB = "hub:"
 _BOM = b"\xef\xbb\xbf"
+_SPACED = re.compile(rb'"\s+:')
+_HUB_ADVICE = (
+    ". There is no network, or no such data set, or it asks for a login. Where there is a network, run "
+    "'hf download --repo-type dataset {} --local-dir DIR' (huggingface-cli in old versions) and name the files in DIR here; "
+    "HF_HUB_OFFLINE=1 fails at once instead of trying again and again"
+)
 _LINES = (".jsonl", ".json", ".csv", ".txt")  # the kinds that may be packed
 
 
@@ -50,7 +60,7 @@ def resolve_files(patterns: Sequence[str]) -> list[Path]:
     """
     sources: list[Path] = []
     for value in patterns:
-        names = [value] if Path(value).exists() else [part.strip() for part in value.split(",")]
+        names = [value] if os.path.exists(value) else [part.strip() for part in value.split(",")]  # noqa: PTH110 - see _on_disk
         for name in filter(None, names):
             try:
                 found = _from_hub(name) if name.startswith(HUB) else _on_disk(name)
@@ -127,10 +137,7 @@ def parse_json(line: bytes) -> object:
     except orjson.JSONDecodeError as error:
         _check_utf8(line)
         raise Rejected("not_json", f"column {error.colno}: {error.msg}") from None
-    # The end of a key shows as `":` in the text; `\":` is a quote inside a string. Only when there are more (or fewer) of
-    # them than the value has keys, which is seldom, the line is read again by the exact but slow way.
-    keys, marks = _count_keys(value), line.count(b'":')
-    if marks != keys and marks - line.count(b'\\":') != keys:
+    if _may_repeat(line, value):
         _check_keys(line)
     return value
 
@@ -156,6 +163,16 @@ def _check_utf8(line: bytes) -> None:
         ) from None
 
 
+def _may_repeat(text: bytes, value: object) -> bool:
+    r"""Whether a key may come twice in an object of this JSON text, which stands for ``value``.
+
+    The end of a key shows as `":` in the text; `\":` is a quote inside a string. Only when there are more (or fewer) of
+    them than the value has keys, which is seldom, must the text be read again by the exact but slow way.
+    """
+    keys, marks = _count_keys(value), text.count(b'":')
+    return marks != keys and marks - text.count(b'\\":') != keys
+
+
 def _count_keys(value: object) -> int:
     """The keys of all objects of a JSON value. No recursion: orjson lets 1,024 levels pass."""
     count = 0
@@ -170,18 +187,57 @@ def _count_keys(value: object) -> int:
     return count
 
 
-def _check_keys(line: bytes) -> None:
-    def unique(pairs: list[tuple[str, Any]]) -> None:
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise Rejected("duplicate_key", f"the key {key[:80]!r} comes twice in one object")
-            seen.add(key)
+def _unique(pairs: list[tuple[str, Any]]) -> None:
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise Rejected("duplicate_key", f"the key {key[:80]!r} comes twice in one object")
+        seen.add(key)
 
+
+def _check_keys(text: bytes, rows: int | None = None) -> None:
+    """Raises Rejected for a key that comes twice, with the row's number where the text is an array of ``rows``."""
+    decoder, content = json.JSONDecoder(object_pairs_hook=_unique), text.decode()
+    start = 0 if rows is None else content.index("[") + 1
+    for number in range(1, 2 if rows is None else rows + 1):
+        try:
+            while content[start] in " \t\r\n,":
+                start += 1
+            _, start = decoder.raw_decode(content, start)
+        except (RecursionError, Rejected) as error:
+            reason = error if isinstance(error, Rejected) else Rejected("not_json", "nested too deep")
+            raise reason if rows is None else Rejected(reason.code, f"row {number}: {reason.detail}") from None
+
+
+def _json_array(file: Path, stream: BinaryIO, budget: int) -> Iterator[list[object]]:
+    """Rows of a file that is one JSON array. It is parsed as a whole, so it may have 512 MiB at most.
+
+    Raises DataError for a larger file, for one that is no array, and for one with a fault anywhere.
+    """
+    data = stream.read(MAX_JSON_BYTES + 1)
+    advice = "write one row a line (.jsonl)"
+    if len(data) > MAX_JSON_BYTES:
+        raise DataError(f"{file}: a JSON array of more than {MAX_JSON_BYTES >> 20} MiB is not read; {advice}")
+    data = data.removeprefix(_BOM)
+    refused = f"the array cannot be read; {advice}, then only the bad rows are refused"
     try:
-        json.loads(line, object_pairs_hook=unique)
-    except RecursionError:
-        raise Rejected("not_json", "nested too deep") from None
+        rows: object = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        message = error.msg.split(":")[0]
+        raise DataError(f"{file}:{error.lineno}: column {error.colno}: {message}; {refused}") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{file}: one JSON {json_name(rows)} where a list of rows is expected; {advice}")
+    rows = cast("list[object]", rows)
+    # Among many rows a key with a space before its colon could make up for one that comes twice.
+    if _may_repeat(data, rows) or any(data[found.start() - 1] != ord("\\") for found in _SPACED.finditer(data)):
+        try:
+            _check_keys(data, len(rows))
+        except Rejected as reason:
+            raise DataError(f"{file}: {reason.detail}; {refused}") from None
+    step = max(1, len(rows) * budget // max(len(data), 1))
+    del data
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step]
 
 
 def _line_chunks(file: Path, stream: BinaryIO, size: int) -> Iterator[Chunk]:
@@ -219,7 +275,7 @@ def _table(file: Path, kind: str, size: int) -> Iterator[list[object]]:
         yield from read_csv(file, lambda: open_unpacked(file), size)
     elif kind == ".json":
         with open_unpacked(file) as stream:
-            yield from read_json_array(file, stream, size)
+            yield from _json_array(file, stream, size)
     elif kind == ".parquet":
         yield from read_parquet(file, size)
     else:
@@ -253,7 +309,8 @@ def _kind(file: Path) -> str:
 
 def _on_disk(name: str) -> list[Path]:
     path = Path(name)
-    found = [path] if path.exists() else [Path(one) for one in sorted(glob(name, recursive=True))]  # noqa: PTH207 - absolute ones too
+    # Unlike Path.exists, os.path.exists says False for what is too long to be a path.
+    found = [path] if os.path.exists(path) else [Path(one) for one in sorted(glob(name, recursive=True))]  # noqa: PTH110, PTH207 - glob takes absolute ones too
     if "**" in name:
         found = [one for one in found if one.is_file()]  # it matches the folders on the way as well
     if not found:
@@ -299,5 +356,6 @@ def _from_hub(name: str) -> list[Path]:
         loaded: Any = load_dataset(repository, split=split or "train")
     except Exception as error:  # noqa: BLE001 - it raises whatever its builders raise
         message = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{name}: datasets cannot load it: {message}") from None
+        advice = _HUB_ADVICE.format(repository) if isinstance(error, OSError) else ""
+        raise DataError(f"{name}: datasets cannot load it: {message}{advice}") from None
     return [Path(entry["filename"]) for entry in loaded.cache_files]

@@ -1,4 +1,4 @@
-"""Parquet, Arrow, CSV and JSON arrays to lists of rows, with a byte budget that holds for hostile files too.
+"""Parquet, Arrow and CSV to lists of rows, with a byte budget that holds for hostile files too.
 
 A 300-byte Parquet file can stand for gigabytes: one long value in a dictionary, named by thousands of rows, while its
 metadata claims a megabyte. So text columns stay dictionary-encoded while they are read, the size of every row is
@@ -6,7 +6,7 @@ computed from lengths alone, and only then are rows made, about ``budget`` bytes
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -20,7 +20,6 @@ from .schema import DataError
 MAX_ROW_BYTES = 16 * 1024 * 1024
 MAX_RATIO = 500  # bytes of text that one byte on disk may stand for; text that people write stays under 50
 RATIO_SLACK = 64 * 1024 * 1024  # bytes before the ratio is judged
-MAX_JSON_BYTES = 512 * 1024 * 1024
 _BATCH_ROWS = 1024
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _MAX_HEADER = 1 << 20
@@ -53,7 +52,8 @@ def _bomb(file: Path, unpacked: int, packed: int) -> DataError:
 def read_parquet(file: Path, budget: int) -> Iterator[list[object]]:
     """Rows of a Parquet file as dicts (TooLong for a row over 16 MiB), about ``budget`` bytes a list.
 
-    Raises DataError for a broken file and for a bomb. Row groups of more than 32 MiB are read without dictionaries, which
+    A null in a struct, at any depth, is a key that is not there; a null of a column of its own stays. Raises DataError for
+    a broken file and for a bomb. Row groups of more than 32 MiB are read without dictionaries, which
     would grow as large as the group; a bomb hidden among that many true bytes is noticed a batch late.
     """
     import pyarrow as pa
@@ -155,32 +155,6 @@ def read_csv(file: Path, unpack: Callable[[], BinaryIO], budget: int) -> Iterato
         raise _unreadable(file, error) from None
 
 
-def read_json_array(file: Path, stream: BinaryIO, budget: int) -> Iterator[list[object]]:
-    """Rows of a file that is one JSON array. It is parsed as a whole, so it may have 512 MiB at most.
-
-    Raises DataError for a larger file, for one that is no array, and for one with a fault anywhere.
-    """
-    data = stream.read(MAX_JSON_BYTES + 1)
-    advice = "write one row a line (.jsonl)"
-    if len(data) > MAX_JSON_BYTES:
-        raise DataError(f"{file}: a JSON array of more than {MAX_JSON_BYTES >> 20} MiB is not read; {advice}")
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    try:
-        rows: object = orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        message = error.msg.split(":")[0]
-        raise DataError(
-            f"{file}:{error.lineno}: column {error.colno}: {message}; the array cannot be read; {advice}, "
-            "then only the bad rows are refused"
-        ) from None
-    if not isinstance(rows, list):
-        raise DataError(f"{file}: one JSON {type(rows).__name__} where a list of rows is expected; {advice}")
-    step = max(1, len(rows) * budget // max(len(data), 1))
-    del data
-    for start in range(0, len(rows), step):
-        yield rows[start : start + step]
-
-
 def saved_shards(folder: Path) -> list[Path]:
     """The Arrow files of a folder that ``datasets`` wrote with ``save_to_disk``, in their order. Raises DataError."""
     try:
@@ -222,11 +196,11 @@ def _bounded(file: Path, lines: TextIO) -> Iterator[str]:
 
 
 def _rows(file: Path, batches: Iterator[Any], schema: Any, budget: int) -> Iterator[list[object]]:
-    """Record batches to lists of rows of about ``budget`` bytes; ``schema`` says which strings hold JSON."""
+    """Record batches to lists of rows of about ``budget`` bytes; ``schema`` says what must be restored."""
     packed = file.stat().st_size
     if twice := [name for name in schema.names if schema.names.count(name) > 1]:
         raise DataError(f"{file}: two columns are named {twice[0]!r}")
-    decoders = {field.name: decode for field in schema if (decode := _json_decoder(field.type))}
+    restorers = {field.name: restore for field in schema if (restore := _restorer(field.type))}
     total = 0
     for batch in batches:
         batch.validate(full=True)  # offsets and UTF-8 of a file that others wrote
@@ -244,32 +218,44 @@ def _rows(file: Path, batches: Iterator[Any], schema: Any, budget: int) -> Itera
                 yield [TooLong(int(sizes[start]))]
             else:
                 rows: list[Any] = _plain(batch.slice(start, stop - start)).to_pylist()
-                for name, decode in decoders.items():
+                for name, restore in restorers.items():
                     for row in rows:
-                        row[name] = decode(row[name])
+                        row[name] = restore(row[name])
                 yield rows
             start, before = stop, int(ends[stop - 1])
 
 
-def _json_decoder(kind: Any) -> Callable[[Any], Any] | None:
-    """What turns a column's values into what was stored, where strings of it hold JSON; None where none does.
+def _restorer(kind: Any) -> Callable[[Any], Any] | None:
+    """What turns a column's values into those that were stored; None where they are so already.
 
-    ``datasets`` stores values of mixed types so (its ``Json`` feature); left alone, texts would keep their JSON quotes.
+    Strings may hold JSON: ``datasets`` stores values of mixed types so (its ``Json`` feature), and left alone, texts would
+    keep their JSON quotes. A struct has the keys of all rows' objects, null where an object had no such key; nobody can
+    tell these from nulls that were written, so every null in a struct is taken for a key that is not there.
     """
     from pyarrow import types
 
     if getattr(kind, "extension_name", None) == "arrow.json":
         return lambda value: None if value is None else orjson.loads(value)
     if types.is_list(kind) or types.is_large_list(kind):
-        if item := _json_decoder(kind.value_type):
+        if item := _restorer(kind.value_type):
             return lambda value: None if value is None else [item(one) for one in value]
+    elif types.is_map(kind):
+        if item := _restorer(kind.item_type):
+            return lambda value: None if value is None else [(key, item(one)) for key, one in value]
     elif types.is_struct(kind):
-        inner = {field.name: decode for field in kind if (decode := _json_decoder(field.type))}
-        if inner:
-            return lambda value: (
-                None if value is None else {k: inner[k](v) if k in inner else v for k, v in value.items()}
-            )
+        inner = {field.name: restore for field in kind if (restore := _restorer(field.type))}
+        return lambda value: None if value is None else _restored(value, inner)
     return None
+
+
+def _restored(fields: dict[str, Any], inner: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    """An object without its nulls, and with the values of ``inner`` restored."""
+    if None in fields.values():
+        fields = {key: value for key, value in fields.items() if value is not None}
+    for key, restore in inner.items():
+        if key in fields:
+            fields[key] = restore(fields[key])
+    return fields
 
 
 def _sizes(file: Path, name: str, array: Any) -> npt.NDArray[np.int64]:

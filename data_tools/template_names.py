@@ -6,6 +6,8 @@ template does unlike the system that a name comes from is told on top of its fil
 """
 
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 
 from .schema import DataError
 
@@ -56,14 +58,27 @@ _ABSENT: Mapping[str, tuple[str, str]] = {
 
 
 def resolve(name: str) -> str | None:
-    """The stem of the shipped template that another system's name means; None when the name is no such name.
+    """The stem of the shipped template that its own or another system's name means; None when the name is no such name.
 
-    Raises DataError, with the nearest shipped template, for a known name whose text no shipped template renders.
+    Dashes and underscores are alike, letters of another case are not. Raises DataError, with the nearest shipped template,
+    for a known name whose text no shipped template renders.
     """
-    if name in _ABSENT:
-        reason, nearest = _ABSENT[name]
+    known = _known_names().get(_folded(name), "")
+    if known in _ABSENT:
+        reason, nearest = _ABSENT[known]
         raise DataError(
             f"the template {name} is not shipped: {reason}. Use the tokenizer's own template or your own .jinja file; "
             f"of those shipped {nearest} is nearest"
         )
-    return ALIASES.get(name)
+    return ALIASES.get(known, known) or None
+
+
+@cache
+def _known_names() -> Mapping[str, str]:
+    """Every known name, by its folded form."""
+    shipped = sorted(path.stem for path in (Path(__file__).parent / "chat_templates").glob("*.jinja"))
+    return {_folded(name): name for name in (*_ABSENT, *ALIASES, *shipped)}
+
+
+def _folded(name: str) -> str:
+    return name.replace("_", "-")

@@ -11,6 +11,15 @@ from .schema import ROLES, Message, Rejected
 
 _EXTRA = ("tool_calls", "tool_call_id", "name")
 _NO_EXTRA: Mapping[str, Any] = {}
+_JSON_NAMES: Mapping[type, str] = {
+    type(None): "null",
+    bool: "boolean",
+    int: "number",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+}
 CALL = "function_call"  # a ShareGPT role: an assistant's call of a tool, written as JSON
 
 
@@ -82,7 +91,7 @@ def check_order(messages: Sequence[Message], style: TurnStyle = OPENAI) -> None:
         if message.role == "system":
             raise Rejected("misplaced_system", f"message {number} is a system prompt; it may only come first")
         if style.strict and not _follows(last, message):
-            raise Rejected("bad_order", f"message {number}: a {message.role} turn after a {last.role} turn")
+            raise Rejected("bad_order", f"message {number}: {a_turn(message.role)} after {a_turn(last.role)}")
         trained = trained or message.trained
         last = message
     if not trained:
@@ -90,10 +99,10 @@ def check_order(messages: Sequence[Message], style: TurnStyle = OPENAI) -> None:
             raise Rejected("no_trained_turn", "every assistant turn has 'loss': false")
         raise Rejected("no_assistant_turn", "no message is from the assistant: there is nothing to train on")
     if last.role != "assistant":
-        raise Rejected("no_answer", f"the conversation ends with a {last.role} turn; the answer is missing")
+        raise Rejected("no_answer", f"the conversation ends with {a_turn(last.role)}; the answer is missing")
     opening = messages[1] if first.role == "system" else first
     if opening.role != "user":
-        raise Rejected("no_question", f"the conversation begins with a {opening.role} turn instead of a user turn")
+        raise Rejected("no_question", f"the conversation begins with {a_turn(opening.role)} instead of a user turn")
 
 
 def styled(style: TurnStyle, keys: Mapping[str, str], roles: Mapping[str, str]) -> TurnStyle:
@@ -114,6 +123,16 @@ def style_of(turns: object, keys: Mapping[str, str], roles: Mapping[str, str]) -
     first: object = cast("list[object]", turns)[0] if isinstance(turns, list) and turns else None
     is_sharegpt = isinstance(first, dict) and "from" in first
     return styled(SHAREGPT if is_sharegpt else OPENAI, keys, roles)
+
+
+def a_turn(role: str) -> str:
+    """A turn of this role, for a message."""
+    return f"{'an' if role == 'assistant' else 'a'} {role} turn"
+
+
+def json_name(value: object) -> str:
+    """JSON's name of a value's type; Python's for one that JSON does not have (a date in a table)."""
+    return _JSON_NAMES.get(type(value), type(value).__name__)
 
 
 def user_turn(text: str) -> Message:
@@ -173,7 +192,7 @@ def _full_turn(number: int, fields: dict[str, Any], role: str, style: TurnStyle)
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in cast("list[Any]", calls)):
         raise Rejected("bad_tool_calls", f"message {number}: 'tool_calls' is a list of objects")
     if calls and role != "assistant":
-        raise Rejected("bad_tool_calls", f"message {number}: 'tool_calls' in a {role} turn; only the assistant calls")
+        raise Rejected("bad_tool_calls", f"message {number}: 'tool_calls' in {a_turn(role)}; only the assistant calls")
     if fields[style.role] in style.calls:
         content, extra["tool_calls"] = "", _calls(number, fields.get(style.content))
     else:
@@ -209,7 +228,7 @@ def _text(number: int, fields: dict[str, Any], key: str, *, allow_none: bool) ->
         ):
             return "".join(part["text"] for part in parts)
         raise Rejected("bad_content", f"message {number}: content parts other than text are not supported")
-    state = f"has no {key!r}" if key not in fields else f"has a {key} of type {type(content).__name__}"
+    state = f"has no {key!r}" if key not in fields else f"has a {key} of type {json_name(content)}"
     raise Rejected("bad_content", f"message {number} {state}")
 
 

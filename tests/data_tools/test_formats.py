@@ -47,16 +47,20 @@ def refused(row: Any, code: str, detail: str = "", form: Form = "messages", **ho
 @pytest.mark.parametrize(
     ("row", "code", "detail"),
     [
-        ([], "not_an_object", "JSON list"),
-        (None, "not_an_object", "NoneType"),
+        ([], "not_an_object", "JSON array"),
+        (None, "not_an_object", "JSON null"),
         ({}, "no_messages", "the keys are none"),
-        ({"message": [USER, ANSWER]}, "no_messages", "did you mean to name 'message' 'messages'"),
+        (
+            {"message": [USER, ANSWER]},
+            "no_messages",
+            "there is no 'messages'; the keys are message; did you mean 'message'?",
+        ),
         ({"messages": None}, "no_messages", "'messages' is null"),
         ({"messages": []}, "no_messages", "at least one turn"),
         ({"messages": {"role": "user"}}, "no_messages", "must be a list"),
         ({"messages": [USER]}, "no_assistant_turn", ""),
         ({"messages": [USER, ANSWER, USER]}, "no_answer", "ends with a user turn"),
-        ({"messages": [ANSWER]}, "no_question", "begins with a assistant turn"),
+        ({"messages": [ANSWER]}, "no_question", "begins with an assistant turn"),
         ({"messages": [SYSTEM, ANSWER]}, "no_question", ""),
         ({"messages": [{"role": "tool", "content": "s"}, ANSWER]}, "no_question", "tool"),
         ({"messages": [{"role": "system", "content": ""}]}, "no_assistant_turn", ""),
@@ -66,9 +70,9 @@ def refused(row: Any, code: str, detail: str = "", form: Form = "messages", **ho
         ({"messages": [USER, {"role": ["user"], "content": "a"}]}, "unknown_role", "['user']"),
         ({"messages": [USER, {"content": "a"}]}, "unknown_role", "has no 'role'"),
         ({"messages": [USER, {"role": "assistant"}]}, "bad_content", "has no 'content'"),
-        ({"messages": [USER, {"role": "assistant", "content": None}]}, "bad_content", "NoneType"),
-        ({"messages": [USER, {"role": "assistant", "content": 5}]}, "bad_content", "int"),
-        ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": []}]}, "bad_content", "NoneType"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "bad_content", "of type null"),
+        ({"messages": [USER, {"role": "assistant", "content": 5}]}, "bad_content", "of type number"),
+        ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": []}]}, "bad_content", "of type null"),
         ({"messages": [USER, {"role": "assistant", "content": "  "}]}, "empty_answer", ""),
         ({"messages": [USER, {"role": "assistant", "content": "", "name": "x"}]}, "empty_answer", ""),
         ({"messages": [USER, {"role": "assistant", "content": [{"type": "image_url"}]}]}, "bad_content", "parts"),
@@ -158,10 +162,10 @@ def test_sharegpt_turns_with_calls() -> None:
 @pytest.mark.parametrize(
     ("conversation", "code", "detail"),
     [
-        ([GPT, HUMAN, GPT], "no_question", "begins with a assistant turn"),
+        ([GPT, HUMAN, GPT], "no_question", "begins with an assistant turn"),
         ([HUMAN, HUMAN, GPT], "bad_order", "message 2: a user turn after a user turn"),
-        ([HUMAN, GPT, GPT], "bad_order", "message 3: a assistant turn after a assistant turn"),
-        ([HUMAN, GPT, SEEN, GPT], "bad_order", "message 3: a tool turn after a assistant turn"),
+        ([HUMAN, GPT, GPT], "bad_order", "message 3: an assistant turn after an assistant turn"),
+        ([HUMAN, GPT, SEEN, GPT], "bad_order", "message 3: a tool turn after an assistant turn"),
         ([HUMAN, GPT, HUMAN], "no_answer", ""),
         ([HUMAN, {"from": "bot", "value": "a"}], "unknown_role", "'bot'"),
         ([HUMAN, {"from": "gtp", "value": "a"}], "unknown_role", "did you mean 'gpt'"),
@@ -186,7 +190,7 @@ def test_sharegpt_system_prompts() -> None:
     empty = {"from": "system", "value": ""}
     assert turns(sample({"conversations": [empty, HUMAN, GPT], "system": "t"}, "sharegpt"))[0] == "s:t"
     refused({"conversations": [first, HUMAN, GPT], "system": "t"}, "two_systems", "", "sharegpt")
-    refused({"conversations": [HUMAN, GPT], "system": ["t"]}, "bad_content", "list", "sharegpt")
+    refused({"conversations": [HUMAN, GPT], "system": ["t"]}, "bad_content", "of type array", "sharegpt")
 
 
 def test_other_names_for_columns_and_speakers() -> None:
@@ -245,11 +249,16 @@ def test_the_three_meanings_of_instruction_input_output(form: Form, row: Any, ex
     ("form", "row", "code", "detail"),
     [
         ("alpaca", {"input": "n", "output": "o"}, "no_column", "there is no 'instruction'"),
-        ("alpaca", {"instructions": "i", "output": "o"}, "no_column", "did you mean to name 'instructions'"),
+        (
+            "alpaca",
+            {"instructions": "i", "output": "o"},
+            "no_column",
+            "output; did you mean 'instructions'?",
+        ),
         ("alpaca", {**ROW, "output": None}, "no_column", "'output' is null"),
         ("alpaca", {**ROW, "output": "\n"}, "empty_answer", "output"),
-        ("alpaca", {**ROW, "output": ["o"]}, "bad_content", "list"),
-        ("alpaca", {**ROW, "input": 5}, "bad_content", "'input' is of type int"),
+        ("alpaca", {**ROW, "output": ["o"]}, "bad_content", "of type array"),
+        ("alpaca", {**ROW, "input": 5}, "bad_content", "'input' is of type number"),
         ("alpaca", {**ROW, "instruction": "", "input": " "}, "no_question", "empty"),
         ("instruction", {**ROW, "input": ""}, "no_question", "empty"),
         ("instruction", {**ROW, "system": "s"}, "two_systems", "'instruction'"),
@@ -299,7 +308,7 @@ def test_prompt_and_response(row: Any, expected: list[str]) -> None:
         ({"response": "a"}, "no_column", "'prompt'"),
         ({"prompt": "", "response": "a"}, "no_question", ""),
         ({"prompt": "q", "response": ""}, "empty_answer", ""),
-        ({"prompt": "q", "response": {"a": 1}}, "bad_content", "dict"),
+        ({"prompt": "q", "response": {"a": 1}}, "bad_content", "of type object"),
         ({"prompt": "q", "response": "a", "completion": "b"}, "two_answers", ""),
         ({"prompt": [USER], "completion": [ANSWER, USER, ANSWER]}, "no_answer", "one assistant turn"),
         ({"prompt": [USER], "completion": [USER]}, "no_answer", ""),
@@ -376,10 +385,11 @@ def test_documents() -> None:
     how = RowForm("text", pattern="{title}\n{body}")
     assert parse_row({"title": "{body}", "body": "b", "texts": "x"}, how) == Document("{body}\nb")
     refused({"title": "t"}, "bad_content", "'body' is not there", "text", pattern="{title}\n{body}")
-    refused({"title": "t", "body": None}, "bad_content", "'body' is of type NoneType", "text", pattern="{title}{body}")
-    refused({"text": " \n"}, "empty_text", "", "text")
-    refused({"text": ["a"]}, "bad_content", "list", "text")
-    refused({"texts": "a"}, "no_column", "did you mean to name 'texts' 'text'", "text")
+    refused({"title": "t", "body": None}, "bad_content", "'body' is of type null", "text", pattern="{title}{body}")
+    assert parse_row({"text": " \n"}, RowForm("text")) == Document(" \n")  # Megatron-LM keeps it
+    refused({"text": ""}, "empty_text", "", "text")
+    refused({"text": ["a"]}, "bad_content", "of type array", "text")
+    refused({"texts": "a"}, "no_column", "the keys are texts; did you mean 'texts'?", "text")
 
 
 # ---- which form
@@ -412,12 +422,65 @@ def test_the_form_shows_in_the_first_row(row: Any, how: RowForm) -> None:
         ({}, "its columns: none"),
         ({"messages": [USER, ANSWER], "text": "t"}, "fits messages and text"),
         ({**ROW, "text": "t"}, "fits alpaca and text"),
-        (["a"], "JSON list"),
+        (["a"], "JSON array"),
     ],
 )
 def test_a_first_row_of_no_form_or_of_two_is_refused(row: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         detect_form(row)
+
+
+# ---- columns with a name near a known one
+
+
+@pytest.mark.parametrize(
+    ("row", "how"),
+    [
+        ({"prompt": "q", **TEXTS, "prompt_id": 1, "response_id": 2, "message": "m"}, RowForm("preference")),
+        ({"conversations": [HUMAN, GPT], "conversation_id": 1, "conversation": 2}, RowForm("sharegpt")),
+        ({"messages": [USER, ANSWER], "message": "m", "message_id": 3, "system_id": 4}, RowForm("messages")),
+        ({"instruction": "i", "output": "o", "instruction_id": 1, "outputs": ["o"]}, RowForm("alpaca")),
+        ({**ROW, "inputs": "x", "history": [], "histories": 5}, RowForm("alpaca")),
+        ({"instruction": "i", "output": "o", "inputs": "x"}, RowForm("alpaca", {"input": ""})),
+        ({"instruction": "i", "output": "o", "c": "n", "inputs": "x"}, RowForm("alpaca", {"input": "c"})),
+        ({"prompt": "q", "completion": "a", "responses": ["a", "b"]}, RowForm("prompt_response")),
+        ({"messages": [USER, ANSWER], "tools": [{}], "tool": "x"}, RowForm("messages")),
+        ({"text": "t", "texts": 1, "tool": 2, "inputs": 3, "functions": 4}, RowForm("text")),
+    ],
+)
+def test_metadata_with_a_name_near_that_of_a_column_is_left_alone(row: Any, how: RowForm) -> None:
+    assert parse_row(row, how)
+
+
+@pytest.mark.parametrize(
+    ("row", "how", "near"),
+    [
+        ({"instruction": "i", "output": "o", "inputs": "x"}, RowForm("alpaca"), "input"),
+        ({"instruction": "i", "output": "o", "input": None, "inputs": "x"}, RowForm("alpaca"), "input"),
+        ({**ROW, "inputs": "x"}, RowForm("alpaca", {"input": "c"}), "input"),
+        ({"conversations": [HUMAN, GPT], "sytem": "s"}, RowForm("sharegpt"), "system"),
+        ({"messages": [USER, ANSWER], "enable_thinkin": True}, RowForm("messages"), "enable_thinking"),
+    ],
+)
+def test_a_misspelt_column_that_rows_may_lack_is_told(row: Any, how: RowForm, near: str) -> None:
+    with pytest.raises(Rejected, match=f"unknown_key: .*did you mean '{near}'"):
+        parse_row(row, how)
+
+
+def test_a_misspelt_name_in_a_mapping_is_told_the_right_way_round() -> None:
+    row = {"question": "q", "output": "a"}
+    told = "there is no 'questio'; the keys are question, output; did you mean 'question'?"
+    refused(row, "no_column", told, "alpaca", keys={"instruction": "questio"})
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [(None, "null"), ([], "array"), ("x", "string"), (5, "number"), (0.5, "number"), (True, "boolean")],
+)
+def test_types_have_the_names_of_json(value: Any, name: str) -> None:
+    refused(value, "not_an_object", f"the row is a JSON {name};")
+    with pytest.raises(DataError, match=f"^the first row is a JSON {name};"):
+        detect_form(value)
 
 
 def test_every_form_is_known_everywhere() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from finebridge.data_tools.formats import RowForm, parse_row
-from finebridge.data_tools.handlers import HANDLERS, handler_form, map_keys
+from finebridge.data_tools.handlers import HANDLERS, check_columns, handler_form, map_keys
 from finebridge.data_tools.schema import DataError, Document, Preference, Sample
 
 USER = {"from": "human", "value": "q"}
@@ -99,3 +99,37 @@ def test_map_keys_that_are_refused(name: str, given: str, message: str) -> None:
         map_keys(handler_form(f"{name}InstructionHandler"), given)
     with pytest.raises(DataError, match="fixed names"):
         map_keys(handler_form("StackOverflowPythonPretrainHandler"), "{}")
+
+
+def test_a_mapped_column_that_no_row_has_is_refused() -> None:
+    alpaca = handler_form("AlpacaStyleInstructionHandler")
+    rows = [{"question": "q", "answer": "a"}, {"question": "q", "answer": "a", "context": "c"}]
+    how = map_keys(alpaca, '{"prompt": "question", "query": "contxt", "response": "answer"}')
+    with pytest.raises(DataError) as caught:
+        check_columns(how, rows)
+    assert str(caught.value) == (
+        "--map-keys: no row has the column 'contxt', which is named for 'input'; "
+        "the columns are question, answer, context; did you mean 'context'?"
+    )
+    check_columns(map_keys(alpaca, '{"prompt": "question", "query": "context"}'), rows)
+    with pytest.raises(DataError, match="no row has the column 'context'"):
+        check_columns(map_keys(alpaca, '{"query": "context"}'), rows[:1])
+
+
+@pytest.mark.parametrize(
+    ("given", "row"),
+    [
+        ('{"query": "", "history": "", "prompt": "q"}', {"q": 1}),
+        ('{"prompt": "instruction", "query": "input", "response": "output"}', {"instruction": "i", "output": "o"}),
+        ('{"system": "sys"}', {"sys": None}),
+    ],
+)
+def test_mapped_columns_that_are_there_or_need_not_be(given: str, row: dict[str, Any]) -> None:
+    check_columns(map_keys(handler_form("AlpacaStyleInstructionHandler"), given), [row])
+
+
+def test_keys_of_turns_and_the_columns_of_a_handler_are_no_mapped_columns() -> None:
+    tags = '{"tags": {"role_tag": "who", "content_tag": "says", "user_tag": "me"}}'
+    check_columns(map_keys(handler_form("SharegptStyleInstructionHandler"), tags), [{"conversations": []}])
+    check_columns(handler_form("StackOverflowPythonPretrainHandler"), [{"title": "t"}])
+    check_columns(RowForm("alpaca", {"input": "context"}), [])

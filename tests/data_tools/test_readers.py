@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finebridge.data_tools.formats import RowForm, parse_row
 from finebridge.data_tools.readers import (
     MAX_LINE_BYTES,
     Chunk,
@@ -231,7 +232,61 @@ def test_nested_rows_of_a_table(tmp_path: Path) -> None:
         }
     )
     pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "a.parquet")
+    del rows[0]["messages"][0]["n"]  # nobody can tell a null in a struct from a key that was not there
     assert values(tmp_path / "a.parquet") == rows
+
+
+def call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """A tool called by the assistant."""
+    return {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}],
+    }
+
+
+USER = {"role": "user", "content": "q"}
+CALLS = [
+    {
+        "messages": [USER, call("weather", {"city": "Paris", "near": {"km": 5}})],
+        "tools": [{"name": "weather"}],
+    },
+    {"messages": [USER, call("search", {"query": "x", "near": {"mi": 5, "of": [{"a": 1}, {"b": 2}]}})], "kind": "s"},
+    {"messages": [USER, {"role": "assistant", "content": "a"}], "chat_template_kwargs": {"x": 1}},
+    {"messages": [USER, call("now", {})]},
+    {"messages": [USER, {"role": "assistant", "content": "b"}], "chat_template_kwargs": {"y": 1}},
+]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_key_of_one_row_is_none_of_the_others(tmp_path: Path, kind: str) -> None:
+    """Tool-call arguments carry loss, so ``"query": null`` from another row's call would be trained."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.concat_tables([pa.Table.from_pylist([row]) for row in CALLS], promote_options="permissive")
+    if kind == "parquet":
+        pq.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+            writer.write_table(table)
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in CALLS))
+    made = values(tmp_path / f"a.{kind}")
+    assert [{key: value for key, value in row.items() if value is not None} for row in made] == CALLS
+    how = RowForm("messages")
+    assert [parse_row(row, how) for row in made] == [parse_row(row, how) for row in values(lines)]
+
+
+def test_structs_in_maps_lose_their_nulls_and_lists_keep_theirs(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    inner = pa.struct({"a": pa.string(), "b": pa.list_(pa.string())})
+    table = pa.table(
+        {"m": pa.array([[("k", {"a": None, "b": [None, "x"]}), ("n", None)]], pa.map_(pa.string(), inner))}
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert values(tmp_path / "a.parquet") == [{"m": [("k", {"b": [None, "x"]}), ("n", None)]}]
 
 
 def test_json_cells_of_datasets_are_decoded(tmp_path: Path) -> None:
@@ -243,8 +298,9 @@ def test_json_cells_of_datasets_are_decoded(tmp_path: Path) -> None:
     saved.to_parquet(str(tmp_path / "a.parquet"))
     assert resolve_files([str(tmp_path / "saved")]) == [tmp_path / "saved"]
     assert [file.suffix for file in files_of(tmp_path / "saved")] == [".arrow"]
-    assert values(tmp_path / "saved") == rows
-    assert values(tmp_path / "a.parquet") == rows
+    expected = [*rows[:2], {"m": [{}]}]  # datasets stores a null and a missing value alike
+    assert values(tmp_path / "saved") == expected
+    assert values(tmp_path / "a.parquet") == expected
 
 
 def test_a_saved_folder_is_one_source_in_shard_order(tmp_path: Path) -> None:
@@ -274,6 +330,28 @@ def test_json_lines_under_the_name_json_are_read(tmp_path: Path) -> None:
     file.write_bytes(LINES)
     assert values(file) == ROWS
     assert read(file)[1][:2] == (2, LINES.index(b"\n") + 1)
+
+
+def test_an_array_with_a_key_that_comes_twice_is_refused_like_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    twice = '{"messages": [{"role": "user", "content": "q", "content": "SECOND"}]}'
+    for text, number in [
+        (f"[{twice}]", 1),
+        (f'[{{"a": "x\\": y"}},\n {twice}, {{}}]', 2),
+        ('[{"a" : 1}, {"content" : 1, "content" : 2}]', 2),
+        ('[1, {"a" : 1}, {"content": 1, "content": 2}]', 3),
+    ]:
+        file.write_text(text)
+        with pytest.raises(DataError, match=rf"a.json: row {number}: the key 'content' comes twice.*\(.jsonl\)"):
+            values(file)
+
+
+def test_arrays_whose_texts_look_like_keys_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    rows = [{"a": 'he said "a": "b" : c'}, {"a": "\\", "b": '\\":'}, [], "x", 5, {"a": {"a": [{"a": 1}, {"a": 2}]}}]
+    for text in (json.dumps(rows), json.dumps(rows, indent=2), json.dumps(rows, separators=(" , ", " : "))):
+        file.write_text(text)
+        assert values(file) == rows
 
 
 # ---- packed files
@@ -402,6 +480,16 @@ def test_files_are_found_in_order(tmp_path: Path) -> None:
     assert resolve_files([f"{tmp_path}/a.jsonl", f"{tmp_path}/a.jsonl"]) == [names[0]] * 2
 
 
+def test_many_names_in_one_value_and_a_name_that_is_too_long(tmp_path: Path) -> None:
+    names = [tmp_path / f"{number:0100}.jsonl" for number in range(60)]
+    for name in names:
+        name.write_text("{}\n")
+    assert resolve_files([",".join(map(str, names))]) == names
+    for name in ("x" * 300, "/".join(["x" * 200] * 30)):
+        with pytest.raises(DataError, match="no such data file"):
+            resolve_files([name])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -440,18 +528,22 @@ def test_a_folder_with_other_files_is_refused_with_the_glob_to_use(tmp_path: Pat
 
 def test_a_hub_name_that_cannot_be_had_says_so() -> None:
     pytest.importorskip("datasets")  # offline by the tests' settings
-    with pytest.raises(DataError, match="^hub:no-one/nothing: datasets cannot load it: "):
+    with pytest.raises(DataError, match="^hub:no-one/nothing: datasets cannot load it: Couldn't reach") as caught:
         resolve_files(["hub:no-one/nothing"])
+    told = str(caught.value)
+    assert "no network, or no such data set" in told
+    assert "'hf download --repo-type dataset no-one/nothing --local-dir DIR'" in told
+    assert "HF_HUB_OFFLINE=1 fails at once" in told
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.json", b'[{"a": 1},\n {"a": NaN}]', "a.json:2: column 8.*only the bad row"),
-        ("a.json", b'{"a": 1}', "one JSON dict where a list of rows is expected"),
-        ("a.json", b'{"a": 1}\n', "one JSON dict"),
-        ("a.json", b'{\n"a": [1]}\n', "one JSON dict"),
-        ("a.json", b'"text"', "one JSON str"),
+        ("a.json", b'{"a": 1}', "one JSON object where a list of rows is expected"),
+        ("a.json", b'{"a": 1}\n', "one JSON object"),
+        ("a.json", b'{\n"a": [1]}\n', "one JSON object"),
+        ("a.json", b'"text"', "one JSON string"),
         ("a.json", b"\xff", "column"),
         ("a.parquet", b"PAR1 no PAR1", "cannot be read as parquet"),
         ("a.arrow", b"no table", "no Arrow data, or cut off"),

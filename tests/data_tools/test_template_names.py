@@ -45,3 +45,27 @@ def test_no_alias_hides_a_template() -> None:
 def test_a_mistyped_alias_names_the_right_one() -> None:
     with pytest.raises(DataError, match=re.escape("did you mean llama-3-instruct?")):
         template_source("llama-3-instuct")
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("hunyuan-dense", "hunyuan_dense"),
+        ("hunyuan-a13b", "hunyuan_a13b"),
+        ("glm_4", "glm-4"),
+        ("chatml_empty_think", "chatml-empty-think"),
+        ("llama_3-instruct", "llama-3"),
+        ("vicuna-v1.1", "vicuna"),
+    ],
+)
+def test_dashes_and_underscores_are_alike(name: str, stem: str) -> None:
+    assert resolve(name) == stem
+    assert template_source(name) == template_source(stem)
+
+
+def test_dashes_and_underscores_do_not_make_two_names_one() -> None:
+    names = [*shipped(), *ALIASES, *ABSENT]
+    assert len({name.replace("_", "-") for name in names}) == len(names)
+    assert resolve("GLM-4") is None
+    with pytest.raises(DataError, match="the template glm4-moe is not shipped"):
+        resolve("glm4-moe")
