@@ -108,6 +108,7 @@ class RowEncoder:
         encode = self.tokenization.encode
         chosen, rejected = (self._chat_in_mode(_last_turn_only(sample)) for sample in (row.chosen, row.rejected))
         samples = [*encode(chosen), *encode(rejected)]
+        shortened = False
         if self._longest is not None and not fits(samples, self._longest):
 
             def both(part: Sample) -> list[TokenizedSample]:
@@ -115,9 +116,10 @@ class RowEncoder:
                 return [*encode(part), *encode(replace(rejected, messages=turns))]
 
             samples = shorten(chosen, both, self._longest, self.args.over_long)
-            self._shortened += 1
+            shortened = True
         if len(samples) != 2:  # noqa: PLR2004 - a pair
             raise Rejected("bad_preference", "an answer became several samples")
+        self._shortened += shortened
         return samples
 
     def _truth(self, row: Sample | Document) -> list[TokenizedSample]:
@@ -354,7 +356,8 @@ class _Batch:
             proven[owner[mine[~agree]]] = False
             start[mine] += len(wanted)
         if isinstance(self._tokenization, Tokenization) and self._tokenization.mask_compat == "hunyuan":
-            opened = np.isin(flat[np.maximum(start - 1, 0)], list(self._tokenization.special_ids)) & (start > 0)
+            before = flat[np.maximum(start - 1, 0)]
+            opened = np.isin(before, list(self._tokenization.special_ids)) & (start > bounds[base])
             proven[owner[~opened]] = False
             start = start - 1
         return np.stack([start, bounds[end]], axis=1)

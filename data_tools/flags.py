@@ -104,7 +104,8 @@ def read_arguments(values: argparse.Namespace) -> tuple[list[str], TokenizerSour
     if values.json_keys:
         if given["map_keys"]:
             raise DataError("--json_keys and --map_keys both name columns; give one of them")
-        given["data_format"] = "text"
+        if not values.handler_name:
+            given["data_format"] = "text"
         given["map_keys"] = json.dumps({"text": values.json_keys})
     files = [*values.files, *([values.data_path] if values.data_path else [])]
     if not files:

@@ -3,11 +3,12 @@
 ``finebridge data build`` and ``data import`` make such folders; ``preprocess.py`` says what is in them.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..storage.manifest import verify
+from ..storage.once import verify_once
 from .arguments import DataArguments
 from .fitting import BUILD_TIME
 from .indexed import IndexedError, IndexedReader
@@ -21,7 +22,7 @@ _READING = ("data_format", "map_keys", "handler_name")  # flags that only raw ro
 
 def is_prepared(folder: Path) -> bool:
     """Whether a folder looks like a prepared dataset; ``open_prepared`` verifies it."""
-    return (folder / "text_document.idx").is_file()
+    return os.path.isfile(folder / "text_document.idx")  # noqa: PTH113 - False, too, for names too long to be a path
 
 
 def prepared_folder(patterns: Sequence[str]) -> Path | None:
@@ -50,7 +51,7 @@ def open_prepared(folder: Path, tokenizer: TokenizerSource, args: DataArguments)
     A flag that would have shaped other tokens, another tokenizer, or (for imported files, whose tokenizer is not known) an
     id that this one does not have raises DataError; a damaged folder raises ManifestError.
     """
-    manifest = verify(folder)
+    manifest = verify_once(folder)
     made: dict[str, Any] = manifest["made_from"]
     plain, given = DataArguments(), shaping(args)
     for name in _READING:
@@ -78,11 +79,11 @@ def open_prepared(folder: Path, tokenizer: TokenizerSource, args: DataArguments)
 def check_kind(kind: Kind, wanted: Kind | None, names: Sequence[str]) -> None:
     """Raises DataError when rows are not of the kind that is wanted."""
     if wanted not in (None, kind):
-        told = f"{', '.join(names)}: these rows are {_NAMES[kind]}; {_NAMES[wanted]} are needed here"
+        told = f"{', '.join(names)}: these rows are {KIND_NAMES[kind]}; {KIND_NAMES[wanted]} are needed here"
         raise DataError(f"{told} (--data_format says how rows are read)")
 
 
-_NAMES: Mapping[Kind | None, str] = {
+KIND_NAMES: Mapping[Kind | None, str] = {
     "chat": "conversations",
     "document": "plain text for pretraining",
     "preference": "pairs of answers",

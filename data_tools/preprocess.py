@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from .encoder import EncodedChunk, RowEncoder
 from .engine import EngineDiffers, fast_engine
 from .formats import RowForm, detect_form
 from .handlers import handler_form, map_keys
-from .prepared import check_kind, open_prepared, prepared_folder, shaping
+from .prepared import KIND_NAMES, check_kind, open_prepared, prepared_folder, shaping
 from .progress import Progress
 from .readers import Chunk, files_of, read_chunks, resolve_files, rows_of
 from .schema import DataError, Kind, Rejected
@@ -57,9 +57,10 @@ def prepare(
 ) -> Path:
     """The prepared dataset of these files, built when it does not stand yet; or the prepared dataset that is named.
 
-    Safe to call from many processes at once: one builds, the others wait. ``fork`` starts workers faster and is for a
-    process that has no threads. Raises DataError when a file is unusable, when its rows are not of the ``wanted`` kind, when
-    no row can be trained on, or when more rows are rejected than ``args.max_rejects`` allows.
+    Safe to call from many processes at once: one builds, the others wait. ``fork`` starts workers faster; it is for a
+    process whose threads hold no locks: a command, not a training rank. Raises DataError when a file is unusable, when
+    its rows are not of the ``wanted`` kind, when no row can be trained on, or when more rows are rejected than
+    ``args.max_rejects`` allows.
     """
     if folder := prepared_folder(patterns):
         open_prepared(folder, tokenizer, args)
@@ -68,12 +69,12 @@ def prepare(
         say(f"data: {describe(report)}; reused {folder}")
         check_rejects(report, folder, args.max_rejects)
         return folder
-    sources = resolve_files(patterns)
-    files = [file for source in sources for file in files_of(source)]
-    forms = row_forms(files, args)
-    kind = rows_kind(forms)
-    check_kind(kind, wanted, patterns)
-    hashes = source_sha256(files, cache)
+    files, forms, kind = check_sources(patterns, args, wanted)
+    told = sorted({form.form for form in forms} - {"messages"})
+    if told and args.data_format == "auto" and not args.handler_name:
+        say(f"data: by their columns the rows are read as {', '.join(told)} (--data_format says otherwise)")
+    args = _effective(args, kind, say)
+    hashes = source_sha256(files, cache, say)
     settings = {
         "format": FORMAT,
         "sources": [hashes[file] for file in files],  # a file that is named twice counts twice
@@ -81,8 +82,6 @@ def prepare(
         "tokenizer": tokenizer_sha256(tokenizer.path, tokenizer.load),
         **shaping(args),
     }
-    if kind == "document":
-        settings["chat_template"] = None
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     target = cache / key
 
@@ -101,6 +100,35 @@ def prepare(
         say(f"data: rejected rows are listed in {target / 'rejects.jsonl'}")
     check_rejects(report, target, args.max_rejects)
     return target
+
+
+def check_sources(
+    patterns: Sequence[str], args: DataArguments, wanted: Kind | None = None
+) -> tuple[list[Path], list[RowForm], Kind]:
+    """The files, the form of each one's rows, and their kind: what can be told by first rows and names of flags alone.
+
+    Raises DataError.
+    """
+    files = [file for source in resolve_files(patterns) for file in files_of(source)]
+    forms = row_forms(files, args)
+    kind = rows_kind(forms)
+    check_kind(kind, wanted, patterns)
+    shaping(args)  # looks the template's name up
+    return files, forms, kind
+
+
+def _effective(args: DataArguments, kind: Kind, say: Callable[[str], None]) -> DataArguments:
+    """The settings without those that mean nothing to rows of this kind, which is told."""
+    plain = DataArguments()
+    idle = _FOR_CHATS if kind == "document" else _FOR_TEXTS
+    given = [name for name in idle if getattr(args, name) != getattr(plain, name)]
+    if given:
+        say(f"data: no effect on {KIND_NAMES[kind]}: {', '.join('--' + name for name in given)}")
+    return replace(args, **{name: getattr(plain, name) for name in given})
+
+
+_FOR_CHATS = ("chat_template", "think_mode", "enable_thinking", "mask_compat")
+_FOR_TEXTS = ("append_eod",)
 
 
 def row_forms(files: Sequence[Path], args: DataArguments) -> list[RowForm]:
@@ -183,7 +211,7 @@ def _build(
     """Write the dataset with the fast engine where it can be trusted, else, or when it is found out, with the other."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     engine = fast_engine(backend, say) if backend is not None else None
-    workers = _workers(files, tokenizer, args.preprocessing_num_workers)
+    workers = args.preprocessing_num_workers or _workers(files, tokenizer, start_method)
     gc.freeze()  # what is loaded by now stays: no need to look through it again and again, or to copy it into workers
     for chosen in (engine, None):
         encoder = RowEncoder(tokenizer, args, kind, chosen)
@@ -199,12 +227,10 @@ def _build(
             return
 
 
-def _workers(files: Sequence[Path], tokenizer: Any, asked: int | None) -> int:
-    if asked is not None:
-        return asked
-    # Code that came with the tokenizer cannot be imported by a fresh process before transformers has fetched it.
-    remote = type(tokenizer).__module__.startswith("transformers_modules")
+def _workers(files: Sequence[Path], tokenizer: Any, start_method: StartMethod) -> int:
     useful = sum(file.stat().st_size for file in files) // _SMALL
+    # Code that came with the tokenizer cannot be imported by a fresh process before transformers has fetched it.
+    remote = type(tokenizer).__module__.startswith("transformers_modules") and start_method == "spawn"
     return 1 if remote else max(1, min(_MAX_WORKERS, len(os.sched_getaffinity(0)), useful))
 
 

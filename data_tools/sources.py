@@ -9,33 +9,36 @@ from typing import Any, cast
 
 from ..storage.assets import is_tokenizer_asset
 from ..storage.manifest import file_sha256
+from ..storage.once import locked
 from ..storage.publish import write_text
 
 _MEMO = "source_hashes.json"
 
 
-def source_sha256(files: Sequence[Path], cache: Path) -> dict[Path, str]:
+def source_sha256(files: Sequence[Path], cache: Path, say: Callable[[str], None] = print) -> dict[Path, str]:
     """SHA-256 of every file; one that has not changed since (size, times, inode) is not read again.
 
     The memory of earlier hashes is ``cache/source_hashes.json``. The change time cannot be set by programs, so a file
     that was written to is always read.
     """
     memo_file = cache / _MEMO
-    memo = _read_memo(memo_file)
     hashes: dict[Path, str] = {}
     new: dict[str, list[Any]] = {}
-    for file in dict.fromkeys(files):
-        state = file.stat()
-        mark = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev]
-        match memo.get(str(file.resolve())):
-            case [earlier, str(known)] if earlier == mark:
-                hashes[file] = known
-            case _:
-                hashes[file] = file_sha256(file)
-        new[str(file.resolve())] = [mark, hashes[file]]
-    if any(memo.get(name) != value for name, value in new.items()):
-        cache.mkdir(parents=True, exist_ok=True)
-        write_text(memo_file, json.dumps({**memo, **new}))
+    with locked(
+        cache / f".{_MEMO}.lock", say
+    ):  # the ranks of a machine come at once; one reads, the others find it done
+        memo = _read_memo(memo_file)
+        for file in dict.fromkeys(files):
+            state = file.stat()
+            mark = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev]
+            match memo.get(str(file.resolve())):
+                case [earlier, str(known)] if earlier == mark:
+                    hashes[file] = known
+                case _:
+                    hashes[file] = file_sha256(file)
+            new[str(file.resolve())] = [mark, hashes[file]]
+        if any(memo.get(name) != value for name, value in new.items()):
+            write_text(memo_file, json.dumps({**memo, **new}))
     return hashes
 
 
@@ -49,11 +52,11 @@ def _read_memo(file: Path) -> dict[str, Any]:
 
 
 def tokenizer_sha256(path: str, load: Callable[[], Any]) -> str:
-    """A hash of a tokenizer: of its files (chat template and settings too) for a folder, else of what is loaded."""
+    """A hash of a tokenizer: of its files (chat template, settings, code) for a folder, else of what is loaded."""
     digest = hashlib.sha256()
     if os.path.isdir(path):  # noqa: PTH112 - a Hub name is no path
         for file in sorted(Path(path).iterdir()):
-            if file.is_file() and is_tokenizer_asset(file.name):
+            if file.is_file() and (is_tokenizer_asset(file.name) or file.suffix == ".py"):
                 digest.update(f"{file.name}\n{file_sha256(file)}\n".encode())
         return digest.hexdigest()
     tokenizer = load()

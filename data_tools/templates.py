@@ -113,7 +113,8 @@ class ChatTemplate:
             text += self.render(question, prompt=True, kwargs={})
         except Rejected as error:
             raise DataError(
-                f"the chat template {name} does not render a plain question and answer: {error.detail}"
+                f"the chat template {name} does not render a plain question and answer with {self.tokenizer.name_or_path}: "
+                f"{error.detail}; choose the template of this model's family with --chat_template"
             ) from None
         if chosen is None:
             return text  # the tokenizer's own may well write such words as plain text

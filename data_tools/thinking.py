@@ -14,7 +14,6 @@ from .schema import DataError, Message, Rejected, Sample
 
 EnableThinking = Literal["true", "false", "none"]
 ThinkMode = Literal["keep", "fast", "slow", "mixed"]
-THINK_MODES: tuple[ThinkMode, ...] = ("keep", "fast", "slow", "mixed")
 NO_THINK = "/no_think"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 TAG = re.compile(r"</?(?:think|answer)(?::[^<>]*)?>")  # Hy3's tags carry a suffix: <think:opensource>
@@ -60,28 +59,40 @@ def parse(content: str) -> ThinkAnswer | None:
 
 
 def enable_thinking(sample: Sample, switch: EnableThinking | None, template: HasSource) -> Sample:
-    """The sample under MindSpeed-LLM's ``--enable-thinking``, for templates with such a switch (Qwen3).
+    """The sample under MindSpeed-LLM's ``--enable-thinking``, for templates with such a switch (Qwen3, Hunyuan).
 
     ``false`` takes every thought away and asks without thinking, so the empty thought stands in the prompt, without loss;
     ``true`` asks with thinking, so a turn without a thought answers with an empty one, which carries loss; ``none`` (and
     not given) asks with thinking where there is a thought. A row's own ``enable_thinking`` wins. Raises DataError.
     """
-    if switch in (None, "none"):
-        return sample
+    given = switch not in (None, "none")
     if "enable_thinking" not in template.source:
-        raise DataError(f"--enable_thinking {switch}: this chat template has no such switch; see --think_mode")
-    messages = sample.messages
+        if given:
+            raise DataError(f"--enable_thinking {switch}: this chat template has no such switch; see --think_mode")
+        return sample
+    if not given and "enable_thinking" not in sample.template_kwargs:
+        return sample
     kwargs = {"enable_thinking": switch == "true", **sample.template_kwargs}
-    if switch == "false" and not kwargs["enable_thinking"]:
-        messages = tuple(_without_thought(turn) if turn.role == "assistant" else turn for turn in messages)
-    return Sample(messages, kwargs)
+    without = switch == "false" and not kwargs["enable_thinking"]
+    inside = "reasoning_content" not in template.source
+    messages = [
+        _switched(turn, without=without, inside=inside) if turn.role == "assistant" else turn
+        for turn in sample.messages
+    ]
+    return Sample(tuple(messages), kwargs)
 
 
-def _without_thought(message: Message) -> Message:
+def _switched(message: Message, *, without: bool, inside: bool) -> Message:
+    """An answer ``without`` its thought; ``inside`` says that the template wants the thought, even an empty one, in it."""
+    if not (without or inside):
+        return message
     value = parse(message.content)
-    if value is not None:
-        return replace(message, content=replace(value, thought="").render(), reasoning=None)
-    return replace(message, content=_plain(message).answer, reasoning=None)
+    formed = value is not None or inside
+    if value is None:
+        value = _plain(message) if message.reasoning is None else ThinkAnswer(message.reasoning, message.content)
+    if without:
+        value = replace(value, thought="")
+    return replace(message, content=value.render() if formed else value.answer, reasoning=None)
 
 
 def apply_mode(sample: Sample, mode: ThinkMode, *, separate: bool) -> Sample:

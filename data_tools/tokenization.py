@@ -138,7 +138,7 @@ class Tokenization:
             checked = index + 1
             start = len(turn.prompt)
             if self.mask_compat == "hunyuan":
-                if turn.prompt[-1] not in self.special_ids:
+                if not turn.prompt or turn.prompt[-1] not in self.special_ids:
                     raise Rejected(
                         "mask_compat", "the prompt does not end in a control token, as --mask_compat hunyuan needs"
                     )

@@ -3,8 +3,10 @@
 import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 
 from .. import __version__
@@ -109,6 +111,8 @@ def _data(words: list[str]) -> int:
     if verb is None:
         raise ValueError(usage)
     module, name = verb
+    with suppress(ValueError):  # not in a thread that is not the first one
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: nothing half-written stays
     return import_module(f"..data_tools.{module}", __package__).__dict__[name](words[1:])
 
 

@@ -6,14 +6,15 @@ later run. A failed build is not remembered: each waiter tries in turn and raise
 """
 
 import fcntl
+import json
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .manifest import ManifestError, verify
-from .publish import publish
+from .publish import publish, write_text
 
 
 def build_once(
@@ -36,7 +37,45 @@ def build_once(
         made_from: dict[str, Any] = {}
         with publish(target, kind=kind, made_from=made_from, replace=True) as folder:
             made_from.update(build(folder))
+        _remember(target)  # all was hashed when it was published
     return True
+
+
+def verify_once(folder: Path) -> dict[str, Any]:
+    """The manifest of a published folder, whose files are hashed once: later only their size, times and inode are looked at.
+
+    The memory lies beside the folder (``.NAME.verified``). A program cannot set the change time of a file, so one that
+    was written to is always hashed again. Raises ManifestError.
+    """
+    if _memory(folder) == _marks(folder):
+        return verify(folder, hashes=False)
+    manifest = verify(folder)
+    _remember(folder)
+    return manifest
+
+
+def _marks(folder: Path) -> dict[str, list[int]]:
+    states = {path.relative_to(folder).as_posix(): path.stat() for path in sorted(folder.rglob("*"))}
+    return {
+        name: [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev]
+        for name, state in states.items()
+    }
+
+
+def _memory(folder: Path) -> object:
+    try:
+        return json.loads(_memory_of(folder).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None  # it only saves time
+
+
+def _remember(folder: Path) -> None:
+    with suppress(OSError):  # a place that is only read: then every start hashes
+        write_text(_memory_of(folder), json.dumps(_marks(folder)))
+
+
+def _memory_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.verified")
 
 
 @contextmanager
@@ -61,7 +100,7 @@ def _stands(target: Path, say: Callable[[str], None] | None = None) -> bool:
     if not target.exists():
         return False
     try:
-        verify(target)
+        verify_once(target)
     except (ManifestError, FileNotFoundError) as error:  # or it is being replaced at this moment
         if say:
             say(f"building again: {error}")

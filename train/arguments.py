@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from ..data_tools.arguments import DataArguments
 from ..data_tools.prepared import prepared_folder
-from ..data_tools.readers import resolve_files
+from ..data_tools.preprocess import check_sources
 from ..ds_configs.resolve import FIXED_BY_FLAGS, check_fixed, check_precision, resolve, zero_stage
 from ..storage.manifest import steps
 from .hf_flags import ArgumentsError, convert, hf_flags, hf_value, nearest
@@ -239,6 +239,8 @@ def check_model_path(flag: str, value: str | None) -> None:
 
 def _own_value(name: str, raw: str | bool, kind: Any) -> Any:
     """A raw value as the type of an own field."""
+    if isinstance(raw, bool) and any("true" in get_args(part) for part in (kind, *get_args(kind))):
+        raw = str(raw).lower()  # a choice of words; YAML made a truth value of it
     if get_origin(kind) is Literal or any(get_origin(part) is Literal for part in get_args(kind)):
         choices = next(get_args(part) for part in (kind, *get_args(kind)) if get_origin(part) is Literal)
         if str(raw) not in choices:
@@ -311,7 +313,7 @@ def _check_together(args: Arguments) -> None:
         raise ArgumentsError("--train_data_file is missing (or --use_dummy_data for a speed test)")
     for name in (data.train_data_file, data.eval_data_file):
         if name and not prepared_folder([name]):
-            resolve_files([name])
+            check_sources([name], data, "chat")
     _check_hf(args)
     if hf.get("bf16") and hf.get("fp16"):
         raise ArgumentsError("--bf16 and --fp16 exclude each other")

@@ -4,6 +4,7 @@ Data comes before the process group exists, so that no collective can time out w
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from ..data_tools.arguments import DataArguments
 from ..data_tools.collator import FlatteningCollator, PaddingCollator
 from ..data_tools.dataset import DummyDataset, PackedDataset, PreparedDataset, Samples
 from ..data_tools.packing import pack, spread
 from ..data_tools.preprocess import prepare
+from ..data_tools.schema import Origin
 from ..data_tools.templates import template_source
 from ..data_tools.tokenizer_files import TokenizerSource, load_tokenizer
 from ..ds_configs.resolve import resolve, zero_stage
@@ -51,8 +52,6 @@ def assemble(args: Arguments) -> Run:
         trust_remote_code=args.model.trust_remote_code,
         cache_dir=args.model.cache_dir,
     )
-    if args.data.chat_template:
-        tokenizer.chat_template = template_source(args.data.chat_template)  # it is saved with every checkpoint
     train_data, eval_data = _datasets(args, tokenizer, output_dir)
     settings = None
     if args.hf.get("deepspeed"):
@@ -95,36 +94,45 @@ def assemble(args: Arguments) -> Run:
 
 
 def _datasets(args: Arguments, tokenizer: Any, output_dir: Path) -> tuple[Any, Any]:
-    """Training and evaluation data; samples over the limit are listed in ``OUTPUT_DIR/over_long.jsonl``."""
+    """Training and evaluation data; samples over the limit are listed in ``OUTPUT_DIR/over_long.jsonl``.
+
+    ``tokenizer``, which is saved with every checkpoint, gets the chat template that the training data was made with.
+    """
     data = args.data
     if data.use_dummy_data:
+        if data.chat_template:
+            tokenizer.chat_template = template_source(data.chat_template)
         return DummyDataset(len(tokenizer), data.max_seq_length, seed=int(args.hf.get("seed", 42))), None
-    over_long: list[str] = []
-    sets = [
-        _open_prepared(pattern, tokenizer, data, output_dir, over_long) if pattern else None
+    # Not the tokenizer itself: preparing sets its template, and each data set is prepared from what is on disk.
+    source = TokenizerSource(tokenizer.name_or_path, args.model.trust_remote_code, args.model.cache_dir)
+    cache = Path(data.prepared_data_dir) if data.prepared_data_dir else output_dir / "prepared_data"
+    folders = [
+        prepare([pattern], source, data, cache, runtime.say, wanted="chat") if pattern else None
         for pattern in (data.train_data_file, data.eval_data_file)
     ]
+    templates = [read(folder)["made_from"].get("chat_template") for folder in folders if folder]
+    if len(set(templates)) > 1:
+        raise ArgumentsError(
+            f"--eval_data_file {data.eval_data_file} was made with another chat template than the training data"
+        )
+    tokenizer.chat_template = templates[0] or tokenizer.chat_template
+    sets = [
+        PreparedDataset(folder, data.max_seq_length, data.over_long, runtime.say) if folder else None
+        for folder in folders
+    ]
     if runtime.is_main():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "over_long.jsonl").unlink(missing_ok=True)  # an earlier run's
-        if over_long:
-            write_text(output_dir / "over_long.jsonl", "".join(over_long))
+        _list_over_long(output_dir, [origin for dataset in sets if dataset for origin in dataset.over_long_rows])
     return sets[0], sets[1]
 
 
-def _open_prepared(
-    pattern: str, tokenizer: Any, data: DataArguments, output_dir: Path, over_long: list[str]
-) -> PreparedDataset:
-    cache = Path(data.prepared_data_dir) if data.prepared_data_dir else output_dir / "prepared_data"
-    source = TokenizerSource(tokenizer.name_or_path, loaded=tokenizer)
-    folder = prepare([pattern], source, data, cache, runtime.say, wanted="chat")
-    tokenizer.chat_template = read(folder)["made_from"].get("chat_template") or tokenizer.chat_template
-    dataset = PreparedDataset(folder, data.max_seq_length, data.over_long, runtime.say)
-    over_long += [
-        json.dumps({"file": str(origin.file), "line": origin.line, "tokens": tokens}, ensure_ascii=False) + "\n"
-        for origin, tokens in dataset.over_long_rows
-    ]
-    return dataset
+def _list_over_long(output_dir: Path, rows: Sequence[tuple[Origin, int]]) -> None:
+    """Samples over the limit as ``OUTPUT_DIR/over_long.jsonl``, in place of an earlier run's."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "over_long.jsonl").unlink(missing_ok=True)
+    if rows:
+        lines = [{"file": str(origin.file), "line": origin.line, "tokens": tokens} for origin, tokens in rows]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_text(output_dir / "over_long.jsonl", text)
 
 
 def _packed(

@@ -1,6 +1,10 @@
 """The command lines of the data verbs: what --help shows, and what a user is told when a place cannot be written."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,3 +67,55 @@ def test_a_template_that_writes_the_date_is_told(capsys: pytest.CaptureFixture[s
     assert "writes today's date" in capsys.readouterr().out
     assert main(["data", "build", *words]) == 0
     assert "writes today's date" not in capsys.readouterr().out
+
+
+def test_json_keys_go_with_a_handler_for_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"content": "some text"}\n')
+    words = [str(tmp_path / "t.jsonl"), "--tokenizer_name_or_path", str(EXAMPLE), "--output_dir", str(tmp_path / "o")]
+    assert main(["data", "build", *words, "--handler-name", "GeneralPretrainHandler", "--json-keys", "content"]) == 0
+    folder = Path(capsys.readouterr().out.splitlines()[-1])
+    assert json.loads((folder / "report.json").read_text())["kind"] == "document"
+
+
+def test_flags_that_mean_nothing_to_these_rows_are_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "some text"}\n')
+    words = ["--tokenizer_name_or_path", str(EXAMPLE), "--output_dir", str(tmp_path / "o")]
+    assert main(["data", "build", str(tmp_path / "t.jsonl"), *words, "--think_mode", "fast"]) == 0
+    said = capsys.readouterr().out
+    assert "no effect on plain text for pretraining: --think_mode" in said
+    assert "read as text" in said
+    assert main(["data", "build", str(EXAMPLE / "train_lora.jsonl"), *words]) == 0
+    folder = capsys.readouterr().out.splitlines()[-1]
+    assert main(["data", "build", str(EXAMPLE / "train_lora.jsonl"), *words, "--append_eod"]) == 0
+    said = capsys.readouterr().out
+    assert "no effect on conversations: --append_eod" in said
+    assert said.splitlines()[-1] == folder
+
+
+def test_a_terminated_build_leaves_nothing(tmp_path: Path) -> None:
+    rows = (EXAMPLE / "train_lora.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "many.jsonl").write_text(rows * 300, encoding="utf-8")
+    words = [
+        str(tmp_path / "many.jsonl"),
+        "--tokenizer_name_or_path",
+        str(EXAMPLE),
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    build = subprocess.Popen(
+        [sys.executable, "-P", "-m", "finebridge.finetune.cli", "data", "build", *words, "--workers", "2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("o/.*.tmp-*/*.bin")):
+        assert build.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    build.send_signal(signal.SIGTERM)
+    _, said = build.communicate(timeout=60)
+    assert build.returncode == 130
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("o/.*.tmp-*"))
+    assert not list(tmp_path.glob("o/*/manifest.json"))

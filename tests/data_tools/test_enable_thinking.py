@@ -61,3 +61,25 @@ def test_enable_thinking_needs_a_template_with_the_switch(tokenizers_by_template
             DataArguments(chat_template="chatml", enable_thinking=switch),
             [{"messages": [QUESTION, PLAIN]}],
         )
+
+
+@pytest.mark.parametrize(
+    ("switch", "plain", "thought"),
+    [
+        ("true", "{{<think>\n\n</think>\n<answer>\na\n</answer>END}}", "{{<think>\nhm\n</think>\n<answer>\na\n</answer>END}}"),
+        ("false", "<think>\n\n</think>\n{{<answer>\na\n</answer>END}}", "<think>\n\n</think>\n{{<answer>\na\n</answer>END}}"),
+        ("none", "{{aEND}}", "{{<think>\nhm\n</think>\n<answer>\na\n</answer>END}}"),
+    ],
+)  # fmt: skip
+def test_templates_with_thoughts_in_the_answer(
+    tokenizers_by_template: dict[str, Any], switch: Any, plain: str, thought: str
+) -> None:
+    tokenizer = tokenizers_by_template["hunyuan_dense"]
+    args = DataArguments(chat_template="hunyuan_dense", enable_thinking=switch)
+    made = both_ways(tokenizer, args, [{"messages": [QUESTION, PLAIN]}, {"messages": [QUESTION, THOUGHT]}])
+    texts: list[str] = []
+    for sample in made.samples():
+        ((start, end),) = sample.spans.tolist()
+        prompt, answer = tokenizer.decode(sample.ids[:start]), tokenizer.decode(sample.ids[start:end])
+        texts.append((prompt + "{{" + answer + "}}").partition("<｜hy_Assistant｜>")[2])
+    assert [text.replace(tokenizer.eos_token, "END") for text in texts] == [plain, thought]

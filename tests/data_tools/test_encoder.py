@@ -304,3 +304,13 @@ def test_hy3s_think_tags_in_a_question_are_text(tokenizers_by_template: dict[str
     plain, hostile = both_ways(tokenizer, DataArguments(chat_template="hy3"), rows).samples()
     tag = tokenizer.convert_tokens_to_ids("</think:opensource>")
     assert hostile.ids.tolist().count(tag) == plain.ids.tolist().count(tag)
+
+
+def test_an_answer_after_an_empty_prompt(tokenizers_by_template: dict[str, Any]) -> None:
+    """Nothing stands before it that could open it; the sample before must not be looked at."""
+    tokenizer = tokenizers_by_template["chatml"]
+    args = DataArguments(chat_template="empty", mask_compat="hunyuan")
+    answer = {"role": "assistant", "content": "a"}
+    asked = [{"role": "user", "content": text} for text in ("q" + tokenizer.eos_token, "")]
+    made = both_ways(tokenizer, args, [{"messages": [question, answer]} for question in (asked[0], asked[1], asked[1])])
+    assert [code for _, _, code, _ in made.rejects][-2:] == ["mask_compat"] * 2

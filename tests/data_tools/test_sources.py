@@ -142,3 +142,11 @@ def test_a_tokenizer_of_the_hub_is_told_by_what_is_loaded(tokenizers_by_template
     before = tokenizer_sha256("owner/name", lambda: tokenizer)
     tokenizer.chat_template = "two"
     assert tokenizer_sha256("owner/name", lambda: tokenizer) != before
+
+
+def test_code_beside_a_tokenizer_is_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenization_own.py").write_text("VERSION = 1\n")
+    before = tokenizer_sha256(str(tmp_path), lambda: None)
+    (tmp_path / "tokenization_own.py").write_text("VERSION = 2\n")
+    assert tokenizer_sha256(str(tmp_path), lambda: None) != before

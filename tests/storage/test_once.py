@@ -1,5 +1,6 @@
 """An artifact is built once, by real processes; neither a dead owner nor a failed build stops the next."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finebridge.storage.manifest import verify
-from finebridge.storage.once import build_once, locked
+from finebridge.storage import manifest
+from finebridge.storage.manifest import ManifestError, verify
+from finebridge.storage.once import build_once, locked, verify_once
+from finebridge.storage.publish import publish
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -32,7 +35,8 @@ print(build_once(Path(sys.argv[1]), build, kind="dataset"))
 HOLDER = """
 import sys, time
 from pathlib import Path
-from finebridge.storage.once import build_once, locked
+from finebridge.storage.once import build_once, locked, verify_once
+from finebridge.storage.publish import publish
 def build(folder):
     (folder / "data").write_text("half")
     print("inside", flush=True)
@@ -164,3 +168,23 @@ def test_a_damaged_artifact_stays_when_it_cannot_be_built_again(tmp_path: Path) 
     with pytest.raises(ValueError, match="the source is gone"):
         build_once(tmp_path / "x", fail, kind="dataset", say=lambda _: None)
     assert (tmp_path / "x" / "data").read_text() == "evidence"
+
+
+def test_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not again while nothing was written to them; after that they are, even under the same size and times."""
+    target = tmp_path / "a"
+    with publish(target, kind="dataset", made_from={}) as folder:
+        (folder / "data").write_text("made")
+    hashed: list[str] = []
+    honest = manifest.file_sha256
+    monkeypatch.setattr(manifest, "file_sha256", lambda path: (hashed.append(path.name), honest(path))[1])
+    assert verify_once(target) == verify_once(target)
+    assert hashed == ["data"]
+    state = (target / "data").stat()
+    (target / "data").write_text("edit")
+    os.utime(target / "data", ns=(state.st_atime_ns, state.st_mtime_ns))
+    with pytest.raises(ManifestError, match="SHA-256"):
+        verify_once(target)
+    (tmp_path / ".a.verified").write_text("[")
+    (target / "data").write_text("made")
+    assert verify_once(target)["kind"] == "dataset"
