@@ -7,7 +7,7 @@ every token stands for known bytes: so each text that it encodes is checked, byt
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -46,8 +46,11 @@ class EngineDiffers(RuntimeError):  # noqa: N818 - it names what happened; the b
 class FastEngine:
     """Plain text to token ids by ``fastokens``: no added token is ever recognised, no special token is added.
 
-    ``normalize`` is the tokenizer's Unicode normaliser; texts must have passed through it before ``encode``.
+    ``normalize`` is the tokenizer's Unicode normaliser; texts must have passed through it before ``encode``. ``used`` says
+    that one has encoded in this process, which then has threads of the engine's.
     """
+
+    used: ClassVar[bool] = False
 
     def __init__(self, settings: dict[str, Any], vocab_size: int) -> None:
         import fastokens
@@ -60,8 +63,18 @@ class FastEngine:
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Ids of all texts one after the other (int32) and where each begins and ends (int64, shape [len(texts) + 1])."""
+        FastEngine.used = True
         ids, offsets = self._engine.encode_batch_flat(list(texts))
         return np.frombuffer(ids, "<u4").astype(np.int32), np.frombuffer(offsets, "<u8").astype(np.int64)
+
+    def check(self, backend: Any) -> None:
+        """Compare both engines on some thousand strings. Raises EngineDiffers, naming the text."""
+        texts = check_texts(orjson.loads(backend.to_str()))
+        ids, offsets = self.encode(texts)
+        truth = backend.encode_batch_fast(texts, add_special_tokens=False)
+        for number, (text, wanted) in enumerate(zip(texts, truth, strict=True)):
+            if ids[offsets[number] : offsets[number + 1]].tolist() != wanted.ids:
+                raise EngineDiffers(f"the text {text!r}")
 
     def holds(
         self, ids: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], texts: Sequence[str]
@@ -77,24 +90,16 @@ class FastEngine:
 
 
 def fast_engine(backend: Any, say: Callable[[str], None] = print) -> FastEngine | None:
-    """The fast engine for a ``tokenizers.Tokenizer``, or None, with one line that says why, when it cannot be trusted."""
+    """The fast engine for a ``tokenizers.Tokenizer``, not yet checked; None, with one line that says why, when there is none."""
     settings = orjson.loads(backend.to_str())
     if reason := _unsuited(settings):
         say(f"data: tokenising with tokenizers ({reason})")
         return None
     try:
-        engine = FastEngine(settings, backend.get_vocab_size(with_added_tokens=True))
+        return FastEngine(settings, backend.get_vocab_size(with_added_tokens=True))
     except ValueError as error:
         say(f"data: tokenising with tokenizers (fastokens does not read this tokenizer: {error})")
         return None
-    texts = check_texts(settings)
-    ids, offsets = engine.encode(texts)
-    truth = backend.encode_batch_fast(texts, add_special_tokens=False)
-    for number, (text, wanted) in enumerate(zip(texts, truth, strict=True)):
-        if ids[offsets[number] : offsets[number + 1]].tolist() != wanted.ids:
-            say(f"data: tokenising with tokenizers (fastokens differs from it on {text!r})")
-            return None
-    return engine
 
 
 def check_texts(settings: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from .indexed import IndexedError, IndexedReader
 from .schema import DataError, Kind
 from .sources import tokenizer_sha256
 from .templates import template_source
-from .tokenizer_files import TokenizerSource
+from .tokenizer_files import TokenizerSource, vocabulary_size
 
 _READING = ("data_format", "map_keys", "handler_name")  # flags that only raw rows need
 
@@ -70,7 +70,7 @@ def open_prepared(folder: Path, tokenizer: TokenizerSource, args: DataArguments)
             )
     else:
         try:
-            IndexedReader(folder / "text_document").check_ids(len(tokenizer.load()))
+            IndexedReader(folder / "text_document").check_ids(vocabulary_size(tokenizer.load()))
         except IndexedError as error:
             raise DataError(f"{error}; is this the tokenizer that the data was made with?") from None
     return manifest

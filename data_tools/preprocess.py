@@ -11,29 +11,26 @@ answer comes first, then the rejected one.
 import gc
 import hashlib
 import json
-import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 from ..storage.once import build_once
 from .arguments import DataArguments
-from .encoder import EncodedChunk, RowEncoder
+from .encoder import RowEncoder
 from .engine import EngineDiffers, fast_engine
 from .formats import RowForm, detect_form
-from .handlers import handler_form, map_keys
+from .handlers import check_columns, handler_form, map_keys
 from .prepared import KIND_NAMES, check_kind, open_prepared, prepared_folder, shaping
 from .progress import Progress
-from .readers import Chunk, files_of, read_chunks, resolve_files, rows_of
+from .readers import files_of, read_chunks, resolve_files, rows_of
 from .schema import DataError, Kind, Rejected
 from .sources import source_sha256, tokenizer_sha256
 from .tokenizer_files import TokenizerSource
+from .workers import Job, StartMethod, encoding
 from .writer import DatasetWriter, describe
 
 FORMAT = 3  # raise when the same input would give other tokens or spans
@@ -42,8 +39,7 @@ _SMALL = 8 << 20  # bytes of data for which starting one more worker process pay
 _MAX_WORKERS = 16
 _DEFAULT_REJECTS = 0.05
 _SHOWN = 10
-
-StartMethod = Literal["fork", "spawn"]
+_LOOKED_AT = 10_000  # rows of a file in which a column of --map_keys must show itself
 
 
 def prepare(
@@ -143,7 +139,13 @@ def row_forms(files: Sequence[Path], args: DataArguments) -> list[RowForm]:
         raise DataError("--map_keys needs --data_format or --handler_name: which form the renamed columns make")
     else:
         forms = [_detected(file) for file in files]
-    return [map_keys(form, args.map_keys) for form in forms] if args.map_keys else forms
+    if not args.map_keys:
+        return forms
+    mapped = [map_keys(form, args.map_keys) for form in forms]
+    for file, form in zip(files, mapped, strict=True):
+        rows = (row for chunk in read_chunks(file) for _, row in rows_of(chunk) if isinstance(row, dict))
+        check_columns(form, islice(cast("Iterator[dict[str, Any]]", rows), _LOOKED_AT))
+    return mapped
 
 
 def _detected(file: Path) -> RowForm:
@@ -218,13 +220,23 @@ def _build(
         if chosen is engine and encoder.template and "strftime_now" in encoder.template.source:
             say("data: the chat template writes today's date; the same rows give other tokens on another day")
         try:
-            with DatasetWriter(folder, files, kind) as writer, Progress(files, say) as progress:
-                for chunk in _encoded(files, forms, encoder, workers, start_method, progress):
+            with (
+                encoding(encoder, workers, start_method) as encode,  # before the bar, which has a thread
+                DatasetWriter(folder, files, kind) as writer,
+                Progress(files, say) as progress,
+            ):
+                for chunk in encode(_jobs(files, forms, progress)):
                     writer.add(chunk)
         except EngineDiffers as error:
-            say(f"data: {error}: the fast engine differs from tokenizers here; building again with tokenizers alone")
+            say(f"data: {error}: the fast engine differs from tokenizers here; building with tokenizers alone")
         else:
             return
+
+
+def _jobs(files: Sequence[Path], forms: Sequence[RowForm], progress: Progress) -> Iterator[Job]:
+    for number, (file, form) in enumerate(zip(files, forms, strict=True)):
+        for chunk in progress.watch(file, read_chunks(file)):
+            yield number, chunk, form
 
 
 def _workers(files: Sequence[Path], tokenizer: Any, start_method: StartMethod) -> int:
@@ -232,74 +244,3 @@ def _workers(files: Sequence[Path], tokenizer: Any, start_method: StartMethod) -
     # Code that came with the tokenizer cannot be imported by a fresh process before transformers has fetched it.
     remote = type(tokenizer).__module__.startswith("transformers_modules") and start_method == "spawn"
     return 1 if remote else max(1, min(_MAX_WORKERS, len(os.sched_getaffinity(0)), useful))
-
-
-def _encoded(
-    files: Sequence[Path],
-    forms: Sequence[RowForm],
-    encoder: RowEncoder,
-    workers: int,
-    start_method: StartMethod,
-    progress: Progress,
-) -> Iterator[tuple[int, EncodedChunk]]:
-    """Every chunk of the files in order, with its file's number, encoded here or by worker processes."""
-    jobs = (
-        (number, chunk, form)
-        for number, (file, form) in enumerate(zip(files, forms, strict=True))
-        for chunk in progress.watch(file, read_chunks(file))
-    )
-    if workers == 1:
-        for number, chunk, form in jobs:
-            yield number, encoder(chunk, form)
-        return
-    for number, chunk, form in islice(jobs, 1):
-        yield number, encoder(chunk, form)  # what it learns here of the shapes of rows, forked workers need not learn
-    global _worker_encoder  # noqa: PLW0603 - forked workers inherit it
-    _worker_encoder = encoder
-    context = multiprocessing.get_context(start_method)
-    state = (
-        None if start_method == "fork" else (encoder.tokenizer, encoder.args, encoder.kind, encoder.engine is not None)
-    )
-    os.environ["FASTOKENS_BPE_THREADS"] = "1"  # one tokenizing thread a worker
-    try:
-        with ProcessPoolExecutor(workers, context, _set_encoder, (state,)) as pool:
-            waiting = [
-                (number, pool.submit(_encode_in_worker, chunk, form))
-                for number, chunk, form in islice(jobs, 3 * workers)
-            ]
-            while waiting:
-                number, future = waiting.pop(0)
-                yield number, future.result()
-                waiting += [(n, pool.submit(_encode_in_worker, chunk, form)) for n, chunk, form in islice(jobs, 1)]
-    except BrokenProcessPool:
-        raise DataError(
-            "a tokenising process was killed (out of memory?); try a smaller --preprocessing_num_workers"
-        ) from None
-    finally:
-        del os.environ["FASTOKENS_BPE_THREADS"]
-        _worker_encoder = None
-
-
-_worker_encoder: RowEncoder | None = None
-
-
-def _set_encoder(state: tuple[Any, DataArguments, Kind, bool] | None) -> None:
-    global _worker_encoder  # noqa: PLW0603 - the one way to hand a pool's workers their state
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if state is not None:
-        tokenizer, args, kind, fast = state
-        engine = fast_engine(tokenizer.backend_tokenizer, lambda _: None) if fast else None
-        _worker_encoder = RowEncoder(tokenizer, args, kind, engine)
-
-
-def _end_with_parent() -> None:
-    """End this worker when the process that started it is killed: a forked one holds the lock of the build with it."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode_in_worker(chunk: Chunk, form: RowForm) -> EncodedChunk:
-    assert _worker_encoder is not None
-    return _worker_encoder(chunk, form)

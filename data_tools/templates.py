@@ -5,6 +5,7 @@ tokens a template uses, and whether it reads ``reasoning_content``, is read from
 """
 
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def template_source(name_or_path: str) -> str:
     Raises DataError with the nearest name.
     """
     own = Path(name_or_path)
-    if own.is_file():
+    if os.path.isfile(own):  # noqa: PTH113 - False, too, for a name too long to be a path
         return own.read_text(encoding="utf-8")
     name = resolve(name_or_path) or name_or_path
     if name in shipped():

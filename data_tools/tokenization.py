@@ -270,7 +270,10 @@ class DocumentTokenization:
         if marks and _is_private(document.text):
             raise Rejected("private_characters", "control tokens stand beside private characters (U+F0000) in the text")
         self.neutralised += bool(marks)
-        ids = [*self.before, *self.text.encode(text, {mark: token for token, mark in marks.items()}), *self.after]
+        ids = self.text.encode(text, {mark: token for token, mark in marks.items()})
+        if not ids:
+            raise Rejected("empty_text", "the tokenizer makes no token of the document")
+        ids = [*self.before, *ids, *self.after]
         return [TokenizedSample(np.asarray(ids, np.int32), np.asarray([[0, len(ids)]], np.int32))]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..data_tools.tokenizer_files import remote_code_hint
+from ..data_tools.tokenizer_files import remote_code_hint, vocabulary_size
 from ..storage.assets import read_json
 from .arguments import ARCHITECTURE, ModelArguments
 from .hf_flags import ArgumentsError, nearest
@@ -27,9 +27,10 @@ def load_model(
     """
     model = _new_model(args, dtype, tokenizer, given) if args.config_name else _pretrained(args, dtype, say)
     rows = _rows(model.get_input_embeddings())
-    if len(tokenizer) > rows:
+    needed = vocabulary_size(tokenizer)
+    if needed > rows:
         raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}: they do not belong together"
+            f"the tokenizer's largest id is {needed - 1} but the model embeds only {rows} ids: they do not belong together"
         )
     return model
 
@@ -66,7 +67,7 @@ def _new_model(args: ModelArguments, dtype: torch.dtype, tokenizer: Any, given: 
     """A model with random weights from a config file or a model type; flags that were given override the file."""
     name = str(args.config_name)
     values = {field: getattr(args, flag) for flag, field in ARCHITECTURE.items() if flag in given}
-    values.setdefault("vocab_size", len(tokenizer))
+    values.setdefault("vocab_size", vocabulary_size(tokenizer))
     if args.model_max_length:
         values["max_position_embeddings"] = args.model_max_length
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):

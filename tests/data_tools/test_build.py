@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree, ignore_patterns
@@ -12,13 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from finebridge.data_tools import preprocess
+from finebridge.data_tools import preprocess, workers
 from finebridge.data_tools.arguments import DataArguments
 from finebridge.data_tools.dataset import PreparedDataset
-from finebridge.data_tools.encoder import RowEncoder
 from finebridge.data_tools.engine import FastEngine
 from finebridge.data_tools.preprocess import TokenizerSource, prepare
-from finebridge.data_tools.schema import DataError
 from finebridge.data_tools.templates import template_source
 from finebridge.data_tools.writer import DatasetWriter
 from finebridge.storage.manifest import verify
@@ -74,16 +74,31 @@ def temporary(cache: Path) -> list[Path]:
 # ---- the same bytes
 
 
-@pytest.mark.parametrize(("workers", "method"), [(2, "fork"), (3, "fork"), (2, "spawn")])
+@pytest.mark.parametrize(("count", "method"), [(2, "fork"), (3, "fork"), (2, "spawn")])
 def test_bytes_do_not_depend_on_processes(
-    tmp_path: Path, source: TokenizerSource, data: Path, good: Path, workers: int, method: Any
+    tmp_path: Path, source: TokenizerSource, data: Path, good: Path, count: int, method: str
 ) -> None:
-    args = arguments(preprocessing_num_workers=workers)
-    several = prepare([str(data)], source, args, tmp_path / "cache", start_method=method)
+    said = in_a_new_process(BUILD, source.path, data, tmp_path / "cache", count, method)
+    several = Path(said.splitlines()[-1])
     assert several.name == good.name
     assert contents(several) == contents(good)
     assert len(contents(good)) == 8
     assert json.loads((good / "report.json").read_text())["samples"] > 100
+
+
+def test_no_process_is_forked_after_an_engine_has_encoded(
+    tmp_path: Path, source: TokenizerSource, data: Path, good: Path
+) -> None:
+    """Its threads and locks would be inherited as they are: such a child waited for ever."""
+    assert good  # made in this process
+    assert FastEngine.used
+    asked: list[str] = []
+    honest = workers.multiprocessing.get_context
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers.multiprocessing, "get_context", lambda method: (asked.append(method), honest(method))[1])
+        args = arguments(preprocessing_num_workers=2)
+        assert contents(prepare([str(data)], source, args, tmp_path / "c", start_method="fork")) == contents(good)
+    assert asked == ["spawn"]
 
 
 def test_engines_give_the_same_bytes(
@@ -93,60 +108,72 @@ def test_engines_give_the_same_bytes(
     assert contents(prepare([str(data)], source, arguments(), tmp_path / "cache")) == contents(good)
 
 
-HONEST = FastEngine.encode
-
-
-def letter_by_letter(self: FastEngine, texts: Any) -> Any:
-    """Right bytes, other ids: what no check but the comparison can tell."""
+# argv: tokenizer, data, cache, workers, start method. A process of its own: in this one engines have encoded already.
+BUILD = """
+import sys
+from pathlib import Path
+from finebridge.data_tools import preprocess
+from finebridge.data_tools.arguments import DataArguments
+tokenizer, data, cache, workers, method = sys.argv[1:]
+args = DataArguments(chat_template="qwen3", max_rejects=1.0, preprocessing_num_workers=int(workers))
+try:
+    print(preprocess.prepare([data], preprocess.TokenizerSource(tokenizer), args, Path(cache), print, method))
+except ValueError as error:
+    print(error)
+"""
+# Right bytes, other ids: what no check but the comparison can tell.
+WRONG_ENGINE = (
+    """
+import numpy as np
+from finebridge.data_tools.engine import FastEngine
+honest = FastEngine.encode
+def letter_by_letter(self, texts):
     if len(texts) >= 2000:  # the check at the start
-        return HONEST(self, texts)
-    parts = [HONEST(self, list(text))[0] if text else np.empty(0, np.int32) for text in texts]
+        return honest(self, texts)
+    parts = [honest(self, list(text))[0] if text else np.empty(0, np.int32) for text in texts]
     return np.concatenate(parts), np.append(0, np.cumsum([len(part) for part in parts]))
+FastEngine.encode = letter_by_letter
+"""
+    + BUILD
+)
+KILLED_WORKER = (
+    """
+import os, signal
+from finebridge.data_tools.encoder import RowEncoder
+RowEncoder.__call__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+"""
+    + BUILD
+)
 
 
-def in_workers(trap: Callable[..., Any], honest: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that is another one in worker processes."""
+def in_a_new_process(program: str, *words: object) -> str:
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program, *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
-    def either(*args: Any) -> Any:
-        return trap(*args) if multiprocessing.parent_process() else honest(*args)
 
-    return either
-
-
-@pytest.mark.parametrize(("workers", "file"), [(1, "0"), (2, "[1-8]")])
+@pytest.mark.parametrize("count", [1, 2])
 def test_an_engine_that_is_found_out_is_replaced(
-    tmp_path: Path,
-    source: TokenizerSource,
-    data: Path,
-    good: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    workers: int,
-    file: str,
+    tmp_path: Path, source: TokenizerSource, data: Path, good: Path, count: int
 ) -> None:
-    wrong = letter_by_letter if workers == 1 else in_workers(letter_by_letter, HONEST)
-    monkeypatch.setattr(FastEngine, "encode", wrong)
-    said: list[str] = []
-    args = arguments(preprocessing_num_workers=workers)
-    again = prepare([str(data)], source, args, tmp_path / "again", said.append, "fork")
-    told = rf"data: {data}/{file}\.jsonl:\d: the fast engine differs .*; building again with tokenizers alone"
+    said = in_a_new_process(WRONG_ENGINE, source.path, data, tmp_path / "again", count, "fork").splitlines()
+    told = rf"data: {data}/[0-8]\.jsonl:\d: the fast engine differs .*; building with tokenizers alone"
     assert re.fullmatch(told, said[0])
-    assert contents(again) == contents(good)
+    assert contents(Path(said[-1])) == contents(good)
 
 
-def test_a_killed_worker_is_one_message(
-    tmp_path: Path, source: TokenizerSource, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*_: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGKILL)
-
+def test_a_killed_worker_is_one_message(tmp_path: Path, source: TokenizerSource, data: Path) -> None:
     cache = tmp_path / "cache"
-    args = arguments(preprocessing_num_workers=2)
-    monkeypatch.setattr(RowEncoder, "__call__", in_workers(killed, RowEncoder.__call__))
-    with pytest.raises(DataError, match="a tokenising process was killed"):
-        prepare([str(data)], source, args, cache, start_method="fork")
+    said = in_a_new_process(KILLED_WORKER, source.path, data, cache, 2, "fork")
+    assert "a tokenising process was killed" in said
     assert temporary(cache) == []
-    monkeypatch.undo()
-    verify(prepare([str(data)], source, args, cache, start_method="fork"))
+    verify(prepare([str(data)], source, arguments(), cache))
 
 
 # ---- all or nothing

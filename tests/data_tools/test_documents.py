@@ -135,4 +135,4 @@ def test_a_handlers_columns_make_one_document(tokenizers_by_template: dict[str, 
     made = RowEncoder(tokenizer, DataArguments(), "document", None)(chunk_of([row]), form)
     (sample,) = made.samples()
     assert tokenizer.decode(sample.ids.tolist()) == "In python, T\n### Question:\nQ\n### Response:\nA\n"
-    assert encode_rows(RowEncoder(tokenizer, DataArguments(), "document", None), [{"text": " "}], "text").rejects
+    assert encode_rows(RowEncoder(tokenizer, DataArguments(), "document", None), [{"text": ""}], "text").rejects

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from finebridge.data_tools.engine import FastEngine, check_texts, fast_engine
+from finebridge.data_tools.engine import EngineDiffers, FastEngine, check_texts, fast_engine
 from random_chats import WORDS
 
 
@@ -52,7 +52,7 @@ def test_tokenizers_that_it_does_not_take_are_told(
     assert said == [f"data: tokenising with tokenizers ({reason})"]
 
 
-def test_a_difference_at_the_start_is_told(
+def test_a_difference_is_found_before_anything_is_encoded(
     tokenizers_by_template: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = FastEngine.encode
@@ -62,10 +62,12 @@ def test_a_difference_at_the_start_is_told(
         ids[len(ids) // 2] += 1
         return ids, offsets
 
-    said: list[str] = []
     monkeypatch.setattr(FastEngine, "encode", wrong)
-    assert fast_engine(tokenizers_by_template["qwen3"].backend_tokenizer, said.append) is None
-    assert said[0].startswith("data: tokenising with tokenizers (fastokens differs from it on ")
+    backend = tokenizers_by_template["qwen3"].backend_tokenizer
+    engine = fast_engine(backend)
+    assert engine is not None
+    with pytest.raises(EngineDiffers, match="the text "):
+        engine.check(backend)
 
 
 def test_check_texts_are_always_the_same_and_plain(tokenizers_by_template: dict[str, Any]) -> None:

@@ -372,7 +372,7 @@ def test_an_empty_reasoning_is_none(tokenizers_by_template: dict[str, Any]) -> N
     assert marked(stage, encode(stage, turns))[0].endswith("{{a<|im_end|>}}")
 
 
-@pytest.mark.parametrize("key", ["reasoning_efort", "system", "mesages", "tool"])
+@pytest.mark.parametrize("key", ["reasoning_efort", "system", "tool"])
 def test_a_mistyped_key_of_a_row_is_rejected(key: str) -> None:
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], key: "x"}
     with pytest.raises(Rejected, match="unknown_key"):
