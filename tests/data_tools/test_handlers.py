@@ -1,5 +1,6 @@
 """MindSpeed-LLM's handler names and ``--map-keys``: known ones are forms, all others are refused with what to use."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -125,11 +126,18 @@ def test_a_mapped_column_that_no_row_has_is_refused() -> None:
     ],
 )
 def test_mapped_columns_that_are_there_or_need_not_be(given: str, row: dict[str, Any]) -> None:
-    check_columns(map_keys(handler_form("AlpacaStyleInstructionHandler"), given), [row])
+    form = map_keys(handler_form("AlpacaStyleInstructionHandler"), given)
+    check_columns(form, [row])
+    with pytest.raises(DataError, match="no row has the column 'nowhere'"):  # the same form, asked for one column more
+        check_columns(replace(form, keys={**form.keys, "input": "nowhere"}), [row])
 
 
 def test_keys_of_turns_and_the_columns_of_a_handler_are_no_mapped_columns() -> None:
     tags = '{"tags": {"role_tag": "who", "content_tag": "says", "user_tag": "me"}}'
-    check_columns(map_keys(handler_form("SharegptStyleInstructionHandler"), tags), [{"conversations": []}])
+    form = map_keys(handler_form("SharegptStyleInstructionHandler"), tags)
+    check_columns(form, [{"conversations": []}])
     check_columns(handler_form("StackOverflowPythonPretrainHandler"), [{"title": "t"}])
+    assert {"who", "says"} <= set(form.keys.values())
     check_columns(RowForm("alpaca", {"input": "context"}), [])
+    with pytest.raises(DataError, match="context"):
+        check_columns(RowForm("alpaca", {"input": "context"}), [{"instruction": "i"}])
