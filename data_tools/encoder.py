@@ -223,7 +223,10 @@ class _Batch:
         self._samples += len(plan.part_counts)
         self._plans.append(plan)
         self._texts += [normalize(fill(form, blanks)) for form in plan.texts]
-        self._tails += [normalize(fill(tail, blanks)) for tail in plan.tails]
+        if plan.plain_tails is not None:
+            self._tails += map(normalize, plan.plain_tails)
+        else:
+            self._tails += [normalize(fill(tail, blanks)) for tail in plan.tails]
 
     def finish(self, result: EncodedChunk) -> None:
         """Encode what was collected and fill in the chunk's arrays. Raises EngineDiffers."""

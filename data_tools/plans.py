@@ -52,6 +52,7 @@ class Plan:
     tails: tuple[Form, ...]
     tail_numbers: Ints
     span_counts: Ints
+    plain_tails: list[str] | None  # the tails where none has a blank
 
     @classmethod
     def of(cls, samples: "Sequence[_Parts]") -> Self:
@@ -70,6 +71,9 @@ class Plan:
             tuple(tails),
             _ints(tails[tail] for _, tail, _ in spans),
             _ints(len(sample.spans) for sample in samples),
+            [fill(tail, ()) for tail in tails]
+            if all(isinstance(part, str) for tail in tails for part in tail)
+            else None,
         )
 
     @classmethod
@@ -86,6 +90,9 @@ class _Parts:
     kinds: list[int]
     texts: list[Form]
     spans: list[tuple[int, Form, int]]
+
+
+_PLAIN = ("", "")  # the literals around a text that is one blank
 
 
 def _ints(values: Iterable[int]) -> Ints:
@@ -134,7 +141,7 @@ class Planner:
         self._words |= words
         longest_first = sorted(self._words, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)))
-        self._first = "".join(sorted({word[0] for word in self._words}))
+        self._first = re.compile("[" + "".join(map(re.escape, sorted({word[0] for word in self._words}))) + "]")
         self._heads = {word[:n] for word in self._words for n in range(1, len(word))}
         self._tails = {word[n:] for word in self._words for n in range(1, len(word))}
         self._plans.clear()
@@ -160,7 +167,9 @@ class Planner:
             key.append((message.role, message.trained, *fields))
             literals.append(fields)
         try:
-            kwargs = orjson.dumps(dict(sample.template_kwargs))  # keys in the row's order, as templates write them
+            kwargs = (
+                orjson.dumps(dict(sample.template_kwargs)) if sample.template_kwargs else b""
+            )  # keys in the row's order, as templates write them
         except TypeError:  # nested deeper than it goes, or no JSON
             return None
         if MARK.encode() in kwargs:
@@ -174,12 +183,12 @@ class Planner:
         """
         if (
             text
+            and not self._first.search(text)
             and not text[0].isspace()
             and (loose or not text[-1].isspace())
             and not text.startswith(NO_THINK)
-            and not any(char in text for char in self._first)
         ):
-            return ("", ""), [text]
+            return _PLAIN, [text]
         found = [match.span() for match in self._pattern.finditer(text)]
         if len(found) > _MAX_LITERALS:
             return None

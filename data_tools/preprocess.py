@@ -8,7 +8,6 @@ conversations are cut at their turns: the limit is applied when the dataset is o
 answer comes first, then the rejected one.
 """
 
-import gc
 import hashlib
 import json
 import os
@@ -214,7 +213,6 @@ def _build(
     backend = getattr(tokenizer, "backend_tokenizer", None)
     engine = fast_engine(backend, say) if backend is not None else None
     workers = args.preprocessing_num_workers or _workers(files, tokenizer, start_method)
-    gc.freeze()  # what is loaded by now stays: no need to look through it again and again, or to copy it into workers
     for chosen in (engine, None):
         encoder = RowEncoder(tokenizer, args, kind, chosen)
         if chosen is engine and encoder.template and "strftime_now" in encoder.template.source:

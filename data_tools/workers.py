@@ -5,6 +5,7 @@ may wait for ever. So workers are forked before anything was encoded in the pare
 check of the fast engine, too. A process that has encoded already, or has other threads (a training rank), spawns them.
 """
 
+import gc
 import multiprocessing
 import os
 import threading
@@ -33,10 +34,29 @@ def encoding(encoder: RowEncoder, workers: int, start_method: StartMethod) -> Ge
 
     Raises EngineDiffers when the encoder's fast engine fails its check, DataError when a worker process is killed.
     """
-    if workers == 1:
-        _check(encoder)
-        yield lambda jobs: ((number, encoder(chunk, form)) for number, chunk, form in jobs)
-        return
+    before = gc.get_threshold()
+    _collect_seldom()
+    try:
+        if workers == 1:
+            _check(encoder)
+            yield lambda jobs: ((number, encoder(chunk, form)) for number, chunk, form in jobs)
+        else:
+            with _pool(encoder, workers, start_method) as pool:
+                yield lambda jobs: _through(pool, iter(jobs), 3 * workers)
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
+def _collect_seldom() -> None:
+    """Rows make many objects and hardly a cycle: looking for cycles as often as Python does costs a twentieth of the time."""
+    gc.freeze()  # what is loaded by now stays; forked workers need not copy it
+    gc.set_threshold(100_000, 20, 20)
+
+
+@contextmanager
+def _pool(encoder: RowEncoder, workers: int, start_method: StartMethod) -> Generator[ProcessPoolExecutor]:
+    """Worker processes that have the encoder."""
     global _encoder  # noqa: PLW0603 - forked workers inherit it
     fork = start_method == "fork" and not FastEngine.used
     state = None if fork else (encoder.tokenizer, encoder.args, encoder.kind, encoder.engine is not None)
@@ -46,7 +66,7 @@ def encoding(encoder: RowEncoder, workers: int, start_method: StartMethod) -> Ge
     try:
         with ProcessPoolExecutor(workers, context, _begin, (state,)) as pool:
             pool.submit(_check_in_worker).result()  # all workers are forked by now
-            yield lambda jobs: _through(pool, iter(jobs), 3 * workers)
+            yield pool
     except BrokenProcessPool:
         raise DataError(
             "a tokenising process was killed (out of memory?); try a smaller --preprocessing_num_workers"
@@ -77,6 +97,7 @@ def _begin(state: tuple[Any, DataArguments, Kind, bool] | None) -> None:
     global _encoder  # noqa: PLW0603 - the one way to hand a pool's workers their state
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if state is not None:
+        _collect_seldom()
         tokenizer, args, kind, fast = state
         engine = fast_engine(tokenizer.backend_tokenizer, lambda _: None) if fast else None
         _encoder = RowEncoder(tokenizer, args, kind, engine)
