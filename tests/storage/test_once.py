@@ -80,7 +80,7 @@ def test_six_processes_build_exactly_once(start: Start, tmp_path: Path) -> None:
     assert sorted(out.strip() for out, _ in said) == ["False"] * 5 + ["True"]
     (builder,) = (tmp_path / "log").read_text().split()
     assert verify(tmp_path / "out" / "x")["made_from"] == {"by": int(builder)}
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".x.lock", "x"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".x.lock", ".x.verified", "x"]
 
 
 def test_a_standing_artifact_is_used_as_it_is(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ print(build_once(Path({str(tmp_path / "x")!r}), build, kind="dataset"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "True\n"
     verify(tmp_path / "x")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.lock", "x"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.lock", ".x.verified", "x"]
 
 
 def test_a_waiter_says_what_it_waits_for_and_goes_on_when_the_owner_is_killed(start: Start, tmp_path: Path) -> None:
