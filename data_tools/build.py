@@ -52,9 +52,7 @@ def main(argv: Sequence[str]) -> int:
     elif kind == "chat":
         from .dataset import PreparedDataset  # late: it brings a compiler
 
-        PreparedDataset(
-            folder, args.max_seq_length, args.over_long
-        )  # tells of samples over the limit, as training does
+        PreparedDataset(folder, args.max_seq_length, args.over_long)  # tells, as training does, what is over the limit
     print(folder)
     return 0
 

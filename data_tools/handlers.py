@@ -119,10 +119,11 @@ def check_columns(form: RowForm, rows: Iterable[dict[str, Any]]) -> None:
         name: column for name, column in form.keys.items() if name in COLUMNS[form.form] and column not in ("", name)
     }
     there: dict[str, None] = {}  # in the order of the rows
-    if not names:
-        return
-    for row in rows:
+    wanted = set(names.values())
+    for row in rows if wanted else ():
         there.update(dict.fromkeys(row))
+        if wanted <= there.keys():
+            return  # mostly after the first row
     for name, column in names.items() if there else ():
         if column not in there:
             near = difflib.get_close_matches(column, there, n=1, cutoff=0.6)
