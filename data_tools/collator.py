@@ -1,7 +1,8 @@
 """Samples or packs to a batch.
 
 Samples are padded on the right to the longest, the mask from lengths, never from the pad token's id. Packs become one
-row without padding, in which positions restart at 0 where a sample starts.
+row without padding, in which positions restart at 0 where a sample starts. Items that know their number
+(``batches.CheckedSamples``) give the batch ``samples``, the list of these numbers, which is taken out before the model.
 """
 
 from collections.abc import Sequence
@@ -16,16 +17,15 @@ from .dataset import IGNORE_INDEX, Item
 class PaddingCollator:
     """Pads ``input_ids`` with ``pad_id`` and ``labels`` with -100; tensors int64, shape [batch, longest].
 
-    ``attention_mask`` (int64) marks real tokens. Raises ValueError when no position of the batch carries loss: its mean
-    would be not a number.
+    ``attention_mask`` (int64) marks real tokens.
     """
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
-    def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         shape = (len(items), max(len(item["input_ids"]) for item in items))
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": torch.full(shape, self.pad_id, dtype=torch.long),
             "labels": torch.full(shape, IGNORE_INDEX, dtype=torch.long),
             "attention_mask": torch.zeros(shape, dtype=torch.long),
@@ -35,9 +35,7 @@ class PaddingCollator:
             batch["input_ids"][row, :length] = torch.from_numpy(item["input_ids"])
             batch["labels"][row, :length] = torch.from_numpy(item["labels"])
             batch["attention_mask"][row, :length] = 1
-        if not (batch["labels"][:, 1:] != IGNORE_INDEX).any():
-            raise ValueError("a batch in which no token carries loss reached the collator")
-        return batch
+        return batch | _numbers(items)
 
 
 class FlatteningCollator:
@@ -46,8 +44,7 @@ class FlatteningCollator:
     There is no ``attention_mask`` and no cache: transformers reads the samples' borders from ``position_ids`` only
     without either (``masking_utils.find_packed_sequence_indices``), and attends across them in silence otherwise. With
     ``borders`` the batch has what attention without masks takes instead: ``cu_seq_lens_q`` and ``_k`` (int32, shape
-    [samples + 1], where each sample starts and the last one ends) and ``max_length_q`` and ``_k`` (int). Raises
-    ValueError when no position of the batch carries loss.
+    [samples + 1], where each sample starts and the last one ends) and ``max_length_q`` and ``_k`` (int).
     """
 
     def __init__(self, *, borders: bool) -> None:
@@ -61,10 +58,12 @@ class FlatteningCollator:
             for name in ("input_ids", "labels")
         }
         batch["position_ids"] = torch.from_numpy(np.arange(ends[-1]) - np.repeat(ends - lengths, lengths))[None]
-        if not (batch["labels"] != IGNORE_INDEX).any():
-            raise ValueError("a batch in which no token carries loss reached the collator")
         if self.borders:
             starts = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32))
             batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = starts
             batch["max_length_q"] = batch["max_length_k"] = int(lengths.max())
-        return batch
+        return batch | _numbers(packs)
+
+
+def _numbers(items: Sequence[Item]) -> dict[str, list[int]]:
+    return {"samples": [int(item["number"]) for item in items]} if "number" in items[0] else {}

@@ -36,6 +36,10 @@ class Samples(Protocol):
 
     def __getitem__(self, index: int) -> Item: ...
 
+    def name_of(self, index: int) -> str:
+        """Where a sample comes from, for messages."""
+        ...
+
 
 class PreparedDataset:
     """Samples of a prepared dataset as ``{"input_ids", "labels"}``, int64, shape [length], labels unshifted.
@@ -88,6 +92,10 @@ class PreparedDataset:
         file, line = self._rows[number]
         return Origin(self._files[int(file)], int(line))
 
+    def name_of(self, index: int) -> str:
+        """File and line of a sample."""
+        return str(self.origin_of(int(self._index[index])))
+
     def __len__(self) -> int:
         return len(self._index)
 
@@ -109,6 +117,10 @@ class DummyDataset:
         self.terminators: list[int] = []
         self.lengths = np.full(count, length, dtype=np.int64)
 
+    def name_of(self, index: int) -> str:
+        """The number of a random sample."""
+        return f"random sample {index}"
+
     def __len__(self) -> int:
         return self.count
 
@@ -129,11 +141,14 @@ class PackedDataset:
     def __init__(self, data: Samples, packs: Packs) -> None:
         self.data, self.packs = data, packs
         self.key, self.terminators = data.key, data.terminators
-        self.epoch = 0
+        self.lengths = packs.tokens(data.lengths)
+        self.cost = packs.cost(data.lengths)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Remember the epoch; accelerate's loaders call this on a dataset whatever samplers they are wrapped in."""
-        self.epoch = epoch
+    def name_of(self, index: int) -> str:
+        """Files and lines of a pack's first samples."""
+        numbers = self.packs[index].tolist()
+        more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
+        return ", ".join(self.data.name_of(number) for number in numbers[:_SHOWN]) + more
 
     def __len__(self) -> int:
         return len(self.packs)

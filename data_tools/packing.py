@@ -6,8 +6,6 @@ every rank computes the same packs and no pack is sent from one to another.
 """
 
 import hashlib
-import heapq
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -74,76 +72,6 @@ def pack(lengths: npt.NDArray[np.integer], capacity: int, seed: int) -> Packs:
     place = shuffled(int(count), seed, 1)  # packs are made in the order of their longest sample
     samples, offsets = _grouped(drawn, place[owner], count)
     return Packs(samples, offsets, capacity)
-
-
-def spread(packs: Packs, lengths: npt.NDArray[np.integer], multiple: int) -> Packs:
-    """The same samples in the next number of packs that ``multiple`` divides, so that none is repeated or dropped.
-
-    ``multiple`` is what one step of all ranks takes (ranks x batch). The packs with most tokens are cut in two, between
-    two samples and as evenly as that goes; the halves stay where the whole was. With fewer samples than packs are
-    needed nothing is cut: compare ``len(spread(...)) % multiple`` and tell.
-    """
-    missing = -len(packs) % multiple
-    if len(packs) + missing > len(packs.samples):
-        return packs
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[packs.samples], dtype=np.int64)])
-    size = np.where(np.diff(packs.offsets) > 1, np.diff(starts[packs.offsets]), 0)  # one sample alone cannot be cut
-    largest = np.argsort(-size, kind="stable")[:missing]
-    heap = [(-int(size[p]), int(packs.offsets[p]), int(packs.offsets[p + 1])) for p in largest if size[p]]
-    heapq.heapify(heap)
-    cuts: list[int] = []
-    while len(cuts) < missing:
-        _, first, last = heapq.heappop(heap)
-        middle = (starts[first] + starts[last]) / 2
-        cut = first + 1 + int(np.abs(starts[first + 1 : last] - middle).argmin())
-        cuts.append(cut)
-        for a, b in ((first, cut), (cut, last)):
-            if b - a > 1:
-                heapq.heappush(heap, (-int(starts[b] - starts[a]), a, b))
-    return Packs(packs.samples, np.sort(np.concatenate([packs.offsets, np.array(cuts, np.int64)])), packs.capacity)
-
-
-@dataclass(frozen=True)
-class Window:
-    """The packs of one optimizer step: ``ranks`` x ``batch`` x ``accumulation``."""
-
-    ranks: int
-    batch: int
-    accumulation: int
-
-
-def balanced(order: Ints, cost: Ints, window: Window) -> Ints:
-    """Reorder packs inside each window so that all ranks have nearly the same to do; int64, shape [packs].
-
-    Every optimizer step keeps the packs that it had. From the costliest down, each goes to the rank that has least so
-    far, and each rank takes its own in that order: so those of one micro-step cost alike too (under ZeRO-3 ranks wait
-    for one another in each). The result is laid out for accelerate's BatchSamplerShard, which deals whole batches to
-    ranks in turn: batch ``b`` goes to rank ``b % ranks``. What is left at the end and too little for all ranks stays
-    as it is.
-    """
-    step = window.ranks * window.batch
-    head, tail = np.split(order, [len(order) // step * step])
-    number = np.arange(len(head)) // (step * window.accumulation)
-    falling = head[np.lexsort((-cost[head], number))]  # stable, so equal costs keep their order
-    return np.concatenate([_dealt(falling, cost, window.ranks, window.batch, window.accumulation), tail])
-
-
-class PackOrder:
-    """A sampler: the order of packs of each epoch, shuffled by seed and epoch alone and then balanced over the ranks.
-
-    ``epoch`` tells the epoch when the iteration starts: a run that resumes in the middle of an epoch has the order of
-    the straight run.
-    """
-
-    def __init__(self, cost: Ints, window: Window, seed: int, epoch: Callable[[], int]) -> None:
-        self.cost, self.window, self.seed, self.epoch = cost, window, seed, epoch
-
-    def __len__(self) -> int:
-        return len(self.cost)
-
-    def __iter__(self) -> Iterator[int]:
-        order = shuffled(len(self.cost), self.seed, 2, self.epoch())
-        return iter(balanced(order, self.cost, self.window).tolist())
 
 
 def shuffled(count: int, *seeds: int) -> Ints:
@@ -254,26 +182,3 @@ def _grouped(drawn: Ints, owner: Ints, packs: int) -> tuple[Ints, Ints]:
         samples[following[pack_number]] = sample
         following[pack_number] += 1
     return samples, offsets
-
-
-@machine_code
-def _dealt(order: Ints, cost: Ints, ranks: int, batch: int, accumulation: int) -> Ints:
-    """Whole batches, falling in cost inside each window, dealt to ranks and laid out micro-step by micro-step."""
-    window = ranks * batch * accumulation
-    result = np.empty_like(order)
-    total = np.zeros(ranks, np.int64)
-    filled = np.zeros(ranks, np.int64)
-    for start in range(0, len(order), window):
-        size = min(window, len(order) - start)
-        total[:] = 0
-        filled[:] = 0
-        for chosen in order[start : start + size]:
-            least = -1
-            for rank in range(ranks):
-                if filled[rank] * ranks < size and (least < 0 or total[rank] < total[least]):
-                    least = rank
-            micro, place = filled[least] // batch, filled[least] % batch
-            result[start + (micro * ranks + least) * batch + place] = chosen
-            filled[least] += 1
-            total[least] += cost[chosen]
-    return result

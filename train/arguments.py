@@ -24,6 +24,9 @@ from .hf_flags import ArgumentsError, convert, hf_flags, hf_value, nearest
 from .obsolete import OBSOLETE, RENAMED, map_obsolete
 from .schedule import schedule
 
+Normalization = Literal["token", "sequence", "batch"]
+SpikePolicy = Literal["warn", "stop", "off"]
+
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -47,6 +50,17 @@ class ModelArguments:
     lora_target: str = _arg("q_proj,k_proj,v_proj,o_proj", "modules to adapt, comma-separated, or all-linear")
     train_attention_params_only: bool = _arg(False, "train only parameters whose name contains self_attn")
     make_moe_param_leaf_module: bool = _arg(False, "ZeRO-3: fetch each MoE block as a whole (leaf module)")
+    loss_normalization: Normalization = _arg(  # noqa: RUF009 - it makes a field
+        "token", "mean of a step's loss over its tokens, over its samples' means, or over its micro-batches' means"
+    )
+    loss_spike_policy: SpikePolicy = _arg(  # noqa: RUF009 - it makes a field
+        "warn", "what to do when a loss is far over the last 50: warn, stop or off"
+    )
+    loss_spike_factor: float = _arg(3.0, "a loss over this many times the median of the last 50 steps is a spike")
+    early_stopping_patience: int | None = _arg(
+        None, "stop when --metric_for_best_model (eval_loss) has not improved for so many evaluations"
+    )
+    early_stopping_threshold: float = _arg(0.0, "how much better counts as improved")
     min_lr: float = _arg(0.0, "absolute floor of the learning rate; must lie below --learning_rate")
     config_name: str | None = _arg(
         None, "build a NEW model with random weights from this config.json, or of this transformers model type"
@@ -85,6 +99,10 @@ class ModelArguments:
             )
         if self.lora_rank < 1 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
             raise ArgumentsError("--lora_rank and --lora_alpha must be positive, --lora_dropout in [0, 1)")
+        if self.loss_spike_factor <= 1:
+            raise ArgumentsError(f"--loss_spike_factor {self.loss_spike_factor:g} must be over 1")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise ArgumentsError("--early_stopping_patience must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -278,6 +296,18 @@ _REPORTERS = {
 }
 
 
+# Flags of the Trainer's own loader and loss, which this one does not have: name -> the value refused, and why.
+_NOT_WITH_OUR_ORDER = {
+    "train_sampling_strategy": ("batch_rebalance", "ranks are balanced in every order here; leave the flag out"),
+    "average_tokens_across_devices": (
+        "False",
+        "the loss would depend on how a batch is split; see --loss_normalization",
+    ),
+    "ignore_data_skip": ("True", "samples would be repeated; to start anew from weights use --init_from_checkpoint"),
+    "auto_find_batch_size": ("True", "another batch size is another run; set --per_device_train_batch_size"),
+}
+
+
 def _check_hf(args: Arguments) -> None:
     """What transformers would say late, or not at all. Raises ArgumentsError; adds warnings."""
     hf = args.hf
@@ -286,6 +316,13 @@ def _check_hf(args: Arguments) -> None:
         args.warnings.append("--eval_data_file is never evaluated: say when with --eval_strategy steps or epoch")
     if evaluates and not args.data.eval_data_file:
         raise ArgumentsError(f"--eval_strategy {hf['eval_strategy']} needs --eval_data_file")
+    if args.model.early_stopping_patience and not evaluates:
+        raise ArgumentsError(
+            "--early_stopping_patience needs evaluations: give --eval_data_file and --eval_strategy steps"
+        )
+    for name, (wrong, why) in _NOT_WITH_OUR_ORDER.items():
+        if str(hf_value(hf, name)) == wrong:
+            raise ArgumentsError(f"--{name} {wrong}: {why}")
     if args.model.min_lr and {"min_lr", "min_lr_rate", "lr_end"} & set(hf.get("lr_scheduler_kwargs") or {}):
         raise ArgumentsError("--min_lr and --lr_scheduler_kwargs both set a floor; give one of them")
     if hf.get("save_on_each_node"):

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from ..data_tools.collator import FlatteningCollator, PaddingCollator
 from ..data_tools.dataset import DummyDataset, PackedDataset, PreparedDataset, Samples
-from ..data_tools.packing import pack, spread
+from ..data_tools.packing import pack
 from ..data_tools.preprocess import prepare
 from ..data_tools.schema import Origin
 from ..data_tools.templates import template_source
@@ -25,9 +25,10 @@ from ..storage.publish import write_text
 from . import runtime
 from .arguments import Arguments
 from .attention import IsolationProof, check_trainable, takes_borders
-from .callbacks import FiniteGuard, SaveLastStep
+from .callbacks import SaveLastStep
 from .checkpoint import check_shared, find_resume, on_main
 from .freeze import train_only
+from .guards import StepGuard
 from .hf_flags import ArgumentsError, hf_value
 from .lora import add_lora
 from .model import load_model
@@ -59,6 +60,13 @@ def assemble(args: Arguments) -> Run:
     runtime.start(settings)
     hf_args = _training_arguments(args, settings)
     runtime.check_world(hf_args.world_size)
+    if hf_args.n_gpu > 1:
+        raise ArgumentsError("one process a GPU is needed: start with a launcher, for example bash train/train.sh")
+    told: Any = hf_args.accelerator_config
+    if told.split_batches or told.dispatch_batches:
+        raise ArgumentsError(
+            "--accelerator_config: samples are dealt to ranks here; leave split_batches and dispatch_batches out"
+        )
     check_shared(output_dir)
     if args.data.packing:
         train_data, eval_data = _packed(args, hf_args, train_data, eval_data)
@@ -69,7 +77,13 @@ def assemble(args: Arguments) -> Run:
     )
     model = _model(args, hf_args, settings, tokenizer)
     _stop_at(model, train_data.terminators, tokenizer)
-    callbacks: list[TrainerCallback] = [FiniteGuard(), SaveLastStep()]
+    if (
+        hf_args.ddp_find_unused_parameters is None
+    ):  # without DeepSpeed: looking for them costs a pass over the graph a step
+        hf_args.ddp_find_unused_parameters = has_listed_experts(model)
+    callbacks: list[TrainerCallback] = [SaveLastStep()]
+    if args.model.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(args.model.early_stopping_patience, args.model.early_stopping_threshold))
     if args.data.packing:
         check_trainable(model, hf_args.device, runtime.say)
         collator = FlatteningCollator(borders=takes_borders(model))
@@ -85,6 +99,8 @@ def assemble(args: Arguments) -> Run:
         data_collator=collator,
         processing_class=tokenizer,
         callbacks=callbacks,
+        guard=StepGuard(args.model.loss_spike_policy, args.model.loss_spike_factor, runtime.say, fp16=hf_args.fp16),
+        normalization=args.model.loss_normalization,
     )
     if args.model.model_name_or_path and Path(args.model.model_name_or_path).is_dir():
         trainer.base = Path(args.model.model_name_or_path)
@@ -138,32 +154,18 @@ def _list_over_long(output_dir: Path, rows: Sequence[tuple[Origin, int]]) -> Non
 def _packed(
     args: Arguments, hf_args: TrainingArguments, train_data: Samples, eval_data: Samples | None
 ) -> tuple[Any, Any]:
-    """Both datasets in packs of ``--max_seq_length`` tokens. Raises ArgumentsError for flags that rule each other out."""
-    told: Any = hf_args.accelerator_config
-    if hf_args.train_sampling_strategy != "random":
-        raise ArgumentsError("--packing has an order of its own; leave --train_sampling_strategy out")
-    if told.split_batches or told.dispatch_batches:
-        raise ArgumentsError("--packing deals rows to ranks itself; leave split_batches and dispatch_batches out")
-    if hf_args.n_gpu > 1:
-        raise ArgumentsError(
-            "--packing needs one process a GPU: start it with a launcher, for example bash train/train.sh"
-        )
+    """Both datasets in packs of ``--max_seq_length`` tokens."""
     seed = hf_args.seed if hf_args.data_seed is None else hf_args.data_seed
-    sizes = {"training": hf_args.per_device_train_batch_size, "evaluation": hf_args.per_device_eval_batch_size}
     result: list[PackedDataset | None] = []
-    for data, (use, batch) in zip((train_data, eval_data), sizes.items(), strict=True):
+    for use, data in (("training", train_data), ("evaluation", eval_data)):
         if data is None:
             result.append(None)
             continue
-        at_once = hf_args.world_size * batch
-        packs = spread(pack(data.lengths, args.data.max_seq_length, seed), data.lengths, at_once)
+        packs = pack(data.lengths, args.data.max_seq_length, seed)
         filled = int(data.lengths.sum()) / (len(packs) * packs.capacity)
         runtime.say(
             f"packing: {len(data)} {use} samples share {len(packs)} rows of {packs.capacity} tokens, {filled:.2%} full"
         )
-        if left := -len(packs) % at_once:
-            fate = f"{at_once - left} are left out" if hf_args.dataloader_drop_last else f"{left} are used twice"
-            runtime.say(f"packing: of the {use} rows {fate} in each epoch, as ranks x batch size is {at_once}")
         result.append(PackedDataset(data, packs))
     return result[0], result[1]
 
@@ -178,6 +180,8 @@ def _training_arguments(args: Arguments, settings: dict[str, Any] | None) -> Tra
     values["resume_from_checkpoint"] = None  # decided by find_resume
     values["save_total_limit"] = None  # kept by our own rotation
     values["remove_unused_columns"] = False
+    if args.model.early_stopping_patience:
+        values.setdefault("metric_for_best_model", "eval_loss")
     values["deepspeed"] = settings
     if not runtime.has_accelerator():
         values["use_cpu"] = True

@@ -1,38 +1,9 @@
-"""What watches a run: stop on numbers that are none, and save the last step."""
+"""What happens at steps beside training: saving the last one."""
 
-import math
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
-
-
-class DivergedError(RuntimeError):
-    """The loss or gradient is not a finite number any more; the message names the step."""
-
-
-class FiniteGuard(TrainerCallback):
-    """Stops the run when a logged loss or gradient norm is NaN or infinite. Raises DivergedError.
-
-    Under fp16 an infinite gradient norm is loss scaling at work (the step is skipped), so only the loss counts there.
-    """
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002 - the signature is the Trainer's
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Check what the Trainer has just logged."""
-        for name in ("loss", "eval_loss") if args.fp16 else ("loss", "grad_norm", "eval_loss"):
-            value = (logs or {}).get(name)
-            if value is not None and not math.isfinite(float(value)):
-                raise DivergedError(
-                    f"step {state.global_step}: {name} is {value}. Training on would only spoil the weights; the last "
-                    f"checkpoint has finite weights. Lower --learning_rate, lengthen the warm-up, or use --bf16 for --fp16"
-                )
 
 
 class SaveLastStep(TrainerCallback):
@@ -47,6 +18,17 @@ class SaveLastStep(TrainerCallback):
     ) -> None:
         """Intervals come from the flags of this run, not from the checkpoint that it goes on from."""
         state.compute_steps(args, state.max_steps)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,  # noqa: ARG002
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        """Early stopping makes this step the last."""
+        if control.should_training_stop and args.save_strategy != SaveStrategy.NO:
+            control.should_save = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ask for a save when the last step is done."""

@@ -28,10 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated.*")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
+    from ..data_tools.schema import DataError
     from . import runtime
     from .assemble import assemble
     from .attention import AttentionError
-    from .callbacks import DivergedError
+    from .guards import DivergedError
 
     for text in args.warnings:
         runtime.say(f"warning: {text}")
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = run.trainer.train(resume_from_checkpoint=run.resume_from)
     except AttentionError as error:
         return _refuse(error)
+    except DataError as error:  # a loader's worker puts its traceback before the message
+        return _refuse(DataError(str(error).rpartition("DataError: ")[2].strip()))
     except DivergedError as error:
         runtime.say(f"error: {error}")
         return EXIT_FAILED

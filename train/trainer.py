@@ -4,16 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
 
-from ..data_tools.dataset import PackedDataset
-from ..data_tools.packing import PackOrder, Window
 from ..storage.assets import carry
-from .callbacks import DivergedError
 from .checkpoint import SaveError, finite_on_all_ranks, open_staging, publish_checkpoint, rotate
+from .guards import DivergedError
+from .steps import StepTrainer
 
 
-class FinetuneTrainer(Trainer):
+class FinetuneTrainer(StepTrainer):
     """Trainer whose saves are staged, hashed and renamed into place.
 
     ``base`` is the local folder that the model came from: its remote code and other files are carried into every full
@@ -32,16 +30,6 @@ class FinetuneTrainer(Trainer):
         if wrapped is not None and not hasattr(wrapped, "defaults"):
             wrapped.defaults = {"lr": self.args.learning_rate}
         return super().create_scheduler(num_training_steps, optimizer)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Packs come in an order of their own, in which ranks have nearly the same to do."""
-        data = train_dataset or self.train_dataset
-        if not isinstance(data, PackedDataset):
-            return super()._get_train_sampler(train_dataset)
-        args = self.args
-        window = Window(args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        return PackOrder(data.packs.cost(data.data.lengths), window, seed, lambda: data.epoch)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)

@@ -1,18 +1,16 @@
 """Packs hold every sample once, ranks share them evenly, and a packed batch is its samples side by side."""
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from finebridge.data_tools.collator import FlatteningCollator
-from finebridge.data_tools.dataset import DummyDataset, PackedDataset, PreparedDataset
+from finebridge.data_tools.dataset import PackedDataset, PreparedDataset
 from finebridge.data_tools.indexed import IndexedWriter
-from finebridge.data_tools.packing import PackOrder, Packs, Window, balanced, pack, shuffled, spread
+from finebridge.data_tools.packing import Packs, pack, shuffled
 from finebridge.data_tools.schema import DataError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,125 +106,6 @@ def test_what_cannot_be_packed_is_an_error(lengths: list[int], message: str) -> 
         pack(np.array(lengths, dtype=np.int64), 8, 0)
 
 
-@settings(deadline=None)
-@given(LENGTHS, st.integers(1, 40))
-def test_spread_fills_all_ranks_or_changes_nothing(lengths: list[int], multiple: int) -> None:
-    packs = pack(np.array(lengths), 400, 0)
-    wide = spread(packs, np.array(lengths), multiple)
-    check_whole(wide, np.array(lengths))
-    wanted = -(-len(packs) // multiple) * multiple
-    assert len(wide) == (wanted if wanted <= len(lengths) else len(packs))
-    assert wide.samples.tolist() == packs.samples.tolist()
-
-
-def test_spread_cuts_the_fullest_evenly() -> None:
-    packs = Packs(np.arange(6), np.array([0, 4, 6]), 100)
-    wide = spread(packs, np.array([10, 20, 25, 5, 9, 9]), 3)
-    assert wide.offsets.tolist() == [0, 2, 4, 6]
-
-
-@settings(deadline=None)
-@given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 3))
-def test_balancing_keeps_each_step_and_its_packs(
-    count: int, ranks: int, batch: int, accumulation: int, seed: int
-) -> None:
-    cost = np.random.default_rng(seed).integers(1, 1000, count)
-    order = shuffled(count, seed)
-    result = balanced(order, cost, Window(ranks, batch, accumulation))
-    size = ranks * batch * accumulation
-    for start in range(0, count, size):
-        assert sorted(result[start : start + size]) == sorted(order[start : start + size])
-
-
-def test_what_is_left_over_differs_from_epoch_to_epoch() -> None:
-    """One window takes all 103 packs but 3; these are as drawn, not those that cost least."""
-    cost, window = np.arange(103) + 1, Window(ranks=4, batch=1, accumulation=32)
-    left: Counter[int] = Counter()
-    for epoch in range(40):
-        drawn = shuffled(103, 0, 2, epoch)
-        result = balanced(drawn, cost, window)
-        assert sorted(result) == list(range(103))
-        assert result[100:].tolist() == drawn[100:].tolist()
-        left.update(result[100:].tolist())
-    assert len(left) > 50
-
-
-def test_balancing_evens_out_the_ranks() -> None:
-    lengths = lognormal(40_000, 8192)
-    packs = pack(lengths, 8192, 0)
-    cost, window = packs.cost(lengths), Window(ranks=8, batch=1, accumulation=8)
-    whole = len(packs) // 64 * 64
-
-    def slowest(order: np.ndarray) -> tuple[float, float]:
-        steps = cost[order[:whole]].reshape(-1, 8, 8)
-        by_step = (steps.max(2).sum(1) / steps.mean(2).sum(1)).mean()
-        return float((steps.sum(1).max(1) / steps.sum(1).mean(1)).mean()), float(by_step)
-
-    before, after = slowest(shuffled(len(packs), 0)), slowest(balanced(shuffled(len(packs), 0), cost, window))
-    assert before[0] > 1.2
-    assert after[0] < 1.02
-    assert after[1] < 1 + (before[1] - 1) / 4
-
-
-def dealt(data: PackedDataset, window: Window, rank: int, *, epoch: int = 0, skip: int = 0) -> list[list[int]]:
-    """The pack numbers of each micro-batch that one rank gets, through accelerate's own loaders."""
-    order = PackOrder(data.packs.cost(data.data.lengths), window, 3, lambda: data.epoch)
-    loader = torch.utils.data.DataLoader(
-        Numbers(data), batch_size=window.batch, sampler=order, collate_fn=list  # pyright: ignore[reportArgumentType]
-    )  # fmt: skip
-    loader = prepare_data_loader(loader, num_processes=window.ranks, process_index=rank)
-    if skip:
-        loader = skip_first_batches(loader, skip)
-    loader.set_epoch(epoch)
-    return list(loader)
-
-
-class Numbers:
-    """Gives a pack's number in the place of its tokens."""
-
-    def __init__(self, data: PackedDataset) -> None:
-        self.data, self.set_epoch = data, data.set_epoch
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-
-@pytest.mark.parametrize("window", [Window(1, 1, 2), Window(2, 1, 2), Window(2, 2, 2), Window(3, 2, 1)])
-def test_ranks_take_each_pack_once_and_as_balanced(window: Window) -> None:
-    samples = DummyDataset(50, 8, count=400)
-    samples.lengths = lognormal(400, 1024)
-    packs = pack(samples.lengths, 1024, 0)
-    data = PackedDataset(samples, spread(packs, samples.lengths, window.ranks * window.batch))
-    ranks = [dealt(data, window, rank) for rank in range(window.ranks)]
-    assert len({len(batches) for batches in ranks}) == 1
-    taken = Counter(number for batches in ranks for batch in batches for number in batch)
-    assert taken == Counter(range(len(data)))
-    cost = data.packs.cost(samples.lengths)
-    expected = balanced(shuffled(len(data), 3, 2, 0), cost, window).reshape(-1, window.ranks, window.batch)
-    assert ranks == [expected[:, rank].tolist() for rank in range(window.ranks)]
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_each_epoch_has_its_own_order_also_when_it_is_resumed(ranks: int) -> None:
-    """A loader that skips batches hides the sampler from set_epoch; the order must not fall back to the first epoch's."""
-    data = PackedDataset(DummyDataset(50, 8, count=64), pack(np.full(64, 8), 16, 0))
-    window = Window(ranks, 2, 2)
-    for rank in range(ranks):
-        first, second = (dealt(data, window, rank, epoch=epoch) for epoch in (0, 1))
-        assert first != second
-        assert dealt(data, window, rank, epoch=1, skip=3) == second[3:]
-
-
-def test_accelerate_repeats_packs_only_where_spread_could_not() -> None:
-    data = PackedDataset(DummyDataset(50, 8, count=3), pack(np.full(3, 8), 8, 0))
-    assert len(spread(data.packs, data.data.lengths, 2)) == 3
-    taken = Counter(n for rank in range(2) for batch in dealt(data, Window(2, 1, 1), rank) for n in batch)
-    assert sorted(taken.values()) == [1, 1, 2]
-
-
 def prepared(folder: Path, lengths: list[int]) -> PreparedDataset:
     rng = np.random.default_rng(0)
     with IndexedWriter(folder / "text_document") as tokens, IndexedWriter(folder / "spans_document") as spans:
@@ -269,9 +148,3 @@ def test_batch_equals_that_of_transformers(tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         assert torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(value)), name
-
-
-def test_a_batch_without_any_loss_is_refused() -> None:
-    item = {"input_ids": np.arange(4), "labels": np.full(4, -100), "lengths": np.array([4])}
-    with pytest.raises(ValueError, match="no token carries loss"):
-        FlatteningCollator(borders=False)([item])
