@@ -296,7 +296,7 @@ _REPORTERS = {
 }
 
 
-# Flags of the Trainer's own loader and loss, which this one does not have: name -> the value refused, and why.
+# Flags of the Trainer's own loader, which this one does not have: name -> the value refused, and why.
 _NOT_WITH_OUR_ORDER = {
     "train_sampling_strategy": ("batch_rebalance", "ranks are balanced in every order here; leave the flag out"),
     "average_tokens_across_devices": (
@@ -320,6 +320,8 @@ def _check_hf(args: Arguments) -> None:
         raise ArgumentsError(
             "--early_stopping_patience needs evaluations: give --eval_data_file and --eval_strategy steps"
         )
+    if not hf_value(hf, "average_tokens_across_devices"):
+        args.warnings.append("--average_tokens_across_devices has no effect, see --loss_normalization")
     for name, (wrong, why) in _NOT_WITH_OUR_ORDER.items():
         if str(hf_value(hf, name)) == wrong:
             raise ArgumentsError(f"--{name} {wrong}: {why}")

@@ -81,7 +81,7 @@ def assemble(args: Arguments) -> Run:
         hf_args.ddp_find_unused_parameters is None
     ):  # without DeepSpeed: looking for them costs a pass over the graph a step
         hf_args.ddp_find_unused_parameters = has_listed_experts(model)
-    callbacks: list[TrainerCallback] = [SaveLastStep()]
+    callbacks: list[TrainerCallback] = []
     if args.model.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(args.model.early_stopping_patience, args.model.early_stopping_threshold))
     if args.data.packing:
@@ -91,6 +91,7 @@ def assemble(args: Arguments) -> Run:
     else:
         pad_id = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
         collator = PaddingCollator(pad_id)
+    callbacks.append(SaveLastStep())  # after what may stop the run
     trainer = FinetuneTrainer(
         model=model,
         args=hf_args,

@@ -310,9 +310,10 @@ def test_a_model_that_leaks_does_not_train(ranks: RankRunner, models: Models, tr
     assert not list((tmp_path / "out").glob("*checkpoint-*"))
 
 
-def test_flags_that_rule_packing_out(ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path) -> None:
-    base = models("hunyuan_v1_dense")
-    argv = flags(base, train_file, tmp_path, train_sampling_strategy="sequential")
+def test_a_loader_of_another_kind_is_refused(
+    ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path
+) -> None:
+    argv = flags(models("hunyuan_v1_dense"), train_file, tmp_path, accelerator_config='{"split_batches": true}')
     done = ranks.run(argv, tmp_path / "log")
     assert done.codes == [2]
-    assert "leave --train_sampling_strategy out" in done.text
+    assert "split_batches and dispatch_batches have no effect here" in done.text

@@ -47,12 +47,12 @@ def test_a_gradient_of_zero_stops_the_run() -> None:
 def test_a_loss_that_stays_zero_stops_the_run() -> None:
     checked, _ = guard()
     for step in range(1, 10):
-        checked.check(step, 0.0, 0.0, str)
-    checked.check(10, 1e-30, 0.0, str)
+        checked.check(step, 0.0, 1.0, str)
+    checked.check(10, 1e-30, 1.0, str)
     for step in range(11, 20):
-        checked.check(step, 0.0, 0.0, str)
+        checked.check(step, 0.0, 1.0, str)
     with pytest.raises(DivergedError, match="step 20: the loss was exactly 0 for 10 steps"):
-        checked.check(20, 0.0, 0.0, str)
+        checked.check(20, 0.0, 1.0, str)
 
 
 def test_spikes_by_policy() -> None:
