@@ -299,10 +299,6 @@ _REPORTERS = {
 # Flags of the Trainer's own loader, which this one does not have: name -> the value refused, and why.
 _NOT_WITH_OUR_ORDER = {
     "train_sampling_strategy": ("batch_rebalance", "ranks are balanced in every order here; leave the flag out"),
-    "average_tokens_across_devices": (
-        "False",
-        "the loss would depend on how a batch is split; see --loss_normalization",
-    ),
     "ignore_data_skip": ("True", "samples would be repeated; to start anew from weights use --init_from_checkpoint"),
     "auto_find_batch_size": ("True", "another batch size is another run; set --per_device_train_batch_size"),
 }

@@ -316,4 +316,4 @@ def test_a_loader_of_another_kind_is_refused(
     argv = flags(models("hunyuan_v1_dense"), train_file, tmp_path, accelerator_config='{"split_batches": true}')
     done = ranks.run(argv, tmp_path / "log")
     assert done.codes == [2]
-    assert "split_batches and dispatch_batches have no effect here" in done.text
+    assert "samples are dealt to ranks here" in done.text
