@@ -57,6 +57,13 @@ class DataArguments:
             "count rows, so fewer steps make an epoch"
         },
     )
+    cross_document_attention: bool = field(
+        default=False,
+        metadata={
+            "help": "pretraining: documents in a row of --max_seq_length tokens read those before them, as in Megatron-LM; "
+            "default: they are kept apart"
+        },
+    )
     chat_template: str | None = field(
         default=None, metadata={"help": "a shipped template's name or a .jinja file; default: the tokenizer's own"}
     )
