@@ -24,7 +24,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "training data: .jsonl, .json, .parquet, .arrow, .csv or .txt (also .gz, .zst), folders, "
-            "comma-separated, globs allowed"
+            "comma-separated, globs allowed; for pretraining Megatron's .bin/.idx too"
         },
     )
     eval_data_file: str | None = field(default=None, metadata={"help": "held-out data, same form"})

@@ -6,6 +6,7 @@ one document, whole ones and the beginning of another; these pieces never read o
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +129,12 @@ def open_text(
 
     Raises DataError when it is not plain text, or when the flags ask for what cannot be done with it.
     """
+    tokenizer = replace(tokenizer, loaded=tokenizer.load())  # once
     if prefix := token_prefix(name):
         check_reading(prefix, args)
+        say(f"data: token files {prefix}")
         tokens = read_tokens(prefix)
         key = check_tokens(tokens, tokenizer, cache, say)
-        say(f"data: the tokens of {prefix}")
         origin = _numbered(tokens.data)
     else:
         folder = prepare([name], tokenizer, args, cache, say, wanted="document")

@@ -23,7 +23,7 @@ from .tokenizer_files import TokenizerSource, vocabulary_size
 
 _ENDINGS = (".bin", ".idx")
 _READING = ("data_format", "map_keys", "handler_name", "append_eod")  # flags that only raw text needs
-_WEIGHTED = re.compile(r"\d*\.?\d+\s+\S")  # 0.3 one 0.7 other
+_WEIGHTED = re.compile(r"\s*\d*\.?\d+\s+\S+\s+\d*\.?\d+\s+\S")  # 0.3 one 0.7 other
 
 
 def token_prefix(name: str) -> Path | None:
