@@ -220,6 +220,7 @@ def test_broken_token_files(name: str, tokens: Path, tmp_path: Path) -> None:
         ("{0}.bin,{0}.bin", "token files are not joined"),
         ("{1}", "did you mean .*corpus_text_document?"),
         ("text.jsonl", None),
+        ("2024 dumps/*.jsonl", None),
     ],
 )
 def test_names_that_are_no_token_files(name: str, why: str | None, tokens: Path) -> None:

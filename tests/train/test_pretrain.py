@@ -174,6 +174,8 @@ def test_flags_without_effect_are_warned_of(text: Path, train_file: Path, models
     ]
     assert args.shares_rows
     assert not parse([*words, "--cross_document_attention"], "document").shares_rows
+    dummy = [*words[:2], "--use_dummy_data"]
+    assert not parse(dummy, "document").shares_rows
     words = [str(word) for word in flags(models("hunyuan_v1_dense"), train_file, Path("out"))]
     args = parse([*words, "--cross_document_attention", "--append_eod"])
     assert args.warnings == [
