@@ -7,6 +7,7 @@ one document, whole ones and the beginning of another; these pieces never read o
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class TextDataset:
     ) -> None:
         self.key = f"{key} across documents" if across else key
         self.terminators: list[int] = []
-        self._tokens, self._origin, self._length, self._across = tokens, origin, length, across
+        self._tokens, self._origin, self._across = tokens, origin, across
         ends = _summed(tokens.lengths)[tokens.documents]
         kept = np.flatnonzero(ends[1:] > ends[:-1])
         if not len(kept):
@@ -135,12 +136,13 @@ def open_text(
         say(f"data: token files {prefix}")
         tokens = read_tokens(prefix)
         key = check_tokens(tokens, tokenizer, cache, say)
-        origin = _numbered(tokens.data)
+        origin = partial(_numbered, tokens.data)
     else:
         folder = prepare([name], tokenizer, args, cache, say, wanted="document")
         tokens, key = read_tokens(folder / "text_document"), folder.name
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        origin = _listed(report["files"], np.load(folder / "rows.npy", mmap_mode="r", allow_pickle=False))
+        rows: Numbers = np.load(folder / "rows.npy", mmap_mode="r", allow_pickle=False)
+        origin = partial(_listed, report["files"], rows)
     _tell_ends(name, tokens, tokenizer, say)
     across = args.cross_document_attention
     return TextDataset(tokens, key, args.max_seq_length, origin, seed=seed, across=across, say=say)
@@ -156,9 +158,9 @@ def _tell_ends(name: str, tokens: IndexedReader, tokenizer: TokenizerSource, say
         say(f"data: documents of {name} have no end-of-text token behind them; --append_eod puts it there for raw text")
 
 
-def _numbered(file: Path) -> Callable[[int], Origin]:
-    return lambda number: Origin(file, number + 1)
+def _numbered(file: Path, number: int) -> Origin:
+    return Origin(file, number + 1)
 
 
-def _listed(files: Sequence[str], rows: Numbers) -> Callable[[int], Origin]:
-    return lambda number: Origin(Path(files[int(rows[number, 0])]), int(rows[number, 1]))
+def _listed(files: Sequence[str], rows: Numbers, number: int) -> Origin:
+    return Origin(Path(files[int(rows[number, 0])]), int(rows[number, 1]))

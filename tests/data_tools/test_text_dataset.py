@@ -1,5 +1,6 @@
 """Rows for pretraining: every token once, documents apart, names of documents, and which files are read."""
 
+import pickle
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -143,6 +144,17 @@ def test_rows_name_the_lines_of_raw_text(tmp_path: Path) -> None:
     data = open_text(str(file), SOURCE, DataArguments(max_seq_length=1000), tmp_path / "cache")
     assert data.name_of(0) == ", ".join(f"{file}:{line}" for line in range(1, 6)) + " and 5 more"
     assert data.key == next((tmp_path / "cache").glob("*/report.json")).parent.name
+
+
+def test_a_loaders_worker_opens_the_files_itself(tmp_path: Path) -> None:
+    """Workers that are spawned get the dataset pickled, and no token in it."""
+    tokens = written(tmp_path / "x", [list(range(400))] * 50)
+    data = open_text(str(tokens), SOURCE, DataArguments(max_seq_length=64), tmp_path / "cache", seed=0)
+    sent = pickle.dumps(data)
+    assert len(sent) < 20_000 < Path(f"{tokens}.bin").stat().st_size
+    copy = pickle.loads(sent)
+    assert pieces(copy) == pieces(data)
+    assert copy.name_of(7) == data.name_of(7)
 
 
 @pytest.fixture
