@@ -24,7 +24,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "training data: .jsonl, .json, .parquet, .arrow, .csv or .txt (also .gz, .zst), folders, "
-            "comma-separated, globs allowed"
+            "comma-separated, globs allowed; for pretraining Megatron's .bin/.idx too"
         },
     )
     eval_data_file: str | None = field(default=None, metadata={"help": "held-out data, same form"})
@@ -55,6 +55,13 @@ class DataArguments:
         metadata={
             "help": "share rows of --max_seq_length tokens among samples, which never read one another; batch sizes then "
             "count rows, so fewer steps make an epoch"
+        },
+    )
+    cross_document_attention: bool = field(
+        default=False,
+        metadata={
+            "help": "pretraining: documents in a row of --max_seq_length tokens read those before them, as in Megatron-LM; "
+            "default: they are kept apart"
         },
     )
     chat_template: str | None = field(

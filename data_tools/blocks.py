@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .indexed import IndexedReader, IndexedWriter, Numbers
-from .schema import DataError, TokenizedSample
+from .schema import DataError, Kind, TokenizedSample
 
 _TOKENS = 1 << 20  # tokens of a block, unless one sample alone has more
 _WINDOW = 1 << 16  # samples of a block at most
@@ -226,12 +226,12 @@ def runs(lengths: npt.NDArray[np.integer[Any]], width: int | None = None) -> Ite
             start = stop
 
 
-def write_prepared(folder: Path, blocks: Iterable[Block], file: Path, *, pairs: bool = False) -> Mapping[str, Any]:
+def write_prepared(folder: Path, blocks: Iterable[Block], file: Path, *, kind: Kind = "chat") -> Mapping[str, Any]:
     """Write what ``finebridge`` prepares from raw files, out of samples that are tokens already; returns the report.
 
     ``file`` is where they come from; the line of a sample is its number there, counted from 1. A sample that is empty
-    or trains no token is listed in ``rejects.jsonl``; with ``pairs`` (chosen and rejected answers by turns) its partner
-    is listed with it. No terminators are recorded: labels do not say where an answer's end token is (they may go on to a
+    or trains no token is listed in ``rejects.jsonl``; of a preference pair (chosen and rejected answers by turns) both
+    are listed. No terminators are recorded: labels do not say where an answer's end token is (they may go on to a
     line break after it, or mark every word of a text), and generation would stop at whatever stands there.
     """
     total = Counter(rows=0, samples=0, tokens=0, loss_tokens=0, neutralised=0)
@@ -244,7 +244,7 @@ def write_prepared(folder: Path, blocks: Iterable[Block], file: Path, *, pairs: 
     ):
         for block in blocks:
             keep = block.loss_counts() > 0
-            if pairs:
+            if kind == "preference":
                 keep = np.repeat(keep.reshape(-1, 2).all(axis=1), 2)
             for length, number in zip(block.lengths[~keep].tolist(), block.numbers[~keep].tolist(), strict=True):
                 code, detail = ("no_loss", "no token of it, or of its partner, has loss") if length else ("empty", "")
@@ -262,7 +262,7 @@ def write_prepared(folder: Path, blocks: Iterable[Block], file: Path, *, pairs: 
     numbers = np.concatenate(lines) if lines else np.empty(0, dtype=np.int64)
     np.save(folder / "rows.npy", np.stack([np.zeros_like(numbers), numbers], axis=1), allow_pickle=False)
     report = {
-        "kind": "preference" if pairs else "chat",
+        "kind": kind,
         **total,
         "rejects": dict(rejects),
         "files": [str(file)],

@@ -21,6 +21,7 @@ _NOT_HERE = (
     "model_size",
     "complex_data",
     "packing",
+    "cross_document_attention",
 )
 _OTHER_NAMES = {
     "preprocessing_num_workers": ("--workers",),

@@ -9,6 +9,7 @@ import shutil
 import struct
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -165,6 +166,10 @@ class IndexedReader:
         self.tokens: npt.NDArray[Any] = (
             np.memmap(self.data, dtype=self.dtype, mode="r") if data_size else np.empty(0, self.dtype)
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Opened again where it is unpickled: a loader's worker must not get a copy of all tokens."""
+        return partial(type(self), data=self.data), (Path(str(self.index).removesuffix(".idx")),)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ..storage.publish import fsync_path, stage
 from .blocks import Block, PackIndex, PreparedSource
 from .indexed import IndexedReader, Numbers
-from .schema import DataError, TokenizedSample
+from .schema import DataError, Kind, TokenizedSample
 
 _MAX_ID = 2**31 - 1
 
@@ -57,6 +57,7 @@ class Layout(ABC):
     """One system's files under a prefix."""
 
     name = ""
+    kind: Kind = "chat"  # what samples that are no pairs are taken for when they are read
     unused: tuple[str, ...] = ()  # options that mean nothing here
     takes_pairs = False
     takes_packs = False

@@ -30,6 +30,7 @@ class Megatron(Layout):
     """
 
     name = "megatron"
+    kind = "document"
     unused = ("seq_length", "pad_id")
 
     def needs(self, options: LayoutOptions, *, writing: bool) -> tuple[str, ...]:  # noqa: ARG002

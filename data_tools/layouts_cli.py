@@ -78,7 +78,7 @@ def import_main(argv: Sequence[str] | None = None) -> int:
     made_from: dict[str, Any] = {"layout": layout.name, "options": _options(args)}
     made_from["files"] = {str(file): file_sha256(file) for file in files}
     with publish(args.output_dir, kind="dataset", made_from=made_from) as folder:
-        report = write_prepared(folder, blocks, files[0], pairs=options.pairs)
+        report = write_prepared(folder, blocks, files[0], kind="preference" if options.pairs else layout.kind)
         if not report["samples"]:
             raise DataError(f"{args.prefix}: none of its {report['rows']} samples has a token to train on")
     print(

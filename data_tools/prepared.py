@@ -80,7 +80,8 @@ def check_kind(kind: Kind, wanted: Kind | None, names: Sequence[str]) -> None:
     """Raises DataError when rows are not of the kind that is wanted."""
     if wanted not in (None, kind):
         told = f"{', '.join(names)}: these rows are {KIND_NAMES[kind]}; {KIND_NAMES[wanted]} are needed here"
-        raise DataError(f"{told} (--data_format says how rows are read)")
+        other = f"; {_TRAINED_BY[kind]} trains on them" if kind in _TRAINED_BY else ""
+        raise DataError(f"{told} (--data_format says how rows are read){other}")
 
 
 KIND_NAMES: Mapping[Kind | None, str] = {
@@ -88,3 +89,4 @@ KIND_NAMES: Mapping[Kind | None, str] = {
     "document": "plain text for pretraining",
     "preference": "pairs of answers",
 }
+_TRAINED_BY: Mapping[Kind, str] = {"chat": "finebridge sft", "document": "finebridge pretrain"}

@@ -19,6 +19,8 @@ usage: finebridge VERB ...          finebridge VERB --help tells more
 
   sft [recipe.yaml] [key=value] [--flag value]
                       supervised fine-tuning, full or LoRA, on this machine's GPUs or its CPU
+  pretrain [recipe.yaml] [key=value] [--flag value]
+                      the same on plain text or Megatron's .bin/.idx, for new models (--config_name) or trained ones
   merge               merge a LoRA adapter into its base model, offline
   data build FILE     tokenise data once, ahead of training
   data check FILE     prove the masks and show statistics, before any GPU is used
@@ -64,6 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sft(words: list[str]) -> int:
+    return _train("sft", words)
+
+
+def _pretrain(words: list[str]) -> int:
+    return _train("pretrain", words)
+
+
+def _train(verb: str, words: list[str]) -> int:
     """Check everything that can be checked without torch, then start the ranks."""
     from ..train.arguments import build
     from .launch import gpu_count, run_ranks
@@ -71,21 +81,21 @@ def _sft(words: list[str]) -> int:
     from .recipe import gather, to_argv
 
     if words and words[0] in ("-h", "--help"):
-        return _sft_help()
+        return _train_help(verb)
     values = gather(words)
     asked = values.pop("nproc_per_node", None)
     if asked is not None and not re.fullmatch(r"[1-9][0-9]*", str(asked)):
         raise ValueError(f"--nproc_per_node {asked}: a positive number is expected")
-    build(values)
+    build(values, "document" if verb == "pretrain" else "chat")
     processes = int(asked) if asked else local_processes(os.environ) or gpu_count() or 1
-    return run_ranks("finebridge.train.sft", to_argv(values), processes)
+    return run_ranks(f"finebridge.train.{verb}", to_argv(values), processes)
 
 
-def _sft_help() -> int:
+def _train_help(verb: str) -> int:
     from ..train.arguments import HF_DEFAULTS, own_flags
     from ..train.hf_flags import hf_flags
 
-    print("finebridge sft [recipe.yaml ...] [key=value ...] [--flag value ...]\n")
+    print(f"finebridge {verb} [recipe.yaml ...] [key=value ...] [--flag value ...]\n")
     print("  --nproc_per_node N\n      processes on this machine (default: one a GPU, or NODE_IP_LIST / HOST_GPU_NUM)")
     for name, (kind, default, text) in own_flags().items():
         plain = kind.removeprefix("<class '").removesuffix("'>").replace("typing.", "")
@@ -129,7 +139,13 @@ _DATA_VERBS = {
     "export": ("layouts_cli", "export_main"),
     "import": ("layouts_cli", "import_main"),
 }
-_VERBS: dict[str, Callable[[list[str]], int]] = {"sft": _sft, "merge": _merge, "data": _data, "example": _example}
+_VERBS: dict[str, Callable[[list[str]], int]] = {
+    "sft": _sft,
+    "pretrain": _pretrain,
+    "merge": _merge,
+    "data": _data,
+    "example": _example,
+}
 
 
 if __name__ == "__main__":

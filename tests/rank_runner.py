@@ -1,9 +1,10 @@
 """Several ranks of the real trainer, started fast.
 
 A fork server imports torch, transformers and DeepSpeed once; every rank is a fork of it that sets its own environment
-and then runs ``finebridge.train.sft.main``, exactly what a launcher starts. Saves about six seconds a rank.
+and then runs ``finebridge.train.sft.main`` (or another entry's), exactly what a launcher starts. Saves about six seconds a rank.
 """
 
+import importlib
 import multiprocessing
 import os
 import socket
@@ -15,17 +16,17 @@ from typing import Any
 PRELOAD = ["torch", "transformers", "transformers.trainer", "peft", "deepspeed", "finebridge.train.assemble"]
 
 
-def _rank_main(rank: int, world: int, port: int, argv: Sequence[str], log: str, extra: dict[str, str]) -> None:
+def _rank_main(
+    rank: int, world: int, port: int, argv: Sequence[str], log: str, extra: dict[str, str], entry: str
+) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **extra)
-    from finebridge.train.sft import main
-
     code = 1
     try:
-        code = main(argv)
+        code = importlib.import_module(f"finebridge.train.{entry}").main(argv)
     except BaseException:  # noqa: BLE001 - the log is read by the test
         import traceback
 
@@ -62,7 +63,14 @@ class RankRunner:
         self._context.set_forkserver_preload(PRELOAD)
 
     def run(
-        self, argv: Sequence[object], folder: Path, *, ranks: int = 1, limit: float = 120.0, **extra: str
+        self,
+        argv: Sequence[object],
+        folder: Path,
+        *,
+        ranks: int = 1,
+        limit: float = 120.0,
+        entry: str = "sft",
+        **extra: str,
     ) -> Finished:
         """Train with these flags; logs go into ``folder``."""
         with socket.socket() as probe:
@@ -72,7 +80,7 @@ class RankRunner:
         logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
         words = [str(word) for word in argv]
         processes: list[Any] = [
-            self._context.Process(target=_rank_main, args=(rank, ranks, port, words, str(logs[rank]), extra))
+            self._context.Process(target=_rank_main, args=(rank, ranks, port, words, str(logs[rank]), extra, entry))
             for rank in range(ranks)
         ]
         for process in processes:

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
@@ -18,6 +18,8 @@ from typing import Any, Literal, get_args, get_origin
 from ..data_tools.arguments import DataArguments
 from ..data_tools.prepared import prepared_folder
 from ..data_tools.preprocess import check_sources
+from ..data_tools.schema import DataError, Kind
+from ..data_tools.token_files import check_reading, read_tokens, token_prefix
 from ..ds_configs.resolve import FIXED_BY_FLAGS, check_fixed, check_precision, resolve, zero_stage
 from ..storage.manifest import steps
 from .hf_flags import ArgumentsError, convert, hf_flags, hf_value, nearest
@@ -107,13 +109,23 @@ class ModelArguments:
 
 @dataclass(frozen=True)
 class Arguments:
-    """A checked command line: what each room reads, the HF fields as given, and warnings for the user."""
+    """A checked command line: what each room reads, the HF fields as given, and warnings for the user.
+
+    ``kind`` is what is trained on: conversations (sft) or documents (pretrain).
+    """
 
     model: ModelArguments
     data: DataArguments
     hf: dict[str, Any]
     given: frozenset[str]
     warnings: list[str]
+    kind: Kind = "chat"
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether samples or documents share rows without reading one another."""
+        text = self.kind == "document" and not self.data.use_dummy_data
+        return self.data.packing or (text and not self.data.cross_document_attention)
 
 
 # Flags that describe a new model (--config_name); a pretrained one has its own config.
@@ -135,12 +147,12 @@ HF_DEFAULTS: dict[str, Any] = {
 }
 
 
-def parse(argv: Sequence[str]) -> Arguments:
+def parse(argv: Sequence[str], kind: Kind = "chat") -> Arguments:
     """The flags of one run, checked without torch: ``--name value``, ``--name=value`` or a bare ``--switch``.
 
     Raises ArgumentsError (unknown flag with the nearest name, wrong type, contradiction) and DataError.
     """
-    return build(read_flags(argv))
+    return build(read_flags(argv), kind)
 
 
 def read_flags(argv: Sequence[str]) -> dict[str, str | bool]:
@@ -176,7 +188,7 @@ def as_word(name: str, value: Any) -> str | bool:
     return json.dumps(value) if isinstance(value, list | dict) else str(value)
 
 
-def build(values: Mapping[str, Any]) -> Arguments:
+def build(values: Mapping[str, Any], kind: Kind = "chat") -> Arguments:
     """Arguments from raw values by name (of a command line or a recipe). Raises ArgumentsError, DataError."""
     values = {name: as_word(name, value) for name, value in values.items()}
     warnings = map_obsolete(values)
@@ -205,13 +217,34 @@ def build(values: Mapping[str, Any]) -> Arguments:
         hf["resume_from_checkpoint"] = resume.lower() == "true" or None
     arguments = Arguments(
         ModelArguments(**parsed[ModelArguments]),
-        DataArguments(**parsed[DataArguments]),
+        _effective(DataArguments(**parsed[DataArguments]), kind, warnings),
         {**HF_DEFAULTS, **hf},
         frozenset(values),
         warnings,
+        kind,
     )
     _check_together(arguments)
     return arguments
+
+
+# Flags that mean nothing to the other kind of data, and why.
+_IDLE: dict[Kind, tuple[tuple[str, ...], str]] = {
+    "chat": (("append_eod", "cross_document_attention"), "conversations; they are for pretraining text"),
+    "document": (
+        ("chat_template", "think_mode", "enable_thinking", "mask_compat", "over_long", "packing"),
+        "pretraining text, which is cut into full rows",
+    ),
+}
+
+
+def _effective(data: DataArguments, kind: Kind, warnings: list[str]) -> DataArguments:
+    """The data flags without those that mean nothing to this kind of data, which is warned of."""
+    plain = DataArguments()
+    names, why = _IDLE[kind]
+    given = [name for name in names if getattr(data, name) != getattr(plain, name)]
+    if given:
+        warnings.append(f"--{', --'.join(given)}: no effect on {why}")
+    return replace(data, **{name: getattr(plain, name) for name in given})
 
 
 def known_flags() -> list[str]:
@@ -341,6 +374,21 @@ def _check_hf(args: Arguments) -> None:
         )
 
 
+def _check_raw(name: str, data: DataArguments, kind: Kind) -> None:
+    """What can be told of files that are not prepared before torch is imported. Raises DataError."""
+    prefix = token_prefix(name)
+    if prefix is None:
+        check_sources([name], data, kind)
+    elif kind == "document":
+        check_reading(prefix, data)
+        read_tokens(prefix)
+    else:
+        raise DataError(
+            f"{name}: Megatron's token files hold plain text for finebridge pretrain; files of chats are read by "
+            "finebridge data import"
+        )
+
+
 def _check_together(args: Arguments) -> None:
     """What one flag alone cannot tell. Raises ArgumentsError, DataError, DeepSpeedConfigError; adds warnings."""
     model, data, hf = args.model, args.data, args.hf
@@ -348,7 +396,7 @@ def _check_together(args: Arguments) -> None:
         raise ArgumentsError("--train_data_file is missing (or --use_dummy_data for a speed test)")
     for name in (data.train_data_file, data.eval_data_file):
         if name and not prepared_folder([name]):
-            check_sources([name], data, "chat")
+            _check_raw(name, data, args.kind)
     _check_hf(args)
     if hf.get("bf16") and hf.get("fp16"):
         raise ArgumentsError("--bf16 and --fp16 exclude each other")

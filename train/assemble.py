@@ -18,6 +18,7 @@ from ..data_tools.packing import pack
 from ..data_tools.preprocess import prepare
 from ..data_tools.schema import Origin
 from ..data_tools.templates import template_source
+from ..data_tools.text_dataset import open_text
 from ..data_tools.tokenizer_files import TokenizerSource, load_tokenizer
 from ..ds_configs.resolve import resolve, zero_stage
 from ..storage.manifest import read
@@ -77,17 +78,16 @@ def assemble(args: Arguments) -> Run:
     )
     model = _model(args, hf_args, settings, tokenizer)
     _stop_at(model, train_data.terminators, tokenizer)
-    if (
-        hf_args.ddp_find_unused_parameters is None
-    ):  # without DeepSpeed: looking for them costs a pass over the graph a step
+    if hf_args.ddp_find_unused_parameters is None:  # read without DeepSpeed; looking costs a pass over the graph a step
         hf_args.ddp_find_unused_parameters = has_listed_experts(model)
     callbacks: list[TrainerCallback] = []
     if args.model.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(args.model.early_stopping_patience, args.model.early_stopping_threshold))
-    if args.data.packing:
+    if args.shares_rows:
         check_trainable(model, hf_args.device, runtime.say)
         collator = FlatteningCollator(borders=takes_borders(model))
-        callbacks.append(IsolationProof())
+        cure = "leave --packing out" if args.data.packing else "give --cross_document_attention true"
+        callbacks.append(IsolationProof(cure))
     else:
         pad_id = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
         collator = PaddingCollator(pad_id)
@@ -123,6 +123,11 @@ def _datasets(args: Arguments, tokenizer: Any, output_dir: Path) -> tuple[Any, A
     # Not the tokenizer itself: preparing sets its template, and each data set is prepared from what is on disk.
     source = TokenizerSource(tokenizer.name_or_path, args.model.trust_remote_code, args.model.cache_dir)
     cache = Path(data.prepared_data_dir) if data.prepared_data_dir else output_dir / "prepared_data"
+    if args.kind == "document":
+        seed = hf_value(args.hf, "seed" if args.hf.get("data_seed") is None else "data_seed")
+        train_data = open_text(str(data.train_data_file), source, data, cache, runtime.say, seed)
+        held_out = open_text(data.eval_data_file, source, data, cache, runtime.say) if data.eval_data_file else None
+        return train_data, held_out
     folders = [
         prepare([pattern], source, data, cache, runtime.say, wanted="chat") if pattern else None
         for pattern in (data.train_data_file, data.eval_data_file)

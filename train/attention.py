@@ -60,12 +60,12 @@ def check_trainable(model: Any, device: torch.device, say: Callable[[str], None]
         )
 
 
-def check_isolation(model: Any, device: torch.device) -> None:
+def check_isolation(model: Any, device: torch.device, cure: str = "leave --packing out") -> None:
     """Prove that no sample of a pack reads another one: change the others and compare this one's outputs bit by bit.
 
     Two forward passes of one row of 25 tokens, through the collator that training uses. Every rank must call it: under
     ZeRO-3 a forward is collective. The model comes back in the mode it had; no random number is drawn.
-    Raises AttentionError.
+    Raises AttentionError, which advises the ``cure``.
     """
     name = f"{type(model).__name__} with {model.config._attn_implementation}"  # noqa: SLF001
     collator = FlatteningCollator(borders=takes_borders(model))
@@ -79,25 +79,26 @@ def check_isolation(model: Any, device: torch.device) -> None:
             try:
                 output = model(**{key: _on(device, value) for key, value in inputs.items()})
             except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
-                raise AttentionError(
-                    f"--packing: {name} does not take packed samples ({error}); leave --packing out"
-                ) from error
+                raise AttentionError(f"packing: {name} does not take packed samples ({error}); {cure}") from error
         logits.append(_kept(output.logits))
     if not bool(torch.isfinite(logits[0]).all()):
-        raise AttentionError(f"--packing: {name} gives outputs that are not finite numbers, so nothing can be proven")
+        raise AttentionError(f"packing: {name} gives outputs that are not finite numbers, so nothing can be proven")
     moved = float((logits[0] - logits[1]).abs().max())
     if torch.equal(*logits):  # then the blocks were given the same, too
         moved = max((_share(*pair) for pair in zip(*passed, strict=True)), default=0.0)
         moved = moved if moved > _ROUNDING else 0.0
     if moved:
         raise AttentionError(
-            f"--packing: in {name} packed samples read one another (one sample's outputs moved by {moved:.2g} when only the "
-            "others were changed); leave --packing out"
+            f"packing: in {name} packed samples read one another (one sample's outputs moved by {moved:.2g} when only the "
+            f"others were changed); {cure}"
         )
 
 
 class IsolationProof(TrainerCallback):
     """Runs ``check_isolation`` when the engine stands and before the first step, on every rank alike."""
+
+    def __init__(self, cure: str) -> None:
+        self.cure = cure
 
     def on_train_begin(
         self,
@@ -108,7 +109,7 @@ class IsolationProof(TrainerCallback):
         **_: Any,
     ) -> None:
         """Prove it. Raises AttentionError."""
-        check_isolation(model, args.device)
+        check_isolation(model, args.device, self.cure)
 
 
 def _row(vocabulary: int, shift: int) -> Item:

@@ -13,16 +13,17 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..data_tools.schema import Kind
 from .arguments import parse
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 _RANK_0_SPEAKS_WITHIN = 10.0  # seconds; the launcher ends the other ranks when rank 0 has ended
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train; the process's exit code: 0 done, 1 diverged, 2 bad input (said in one message)."""
+def main(argv: Sequence[str] | None = None, kind: Kind = "chat") -> int:
+    """Train on data of this kind; the process's exit code: 0 done, 1 diverged, 2 bad input (said in one message)."""
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)  # before torch is imported
+        args = parse(sys.argv[1:] if argv is None else argv, kind)  # before torch is imported
     except ValueError as error:
         return _refuse(error)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

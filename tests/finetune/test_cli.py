@@ -45,7 +45,7 @@ GOOD = ("--model_name_or_path", "m", "--train_data_file", "d.jsonl")
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> None:
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert all(f"\n  {verb}" in said for verb in ("sft", "merge", "data preview", "example"))
+    assert all(f"\n  {verb}" in said for verb in ("sft", "pretrain", "merge", "data preview", "example"))
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,15 +53,17 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{finebridge.__version__}\n"
 
 
-def test_sft_help_names_our_flags_and_transformers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sft", "--help"]) == 0
+@pytest.mark.parametrize("verb", ["sft", "pretrain"])
+def test_help_of_training_names_our_flags_and_transformers(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
     said = capsys.readouterr().out
+    assert said.startswith(f"finebridge {verb} [recipe.yaml")
     for flag in ("--nproc_per_node", "--train_data_file", "--lora_rank", "--min_lr", "--learning_rate", "--deepspeed"):
         assert f"\n  {flag} " in said
 
 
 def test_an_unknown_verb_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    assert refused(capsys, "trian") == "error: unknown verb 'trian'; known are sft, merge, data, example\n"
+    assert refused(capsys, "trian") == "error: unknown verb 'trian'; known are sft, pretrain, merge, data, example\n"
 
 
 @pytest.mark.parametrize("words", [("sft",), ()], ids=["sft", "no verb"])

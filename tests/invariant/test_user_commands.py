@@ -72,6 +72,19 @@ def test_train_lora_then_merge(models: Callable[[str], Path], train_file: Path, 
     assert (logits[0] - logits[1]).abs().max() > 1e-4
 
 
+def test_build_token_files_then_pretrain(models: Callable[[str], Path], tmp_path: Path) -> None:
+    base = models("hunyuan_v1_dense")
+    (tmp_path / "corpus.txt").write_text("".join(f"one and {number}\n" for number in range(50)))
+    words = ["--tokenizer-name-or-path", base, "--output-prefix", "export/corpus", "--append-eod"]
+    done = bash("finetune/finetune.sh", "data", "build", "corpus.txt", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = ["--model_name_or_path", base, "--train_data_file", "export/corpus_text_document", "--output_dir", "out"]
+    done = bash("train/pretrain.sh", *words, "--max_steps", 1, "--max_seq_length", 64, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "data: 50 documents" in done.stdout
+    assert (tmp_path / "out" / "checkpoint-1" / "manifest.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
