@@ -6,6 +6,7 @@ and then runs ``finebridge.train.sft.main``, exactly what a launcher starts. Sav
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ def _rank_main(rank: int, world: int, port: int, argv: Sequence[str], log: str, 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **extra)
     from finebridge.train.sft import main
 
+    if "KILL_AT_STEP" in extra:
+        _kill_at(int(extra["KILL_AT_STEP"]))
     code = 1
     try:
         code = main(argv)
@@ -34,6 +37,20 @@ def _rank_main(rank: int, world: int, port: int, argv: Sequence[str], log: str, 
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # gloo's threads may abort an orderly exit
+
+
+def _kill_at(step: int) -> None:
+    """End this rank by SIGKILL when it begins to train after ``step`` steps: nothing can be saved any more."""
+    from finebridge.train.trainer import FinetuneTrainer
+
+    inner = FinetuneTrainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(self, *args, **kwargs)
+
+    FinetuneTrainer.training_step = training_step
 
 
 class Finished:

@@ -109,7 +109,7 @@ def _resume(args: Arguments, hf_args: TrainingArguments, shape: dict[str, Any], 
         lambda: find_resume(wanted, output_dir, shape, allowed, runtime.say), patience=timedelta(days=1)
     )
     if found and found.universal and hf_args.hf_deepspeed_config is not None:
-        hf_args.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
+        hf_args.hf_deepspeed_config.config.setdefault("checkpoint", {})["load_universal"] = True
     return found
 
 

@@ -1,7 +1,7 @@
 """DeepSpeed's own files of a checkpoint: which there must be, and how they are read without running what is in them.
 
-DeepSpeed reads its shards with ``torch.load(weights_only=False)``, which runs whatever code a pickle names, at more than
-thirty places. torch can be told to refuse that everywhere in a process; the shards then load, as they hold tensors,
+DeepSpeed reads its shards with ``torch.load`` and ``weights_only`` off, which runs whatever code a pickle names, at more
+than thirty places. torch can be told to refuse that everywhere in a process; the shards then load, as they hold tensors,
 plain values and the few classes below.
 """
 
