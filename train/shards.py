@@ -54,7 +54,7 @@ def check_pickles(files: Iterable[Path]) -> None:
             continue
         try:
             named = set(get_unsafe_globals_in_checkpoint(path))
-        except (ValueError, RuntimeError, EOFError) as error:
+        except (ValueError, RuntimeError, OSError, EOFError) as error:
             raise ArgumentsError(f"{path}: not a file that torch wrote, or it was cut: {error}") from None
         if strange := sorted(named - _SHARD_CLASSES - _NUMPY):
             raise ArgumentsError(f"{path}: it would run {strange[0]} when it is loaded; such a file is not read")
