@@ -41,7 +41,7 @@ def on_main(work: Callable[[], Any], *, patience: timedelta | None = None) -> An
         except Exception as error:  # noqa: BLE001 - it is raised again, on every rank
             outcome = [None, SaveError, f"{type(error).__name__}: {error}"]
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        group: Any = dist.new_group(backend="gloo", timeout=patience) if patience else None
+        group: Any = dist.new_group(timeout=patience) if patience else None
         dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1](outcome[2])

@@ -69,7 +69,10 @@ def latest_folder(checkpoint: Path) -> Path:
     """The ``global_step*`` folder that ``latest`` names. Raises ArgumentsError when either is missing."""
     latest = checkpoint / "latest"
     if not latest.is_file():
-        raise ArgumentsError(f"{latest}: missing")
+        raise ArgumentsError(
+            f"{latest} is missing, so optimizer and schedule would start afresh (saved with --save_only_model, or without "
+            "--deepspeed?); --init_from_checkpoint starts from the checkpoint's weights alone"
+        )
     folder = checkpoint / latest.read_text(encoding="utf-8").strip()
     if folder.parent != checkpoint or not folder.is_dir():
         raise ArgumentsError(f"{latest}: it names {folder.name}, and there is no such folder")

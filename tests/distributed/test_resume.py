@@ -121,7 +121,7 @@ def assert_close(straight: Path, resumed: Path, step: int) -> None:
     assert max(float((after[name] - expected[name]).abs().max()) for name in expected) < 1e-6
 
 
-def from_other_ranks(
+def assert_from_other_ranks(
     before: int, after: int, more: Flags, ranks: RankRunner, model: Path, rows: Path, tmp_path: Path
 ) -> str:
     """What a resume with other ranks says; its run must go on as the straight one."""
@@ -153,7 +153,7 @@ def test_deepspeed_with_other_ranks(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     more = {**more, "lora_dropout": 0, "gradient_accumulation_steps": 1, "deepspeed": zero[stage]}
-    said = from_other_ranks(before, after, more, ranks, models("hunyuan_v1_dense"), rows, tmp_path)
+    said = assert_from_other_ranks(before, after, more, ranks, models("hunyuan_v1_dense"), rows, tmp_path)
     (built,) = (tmp_path / "resumed" / "reshaped").glob("checkpoint-4-*")
     assert f"resume: {built} holds the state for any number of ranks" in said
     assert not list((tmp_path / "resumed" / "reshaped").glob(".checkpoint*.tmp-*"))
@@ -164,7 +164,7 @@ def test_deepspeed_with_other_ranks(
 def test_plain_with_other_ranks(
     before: int, after: int, ranks: RankRunner, models: Models, rows: Path, tmp_path: Path
 ) -> None:
-    from_other_ranks(before, after, {}, ranks, models("hunyuan_v1_dense"), rows, tmp_path)
+    assert_from_other_ranks(before, after, {}, ranks, models("hunyuan_v1_dense"), rows, tmp_path)
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ def shape(model: Path, data: Path, settings: dict[str, Any] | None = None, token
         "max_steps": 8,
         "lr_scheduler_type": "cosine",
     }
-    args = build({**flags, "learning_rate": 1e-3, **more})
+    args = build({**flags, "learning_rate": 1e-3, "per_device_train_batch_size": 4, **more})
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
     return run_shape(args, _training_arguments(args, None), Data(), settings, tokenizer)
 

@@ -104,6 +104,18 @@ def test_a_cut_state_file_of_a_stock_checkpoint(checkpoint: Path, tmp_path: Path
         find(stock, now)
 
 
+def test_what_the_files_of_a_stock_checkpoint_tell(checkpoint: Path, tmp_path: Path) -> None:
+    """Batch size and length of the run are in trainer_state.json; the rest cannot be compared, and that is said."""
+    now = read(checkpoint)["made_from"]["run"]
+    stock = linked(checkpoint, tmp_path / "stock", MANIFEST_NAME)
+    said: list[str] = []
+    assert find(stock, {**now, "per_device_train_batch_size": 4}, said) == Resume(stock)
+    assert "only ranks, batch size and --max_steps are compared" in said[1]
+    assert said[2].startswith("resume: per_device_train_batch_size was 2, is 4")
+    with pytest.raises(ArgumentsError, match="max_steps was 1, is 9"):
+        find(stock, {**now, "max_steps": 9})
+
+
 class Payload:
     """Unpickling it creates a file."""
 
