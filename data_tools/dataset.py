@@ -1,13 +1,15 @@
 """Map-style dataset over a prepared dataset, and random samples for speed tests."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from ..storage.manifest import read
 from .arguments import OverLong
 from .fitting import loss_remains
 from .indexed import IndexedReader
@@ -52,7 +54,7 @@ class PreparedDataset:
         self, folder: Path, max_length: int, over_long: OverLong = "drop", say: Callable[[str], None] = print
     ) -> None:
         self.max_length = max_length
-        self.key = folder.name  # the hash of all that shaped the data
+        self.key = _content_key(folder)
         self._tokens = IndexedReader(folder / "text_document")
         self._spans = IndexedReader(folder / "spans_document")
         self._rows = np.load(folder / "rows.npy", allow_pickle=False)
@@ -106,6 +108,13 @@ class PreparedDataset:
         for start, end in np.asarray(self._spans[number]).reshape(-1, 2):
             labels[start:end] = ids[start:end]
         return {"input_ids": ids, "labels": labels}
+
+
+def _content_key(folder: Path) -> str:
+    """A hash of the tokens and spans of a prepared dataset: the same text made from another folder is the same data."""
+    files: dict[str, Any] = read(folder)["files"]
+    hashes = [files[name]["sha256"] for name in sorted(files) if name.endswith((".bin", ".idx"))]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
 class DummyDataset:

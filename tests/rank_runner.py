@@ -7,6 +7,7 @@ and then runs ``finebridge.train.sft.main`` (or another entry's), exactly what a
 import importlib
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ def _rank_main(
     os.dup2(handle, 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **extra)
+    if "KILL_AT_STEP" in extra:
+        _kill_at(int(extra["KILL_AT_STEP"]))
     code = 1
     try:
         code = importlib.import_module(f"finebridge.train.{entry}").main(argv)
@@ -35,6 +38,20 @@ def _rank_main(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # gloo's threads may abort an orderly exit
+
+
+def _kill_at(step: int) -> None:
+    """End this rank by SIGKILL when it begins to train after ``step`` steps: nothing can be saved any more."""
+    from finebridge.train.trainer import FinetuneTrainer
+
+    inner = FinetuneTrainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(self, *args, **kwargs)
+
+    FinetuneTrainer.training_step = training_step
 
 
 class Finished:

@@ -21,7 +21,9 @@ from ..data_tools.preprocess import check_sources
 from ..data_tools.schema import DataError, Kind
 from ..data_tools.token_files import check_reading, read_tokens, token_prefix
 from ..ds_configs.resolve import FIXED_BY_FLAGS, check_fixed, check_precision, resolve, zero_stage
+from ..storage.assets import read_json
 from ..storage.manifest import steps
+from .drift import allowed_names
 from .hf_flags import ArgumentsError, convert, hf_flags, hf_value, nearest
 from .obsolete import OBSOLETE, RENAMED, map_obsolete
 from .schedule import schedule
@@ -29,6 +31,7 @@ from .schedule import schedule
 Normalization = Literal["token", "sequence", "batch"]
 SpikePolicy = Literal["warn", "stop", "off"]
 
+ADAPTER_CONFIG = "adapter_config.json"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -63,6 +66,13 @@ class ModelArguments:
         None, "stop when --metric_for_best_model (eval_loss) has not improved for so many evaluations"
     )
     early_stopping_threshold: float = _arg(0.0, "how much better counts as improved")
+    init_from_checkpoint: str | None = _arg(
+        None, "start a new run from the weights (or the LoRA adapter) of this checkpoint folder, nothing else of it"
+    )
+    allow_drift: str | None = _arg(
+        None,
+        "names, comma-separated: resume although these differ from the checkpoint's run; a refused resume tells them",
+    )
     min_lr: float = _arg(0.0, "absolute floor of the learning rate; must lie below --learning_rate")
     config_name: str | None = _arg(
         None, "build a NEW model with random weights from this config.json, or of this transformers model type"
@@ -105,6 +115,7 @@ class ModelArguments:
             raise ArgumentsError(f"--loss_spike_factor {self.loss_spike_factor:g} must be over 1")
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
             raise ArgumentsError("--early_stopping_patience must be at least 1")
+        allowed_names(self.allow_drift)
 
 
 @dataclass(frozen=True)
@@ -210,6 +221,7 @@ def build(values: Mapping[str, Any], kind: Kind = "chat") -> Arguments:
             hf[name[3:]] = False
         else:
             raise ArgumentsError(f"unknown flag --{name}{nearest(name, known_flags())}")
+    _init_from(parsed[ModelArguments], hf)
     if isinstance(resume := hf.get("resume_from_checkpoint"), str) and resume.lower() not in ("true", "false"):
         if not {"model_name_or_path", "config_name"} & set(values):
             parsed[ModelArguments]["model_name_or_path"] = resume  # as the Hunyuan README resumes: no model path given
@@ -247,6 +259,39 @@ def _effective(data: DataArguments, kind: Kind, warnings: list[str]) -> DataArgu
     return replace(data, **{name: getattr(plain, name) for name in given})
 
 
+def _init_from(model: dict[str, Any], hf: Mapping[str, Any]) -> None:
+    """``--init_from_checkpoint``: a full checkpoint is the model to start from, an adapter goes on top of its base.
+
+    Raises ArgumentsError when the folder holds neither, or a resume or a new model is asked for too.
+    """
+    path = model.get("init_from_checkpoint")
+    if path is None:
+        return
+    folder = Path(path)
+    for other, given in (("resume_from_checkpoint", hf), ("config_name", model)):
+        if given.get(other) not in (None, False, "false"):
+            raise ArgumentsError(
+                f"--init_from_checkpoint and --{other} exclude each other: weights alone, or all the state"
+            )
+    if not (folder / ADAPTER_CONFIG).is_file():
+        check_model_path("--init_from_checkpoint", path, hub=False)
+        model["model_name_or_path"] = path
+        return
+    config = read_json(folder / ADAPTER_CONFIG)
+    model.setdefault("model_name_or_path", config.get("base_model_name_or_path"))
+    model["use_lora"] = True
+    targets = config.get("target_modules")
+    told = {
+        "lora_rank": config.get("r"),
+        "lora_alpha": config.get("lora_alpha"),
+        "lora_dropout": config.get("lora_dropout"),
+        "lora_target": ",".join(sorted(targets)) if isinstance(targets, list) else targets,
+    }
+    for name, value in told.items():
+        if model.setdefault(name, value) != value:
+            raise ArgumentsError(f"--{name} {model[name]}: the adapter of --init_from_checkpoint {path} has {value}")
+
+
 def known_flags() -> list[str]:
     """Every name that a command line or recipe may use."""
     own = [f.name for cls in (ModelArguments, DataArguments) for f in fields(cls)]
@@ -262,8 +307,8 @@ def own_flags() -> dict[str, tuple[str, Any, str]]:
     }
 
 
-def check_model_path(flag: str, value: str | None) -> None:
-    """Refuse a local path that does not exist and a folder that holds no model; ``owner/name`` may be a Hub name.
+def check_model_path(flag: str, value: str | None, *, hub: bool = True) -> None:
+    """Refuse a local path that does not exist and a folder that holds no model; with ``hub`` ``owner/name`` may be there.
 
     Raises ArgumentsError.
     """
@@ -271,11 +316,11 @@ def check_model_path(flag: str, value: str | None) -> None:
         return
     path = Path(value)
     if path.is_dir():
-        if flag != "--model_name_or_path" or (path / "config.json").is_file():
+        if flag == "--tokenizer_name_or_path" or (path / "config.json").is_file():
             return
-        if (path / "adapter_config.json").is_file():
+        if (path / ADAPTER_CONFIG).is_file():
             raise ArgumentsError(
-                f"{flag} {value}: an adapter; name its base here, and the adapter to --resume_from_checkpoint"
+                f"{flag} {value}: an adapter; name its base here, and the adapter to --init_from_checkpoint"
             )
         inside = [folder for _, folder in steps(path)]
         hint = f"; did you mean {inside[0]}?" if inside else "; the folder of a model is expected"
@@ -284,7 +329,7 @@ def check_model_path(flag: str, value: str | None) -> None:
         raise ArgumentsError(f"{flag} {value}: a file; the folder that holds it is expected")
     offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
     beside = len(path.parts) > 1 and path.parent.is_dir()  # a mistyped folder, not a name on the Hub
-    if not _HUB_NAME.fullmatch(value) or offline or beside:
+    if not hub or not _HUB_NAME.fullmatch(value) or offline or beside:
         raise ArgumentsError(f"{flag} {value}: no such folder (the current folder is {Path.cwd()})")
 
 

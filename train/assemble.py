@@ -6,6 +6,7 @@ Data comes before the process group exists, so that no collective can time out w
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,18 @@ from . import runtime
 from .arguments import Arguments
 from .attention import IsolationProof, check_trainable, takes_borders
 from .callbacks import SaveLastStep
-from .checkpoint import check_shared, find_resume, on_main
+from .checkpoint import check_shared, on_main
+from .drift import allowed_names
 from .freeze import train_only
 from .guards import StepGuard
 from .hf_flags import ArgumentsError, hf_value
 from .lora import add_lora
 from .model import load_model
 from .moe import has_listed_experts, make_leaf_modules
+from .resume import Resume, check_init, find_resume
+from .run_shape import run_shape
 from .schedule import schedule
+from .shards import refuse_pickles
 from .trainer import FinetuneTrainer
 
 
@@ -59,6 +64,7 @@ def assemble(args: Arguments) -> Run:
     if args.hf.get("deepspeed"):
         settings = resolve(str(args.hf["deepspeed"]), has_accelerator=runtime.has_accelerator())
     runtime.start(settings)
+    refuse_pickles(deepspeed=settings is not None)
     hf_args = _training_arguments(args, settings)
     runtime.check_world(hf_args.world_size)
     if hf_args.n_gpu > 1:
@@ -71,11 +77,11 @@ def assemble(args: Arguments) -> Run:
     check_shared(output_dir)
     if args.data.packing:
         train_data, eval_data = _packed(args, hf_args, train_data, eval_data)
-    made_from = _made_from(args, hf_args, train_data)
-    resume = args.hf.get("resume_from_checkpoint")
-    resume_from = on_main(
-        lambda: find_resume(resume, output_dir, made_from, runtime.say, deepspeed=settings is not None)
-    )
+    if args.model.init_from_checkpoint:
+        source = Path(args.model.init_from_checkpoint)
+        on_main(lambda: check_init(source, runtime.say), patience=timedelta(days=1))
+    shape = run_shape(args, hf_args, train_data, settings, tokenizer)
+    resume = _resume(args, hf_args, shape, output_dir)
     model = _model(args, hf_args, settings, tokenizer)
     _stop_at(model, train_data.terminators, tokenizer)
     if hf_args.ddp_find_unused_parameters is None:  # read without DeepSpeed; looking costs a pass over the graph a step
@@ -106,8 +112,22 @@ def assemble(args: Arguments) -> Run:
     if args.model.model_name_or_path and Path(args.model.model_name_or_path).is_dir():
         trainer.base = Path(args.model.model_name_or_path)
     trainer.keep = args.hf.get("save_total_limit")
-    trainer.made_from = made_from
-    return Run(trainer, resume_from)
+    trainer.made_from = {"train_data_file": args.data.train_data_file, "run": shape}
+    if resume is None:
+        return Run(trainer, None)
+    trainer.renewed = resume.renewed
+    return Run(trainer, str(resume.folder))
+
+
+def _resume(args: Arguments, hf_args: TrainingArguments, shape: dict[str, Any], output_dir: Path) -> Resume | None:
+    """What rank 0 finds to resume from, on every rank; hashing and rewriting large checkpoints may take hours."""
+    wanted, allowed = args.hf.get("resume_from_checkpoint"), allowed_names(args.model.allow_drift)
+    found: Resume | None = on_main(
+        lambda: find_resume(wanted, output_dir, shape, allowed, runtime.say), patience=timedelta(days=1)
+    )
+    if found and found.universal and hf_args.hf_deepspeed_config is not None:
+        hf_args.hf_deepspeed_config.config.setdefault("checkpoint", {})["load_universal"] = True
+    return found
 
 
 def _datasets(args: Arguments, tokenizer: Any, output_dir: Path) -> tuple[Any, Any]:
@@ -195,23 +215,6 @@ def _training_arguments(args: Arguments, settings: dict[str, Any] | None) -> Tra
         return TrainingArguments(**values)
     except (ValueError, TypeError) as error:
         raise ArgumentsError(f"transformers refuses these arguments: {error}") from error
-
-
-def _made_from(args: Arguments, hf_args: TrainingArguments, data: Any) -> dict[str, Any]:
-    """What a checkpoint is made from; ``order`` holds all that decides which samples a step sees."""
-    order = {
-        "world_size": hf_args.world_size,
-        "per_device_train_batch_size": hf_args.per_device_train_batch_size,
-        "gradient_accumulation_steps": hf_args.gradient_accumulation_steps,
-        "seed": hf_args.seed,
-        "data_seed": hf_args.data_seed,
-        "data": data.key,
-        "max_seq_length": args.data.max_seq_length,
-        "samples": len(data),
-        "packing": data.packs.key if isinstance(data, PackedDataset) else "none",
-    }
-    model = args.model.model_name_or_path or args.model.config_name
-    return {"model": model, "train_data_file": args.data.train_data_file, "order": order}
 
 
 def _stop_at(model: Any, terminators: list[int], tokenizer: Any) -> None:

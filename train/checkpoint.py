@@ -1,4 +1,4 @@
-"""Save, keep and find checkpoints so that each is whole or absent.
+"""Save and keep checkpoints so that each is whole or absent.
 
 The HF Trainer writes its files into a staging folder; when every rank is done, rank 0 hashes them, writes the manifest
 and renames the folder to ``checkpoint-N``. Files and layout inside stay those of the Trainer.
@@ -7,13 +7,14 @@ and renames the folder to ``checkpoint-N``. Files and layout inside stay those o
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..storage.manifest import MANIFEST_NAME, ManifestError, newest_verified, read, steps, verify
+from ..storage.manifest import steps
 from ..storage.publish import clear_leftovers, commit, remove, stage
 from .hf_flags import ArgumentsError
 from .runtime import has_accelerator, is_main
@@ -25,10 +26,11 @@ class SaveError(RuntimeError):
     """A checkpoint could not be written or published; the message says why, earlier ones are untouched."""
 
 
-def on_main(work: Callable[[], Any]) -> Any:
+def on_main(work: Callable[[], Any], *, patience: timedelta | None = None) -> Any:
     """Run ``work`` on rank 0 and give its result to all ranks; its error is raised on all, as ArgumentsError or SaveError.
 
-    Every rank must call it. Nobody waits in the dark: the others receive the error, not a time-out.
+    Every rank must call it. Nobody waits in the dark: the others receive the error, not a time-out. ``patience`` is for
+    work that may take longer than the process group's own limit (10 min with NCCL, 30 with gloo).
     """
     outcome: list[Any] = [None, None, None]
     if is_main():
@@ -39,7 +41,8 @@ def on_main(work: Callable[[], Any]) -> Any:
         except Exception as error:  # noqa: BLE001 - it is raised again, on every rank
             outcome = [None, SaveError, f"{type(error).__name__}: {error}"]
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(outcome, src=0)
+        group: Any = dist.new_group(timeout=patience) if patience else None
+        dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1](outcome[2])
     return outcome[0]
@@ -134,66 +137,3 @@ def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
     for path in [path for path in older if path not in best][max(0, limit - 1 - len(best)) :]:
         remove(path)
     clear_leftovers(output_dir, f"{PREFIX}*")
-
-
-def find_resume(
-    resume: str | bool | None,
-    output_dir: Path,
-    made_from: Mapping[str, Any],
-    say: Callable[[str], None],
-    *,
-    deepspeed: bool,
-) -> str | None:
-    """The checkpoint to resume from: a named one, or with True the newest that verifies; None to start afresh.
-
-    Raises ArgumentsError when a named checkpoint is not whole or was made with another ``order`` of samples, when
-    checkpoints exist and none verifies, or when the one found lacks the state of optimizer or schedule.
-    """
-    found = _chosen(resume, output_dir, say) if resume else None
-    if found is None:
-        return None
-    for name in ("trainer_state.json", *(("latest",) if deepspeed else ("optimizer.pt", "scheduler.pt"))):
-        if not (found / name).is_file():
-            raise ArgumentsError(
-                f"--resume_from_checkpoint {found}: no {name} there, so optimizer and schedule would start afresh "
-                "(saved with --save_only_model, or with another --deepspeed setting?); to start from its weights alone, "
-                "give it as --model_name_or_path"
-            )
-    _check_order(found, made_from)
-    return str(found)
-
-
-def _check_order(found: Path, made_from: Mapping[str, Any]) -> None:
-    """Refuse to go on with other ranks, batches, seeds or data: samples would be repeated or skipped."""
-    if not (found / MANIFEST_NAME).is_file():
-        return  # another tool's checkpoint; that was said
-    then: dict[str, Any] = read(found)["made_from"].get("order", {})
-    now: dict[str, Any] = made_from["order"]
-    changed = [f"{name} was {then[name]}, is {now[name]}" for name in now if name in then and then[name] != now[name]]
-    if changed:
-        raise ArgumentsError(
-            f"--resume_from_checkpoint {found}: {'; '.join(changed)}. Samples would be repeated or skipped; set them back, "
-            "or start from the checkpoint's weights with --model_name_or_path"
-        )
-
-
-def _chosen(resume: str | bool, output_dir: Path, say: Callable[[str], None]) -> Path | None:
-    """The named checkpoint, or the newest that verifies."""
-    if isinstance(resume, str):
-        if not (Path(resume) / "manifest.json").is_file():
-            say(f"resume: {resume} has no manifest (another tool wrote it), so its files cannot be verified")
-            return Path(resume)
-        try:
-            verify(Path(resume))
-        except ManifestError as error:
-            raise ArgumentsError(f"--resume_from_checkpoint: {error}") from None
-        return Path(resume)
-    found, passed_over = newest_verified(output_dir, PREFIX)
-    for reason in passed_over:
-        say(f"resume: passed over {reason}")
-    if found is None and passed_over:
-        raise ArgumentsError(
-            f"--resume_from_checkpoint: no checkpoint in {output_dir} is whole; remove them to start afresh"
-        )
-    say(f"resume: {found}" if found else f"resume: no checkpoint in {output_dir} yet, starting afresh")
-    return found

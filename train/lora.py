@@ -1,21 +1,24 @@
 """Wrap a model with a LoRA adapter (https://arxiv.org/abs/2106.09685), by PEFT."""
 
+from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from .arguments import ModelArguments
+from .arguments import ADAPTER_CONFIG, ModelArguments
 from .hf_flags import ArgumentsError
 
 
 def add_lora(model: PreTrainedModel, args: ModelArguments) -> Any:
-    """The model with an adapter on ``args.lora_target``; every other parameter is frozen.
+    """The model with an adapter on ``args.lora_target``, or with that of ``args.init_from_checkpoint``; the rest is frozen.
 
     Call after ``set_seed``: the A matrices are random. Raises ArgumentsError naming the linear modules that there are
     when a target matches none.
     """
+    if args.init_from_checkpoint and (Path(args.init_from_checkpoint) / ADAPTER_CONFIG).is_file():
+        return PeftModel.from_pretrained(model, args.init_from_checkpoint, is_trainable=True)
     targets: str | list[str] = args.lora_target
     if args.lora_target != "all-linear":
         targets = [name.strip() for name in args.lora_target.split(",") if name.strip()]

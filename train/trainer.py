@@ -8,6 +8,7 @@ from torch import nn
 from ..storage.assets import carry
 from .checkpoint import SaveError, finite_on_all_ranks, open_staging, publish_checkpoint, rotate
 from .guards import DivergedError
+from .renew import FreshSettings, separate_steps
 from .steps import StepTrainer
 
 
@@ -16,20 +17,33 @@ class FinetuneTrainer(StepTrainer):
 
     ``base`` is the local folder that the model came from: its remote code and other files are carried into every full
     checkpoint. ``made_from`` goes into the checkpoint's manifest. ``keep`` is how many checkpoints stay (the Trainer's
-    own ``save_total_limit`` would go by time and may delete the last one).
+    own ``save_total_limit`` would go by time and may delete the last one). ``renewed`` names the settings that a resume
+    takes from the flags although the checkpoint has others.
     """
 
     base: Path | None = None
     keep: int | None = None
     made_from: dict[str, Any] = {}  # noqa: RUF012 - replaced per instance by assemble
+    renewed: frozenset[str] = frozenset()
     _staging: Path | None = None
+    _fresh: FreshSettings | None = None
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule; DeepSpeed's ZeRO optimizers get the ``defaults`` that schedules with a floor read the peak from."""
         wrapped = getattr(optimizer or self.optimizer, "optimizer", None)
         if wrapped is not None and not hasattr(wrapped, "defaults"):
             wrapped.defaults = {"lr": self.args.learning_rate}
-        return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        self._fresh = FreshSettings(optimizer or self.optimizer, scheduler)
+        return scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._fresh is not None:
+            self._fresh.put_back(self.renewed, self.optimizer, self.lr_scheduler)
+            separate_steps(self.optimizer)
+        if self.is_deepspeed_enabled and checkpoint is not None:
+            self.deepspeed._config.load_universal_checkpoint = False  # noqa: SLF001 - later loads are of checkpoints as saved
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)

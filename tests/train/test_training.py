@@ -108,27 +108,6 @@ def test_min_lr_is_reached_at_the_last_step(
     assert min(rates) >= 1e-4
 
 
-@pytest.mark.parametrize("stage", ["ds_zero2_no_offload", "ds_zero3_no_offload"])
-def test_resume_equals_the_straight_run(
-    stage: str, ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path, history: History
-) -> None:
-    more = {"max_steps": 6, "save_steps": 3, "deepspeed": stage, "lr_scheduler_type": "cosine"}
-    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    ranks.run(flags(models("hunyuan_v1_dense"), train_file, straight, **more), straight / "log", ranks=2).check()
-    (straight / "checkpoint-3").rename(tmp_path / "kept")
-    resumed.mkdir()
-    (tmp_path / "kept").rename(resumed / "checkpoint-3")
-    damaged = resumed / "checkpoint-5"
-    damaged.mkdir()
-    (damaged / "trainer_state.json").write_text("{}")
-    argv = flags(models("hunyuan_v1_dense"), train_file, resumed, resume_from_checkpoint="true", **more)
-    done = ranks.run(argv, resumed / "log", ranks=2).check()
-    assert "passed over" in done.text
-    assert "checkpoint-5" in done.text
-    assert [entry["loss"] for entry in history(resumed)][-3:] == [entry["loss"] for entry in history(straight)][-3:]
-    assert not changed(straight / "checkpoint-6", resumed / "checkpoint-6")
-
-
 def test_damaged_checkpoint_is_refused(ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path) -> None:
     argv = flags(models("hunyuan_v1_dense"), train_file, tmp_path, max_steps=1)
     ranks.run(argv, tmp_path / "log").check()
@@ -282,28 +261,20 @@ def test_spoilt_weights_are_never_saved(ranks: RankRunner, models: Models, train
     assert not list(tmp_path.glob("*checkpoint-*"))
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"per_device_train_batch_size": 2}, "per_device_train_batch_size was 4, is 2"),
-        ({"seed": 7}, "seed was 42, is 7"),
-        ({"max_seq_length": 64}, "max_seq_length was 2048, is 64"),
-        ({"train_data_file": "other"}, "data was"),
-    ],
-)
 def test_resume_with_another_order_of_samples_is_refused(
-    change: dict[str, Any], named: str, ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path
+    ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path
 ) -> None:
-    if "train_data_file" in change:
-        lines = train_file.read_text().splitlines()[:12]
-        (tmp_path / "other.jsonl").write_text("\n".join(lines))
-        change = {"train_data_file": tmp_path / "other.jsonl"}
-    argv = {"max_steps": 1}
-    ranks.run(flags(models("hunyuan_v1_dense"), train_file, tmp_path, **argv), tmp_path / "log").check()
-    again = flags(models("hunyuan_v1_dense"), train_file, tmp_path, **argv, **change)
+    lines = train_file.read_text().splitlines()[:12]
+    (tmp_path / "other.jsonl").write_text("\n".join(lines))
+    ranks.run(flags(models("hunyuan_v1_dense"), train_file, tmp_path, max_steps=1), tmp_path / "log").check()
+    change = {"train_data_file": tmp_path / "other.jsonl", "per_device_train_batch_size": 2, "seed": 7}
+    again = flags(models("hunyuan_v1_dense"), train_file, tmp_path, max_steps=1, **change)
     done = ranks.run([*again, "--resume_from_checkpoint"], tmp_path / "log2")
     assert done.codes == [2]
-    assert named in done.text
+    for named in ("data was", "samples was 24, is 12", "data_seed was 42, is 7", "global_batch was 4, is 2"):
+        assert named in done.text
+    assert "samples would be repeated or skipped" in done.text
+    assert "also different, without harm: seed was 42, is 7" in done.text
 
 
 def test_best_and_last_stay(ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path) -> None:
