@@ -57,7 +57,8 @@ def merge(
     import torch
 
     from ..storage.hashing import Ledger
-    from ..storage.safetensors_io import Checkpoint, ShardWriter, parse_size
+    from ..storage.safetensors_io import Checkpoint, ShardWriter
+    from ..storage.space import parse_size
     from .lora_delta import AdapterError, load_adapter
 
     for name, folder in (("base", base), ("adapter", adapter)):

@@ -188,21 +188,6 @@ class ShardWriter:
             self._writing = None
 
 
-def parse_size(text: str) -> int:
-    """Bytes from ``5GB``, ``200MB``, ``64KB`` or a plain number. Raises ValueError on anything else."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
-    value = text.strip().upper()
-    unit = next((unit for unit in units if value.endswith(unit)), "")
-    factor = units.get(unit, 1)
-    try:
-        size = int(float(value.removesuffix(unit)) * factor)
-    except (ValueError, OverflowError):
-        raise ValueError(f"{text!r} is not a size; write for example 5GB or 200MB") from None
-    if size <= 0:
-        raise ValueError(f"{text!r} is not a positive size")
-    return size
-
-
 def _shard_names(folder: Path) -> list[str]:
     """The weight files of a checkpoint in the index's order; a single file wins over an index, as in transformers."""
     if (folder / SINGLE_NAME).is_file():

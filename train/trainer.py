@@ -1,30 +1,14 @@
 """The HF Trainer with checkpoints that are whole or absent and that load alone."""
 
-from pathlib import Path
 from typing import Any
-
-from torch import nn
-from transformers import Trainer
 
 from ..data_tools.dataset import PackedDataset
 from ..data_tools.packing import PackOrder, Window
-from ..storage.assets import carry
-from .callbacks import DivergedError
-from .checkpoint import SaveError, finite_on_all_ranks, open_staging, publish_checkpoint, rotate
+from .saving import SavingTrainer
 
 
-class FinetuneTrainer(Trainer):
-    """Trainer whose saves are staged, hashed and renamed into place.
-
-    ``base`` is the local folder that the model came from: its remote code and other files are carried into every full
-    checkpoint. ``made_from`` goes into the checkpoint's manifest. ``keep`` is how many checkpoints stay (the Trainer's
-    own ``save_total_limit`` would go by time and may delete the last one).
-    """
-
-    base: Path | None = None
-    keep: int | None = None
-    made_from: dict[str, Any] = {}  # noqa: RUF012 - replaced per instance by assemble
-    _staging: Path | None = None
+class FinetuneTrainer(SavingTrainer):
+    """The Trainer of a run; how it saves is ``SavingTrainer``'s."""
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule; DeepSpeed's ZeRO optimizers get the ``defaults`` that schedules with a floor read the peak from."""
@@ -42,41 +26,3 @@ class FinetuneTrainer(Trainer):
         window = Window(args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps)
         seed = args.seed if args.data_seed is None else args.data_seed
         return PackOrder(data.packs.cost(data.data.lengths), window, seed, lambda: data.epoch)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        output_dir = Path(self._get_output_dir(trial))
-        step = self.state.global_step
-        if not finite_on_all_ranks(self.model):
-            raise DivergedError(
-                f"step {step}: the weights are not finite any more, so no checkpoint of this step is written. Lower "
-                "--learning_rate or lengthen the warm-up"
-            )
-        self._staging = open_staging(output_dir, step)
-        try:
-            super()._save_checkpoint(model, trial)
-            best = self.state.best_model_checkpoint
-            if best and Path(best).parent == self._staging:
-                self.state.best_model_checkpoint = str(output_dir / Path(best).name)
-                if self.args.should_save:
-                    self.state.save_to_json(str(Path(best) / "trainer_state.json"))
-            publish_checkpoint(self._staging, output_dir, step, {**self.made_from, "step": step})
-        finally:
-            self._staging = None
-        if self.args.should_save:
-            rotate(output_dir, self.keep, self.state.best_model_checkpoint)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        try:
-            super()._save(output_dir, state_dict)
-            if self.args.should_save and (folder / "adapter_config.json").is_file():
-                model: Any = self.accelerator.unwrap_model(self.model)
-                model.generation_config.save_pretrained(folder)
-            if self.args.should_save and self.base is not None and (folder / "config.json").is_file():
-                carry(self.base, folder)
-        except ValueError as error:
-            # The Trainer takes any ValueError here for "weights were not gathered" and saves without them.
-            raise SaveError(f"{folder}: {error}") from error

@@ -7,7 +7,8 @@ import pytest
 import torch
 from finebridge.storage.hashing import HashingFile, Ledger, file_entry
 from finebridge.storage.manifest import ManifestError
-from finebridge.storage.safetensors_io import Checkpoint, ShardWriter, parse_size, write_tensors
+from finebridge.storage.safetensors_io import Checkpoint, ShardWriter, write_tensors
+from finebridge.storage.space import parse_size
 from safetensors.torch import load_file, save_file
 
 INDEX = "model.safetensors.index.json"
