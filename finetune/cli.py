@@ -1,6 +1,5 @@
 """The command ``finebridge``, a verb a stage. Importing it is light: each verb imports what it needs when it runs."""
 
-import errno
 import os
 import re
 import signal
@@ -10,6 +9,7 @@ from contextlib import suppress
 from importlib import import_module
 
 from .. import __version__
+from ..storage.space import EXIT_DISK_FULL, is_disk_full
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except OSError as error:  # a folder that cannot be written, a disk that is full
         print(f"error: {error.filename or words[0]}: {error.strerror or error}", file=sys.stderr)
-        return EXIT_FAILED if error.errno == errno.ENOSPC else EXIT_BAD_INPUT
+        return EXIT_DISK_FULL if is_disk_full(error) else EXIT_BAD_INPUT
 
 
 def _sft(words: list[str]) -> int:

@@ -20,6 +20,7 @@ from ..data_tools.prepared import prepared_folder
 from ..data_tools.preprocess import check_sources
 from ..ds_configs.resolve import FIXED_BY_FLAGS, check_fixed, check_precision, resolve, zero_stage
 from ..storage.manifest import steps
+from ..storage.space import parse_size
 from .hf_flags import ArgumentsError, convert, hf_flags, hf_value, nearest
 from .obsolete import OBSOLETE, RENAMED, map_obsolete
 from .schedule import schedule
@@ -48,6 +49,7 @@ class ModelArguments:
     train_attention_params_only: bool = _arg(False, "train only parameters whose name contains self_attn")
     make_moe_param_leaf_module: bool = _arg(False, "ZeRO-3: fetch each MoE block as a whole (leaf module)")
     min_lr: float = _arg(0.0, "absolute floor of the learning rate; must lie below --learning_rate")
+    max_shard_size: str = _arg("5GB", "largest weight file of a checkpoint; each rank writes some of them")
     config_name: str | None = _arg(
         None, "build a NEW model with random weights from this config.json, or of this transformers model type"
     )
@@ -83,6 +85,10 @@ class ModelArguments:
             raise ArgumentsError(
                 "--config_name needs --tokenizer_name_or_path: a new model has no tokenizer of its own"
             )
+        try:
+            parse_size(self.max_shard_size)
+        except ValueError as error:
+            raise ArgumentsError(f"--max_shard_size: {error}") from None
         if self.lora_rank < 1 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
             raise ArgumentsError("--lora_rank and --lora_alpha must be positive, --lora_dropout in [0, 1)")
 

@@ -22,17 +22,19 @@ from ..data_tools.tokenizer_files import TokenizerSource, load_tokenizer
 from ..ds_configs.resolve import resolve, zero_stage
 from ..storage.manifest import read
 from ..storage.publish import write_text
+from ..storage.space import parse_size
 from . import runtime
 from .arguments import Arguments
 from .attention import IsolationProof, check_trainable, takes_borders
 from .callbacks import FiniteGuard, SaveLastStep
-from .checkpoint import check_shared, find_resume, on_main
+from .checkpoint import check_shared, find_resume, on_main, put_back
 from .freeze import train_only
 from .hf_flags import ArgumentsError, hf_value
 from .lora import add_lora
 from .model import load_model
 from .moe import has_listed_experts, make_leaf_modules
 from .schedule import schedule
+from .space import SpaceCheck
 from .trainer import FinetuneTrainer
 
 
@@ -60,6 +62,7 @@ def assemble(args: Arguments) -> Run:
     hf_args = _training_arguments(args, settings)
     runtime.check_world(hf_args.world_size)
     check_shared(output_dir)
+    put_back(output_dir)
     if args.data.packing:
         train_data, eval_data = _packed(args, hf_args, train_data, eval_data)
     made_from = _made_from(args, hf_args, train_data)
@@ -69,7 +72,7 @@ def assemble(args: Arguments) -> Run:
     )
     model = _model(args, hf_args, settings, tokenizer)
     _stop_at(model, train_data.terminators, tokenizer)
-    callbacks: list[TrainerCallback] = [FiniteGuard(), SaveLastStep()]
+    callbacks: list[TrainerCallback] = [FiniteGuard(), SaveLastStep(), SpaceCheck(args.hf.get("save_total_limit"))]
     if args.data.packing:
         check_trainable(model, hf_args.device, runtime.say)
         collator = FlatteningCollator(borders=takes_borders(model))
@@ -90,6 +93,7 @@ def assemble(args: Arguments) -> Run:
         trainer.base = Path(args.model.model_name_or_path)
     trainer.keep = args.hf.get("save_total_limit")
     trainer.made_from = made_from
+    trainer.max_shard_size = parse_size(args.model.max_shard_size)
     return Run(trainer, resume_from)
 
 

@@ -80,6 +80,14 @@ def check_shared(output_dir: Path) -> None:
         )
 
 
+def put_back(output_dir: Path) -> None:
+    """Before checkpoints are looked at: clear what a killed save left, and put back what it had moved aside.
+
+    Every rank must call it.
+    """
+    on_main(lambda: clear_leftovers(output_dir, f"{PREFIX}*"))
+
+
 def _new_mark(output_dir: Path) -> str:
     """The name of a new empty file in the folder."""
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -13,14 +13,16 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..storage.space import EXIT_DISK_FULL, is_disk_full
 from .arguments import parse
+from .hf_flags import ArgumentsError
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 _RANK_0_SPEAKS_WITHIN = 10.0  # seconds; the launcher ends the other ranks when rank 0 has ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train; the process's exit code: 0 done, 1 diverged, 2 bad input (said in one message)."""
+    """Train; the process's exit code: 0 done, 1 diverged, 2 bad input, 28 disk full (said in one message)."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)  # before torch is imported
     except ValueError as error:
@@ -32,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .assemble import assemble
     from .attention import AttentionError
     from .callbacks import DivergedError
+    from .checkpoint import DiskFullError
 
     for text in args.warnings:
         runtime.say(f"warning: {text}")
@@ -41,12 +44,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(error)
     try:
         result = run.trainer.train(resume_from_checkpoint=run.resume_from)
-    except AttentionError as error:
+        run.trainer.save_state()
+    except (AttentionError, ArgumentsError) as error:
+        return _refuse(error)
+    except DiskFullError as error:  # on every rank
+        runtime.say(f"error: {error}")
+        return EXIT_DISK_FULL
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
         return _refuse(error)
     except DivergedError as error:
         runtime.say(f"error: {error}")
         return EXIT_FAILED
-    run.trainer.save_state()
     saved = Path(args.hf["output_dir"]) / f"checkpoint-{result.global_step}"
     runtime.say(
         f"done: {result.global_step} steps, mean loss {result.training_loss:.4f}, "
@@ -66,7 +76,7 @@ def _refuse(error: Exception) -> int:
         time.sleep(_RANK_0_SPEAKS_WITHIN)
     who = "" if rank == "0" else f" on rank {rank} ({socket.gethostname()})"
     print(f"error{who}: {error}", file=sys.stderr, flush=True)
-    return EXIT_BAD_INPUT
+    return EXIT_DISK_FULL if is_disk_full(error) else EXIT_BAD_INPUT
 
 
 if __name__ == "__main__":
