@@ -63,6 +63,7 @@ class HashingFile:
         try:
             self._stream.write(data)
         except OSError as error:
+            error.filename = str(self.path)
             self.error = error
             raise
         self._digest.update(data)
@@ -106,14 +107,13 @@ class Ledger:
         self.errors: list[Exception] = []
         self._patient = patient
 
-    @contextmanager
-    def create(self, path: Path) -> Generator[HashingFile]:
-        """A new file below the folder, entered when the block has ended well."""
+    def write(self, path: Path, work: Callable[[HashingFile], object]) -> None:
+        """Make a new file below the folder by ``work``, and enter it. Raises what stopped it, unless patient."""
         with self.guard():
             stream = HashingFile(path)
             try:
                 with stream:
-                    yield stream
+                    work(stream)
             except Exception:
                 if stream.error:
                     raise stream.error from None

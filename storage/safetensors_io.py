@@ -161,8 +161,8 @@ class ShardWriter:
             weight_map |= dict.fromkeys(keys, name)
         if count > 1 and self._rank == 0:
             index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-            with self._ledger.create(self.folder / INDEX_NAME) as stream:
-                stream.write((json.dumps(index, indent=1) + "\n").encode())
+            text = json.dumps(index, indent=1) + "\n"
+            self._ledger.write(self.folder / INDEX_NAME, lambda stream: stream.write(text.encode()))
 
     def _is_mine(self, number: int) -> bool:
         return number % self._world == self._rank
@@ -178,8 +178,7 @@ class ShardWriter:
         self._names, self._bytes = [], 0
 
     def _write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        with self._ledger.create(path) as stream:
-            write_tensors(stream, tensors)
+        self._ledger.write(path, lambda stream: write_tensors(stream, tensors))
 
     def _wait(self) -> None:
         """Until the last shard of this rank is on disk; raises what stopped it."""

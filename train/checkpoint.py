@@ -115,7 +115,7 @@ def _gather(value: Any) -> list[Any]:
     return values
 
 
-def open_staging(output_dir: Path, step: int) -> Path:
+def open_staging(output_dir: Path, step: int, needed: int) -> Path:
     """The folder in which all ranks write the files of ``checkpoint-{step}``, the same on every rank.
 
     It has its final name, inside the staging folder. Every rank must call it; raises DiskFullError, SaveError.
@@ -123,7 +123,7 @@ def open_staging(output_dir: Path, step: int) -> Path:
 
     def make() -> str:
         name = f"{PREFIX}{step}"
-        with _told_when_full(output_dir / name, 0):
+        with _told_when_full(output_dir / name, needed):
             folder = stage(output_dir / name) / name
             folder.mkdir()
         return str(folder)

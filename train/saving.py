@@ -4,7 +4,7 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -52,14 +52,14 @@ class SavingTrainer(Trainer):
                 f"step {step}: the weights are not finite any more, so no checkpoint of this step is written. Lower "
                 "--learning_rate or lengthen the warm-up"
             )
-        folder = open_staging(output_dir, step)
+        needed = checkpoint_bytes(self.model, self.args)
+        folder = open_staging(output_dir, step, needed)
         ledger = self._ledger = Ledger(folder, patient=True)
         self._staging, self._latest = folder.parent, None
         try:
             with ledger.guard(), torch_saves_through(ledger):
                 super()._save_checkpoint(model, trial)
                 self._name_best(output_dir)
-            needed = checkpoint_bytes(self.model, self.args)
             agree(ledger, needed)
             publish_checkpoint(ledger, output_dir, {**self.made_from, "step": step}, needed, self._latest)
         except BaseException:
@@ -166,8 +166,7 @@ def torch_saves_through(ledger: Ledger) -> Generator[None]:
         if not isinstance(f, str | os.PathLike) or not Path(f).is_relative_to(ledger.folder):
             plain(obj, f, *args, **kwargs)
             return
-        with ledger.create(Path(f)) as stream:
-            plain(obj, stream, *args, **kwargs)  # pyright: ignore[reportArgumentType] - it only writes and flushes
+        ledger.write(Path(f), lambda stream: plain(obj, cast("IO[bytes]", stream), *args, **kwargs))
 
     torch.save = save
     torch.serialization.set_crc32_options(False)

@@ -85,10 +85,8 @@ def write_adapter(model: Any, folder: Path, ledger: Ledger, *, writes: bool) -> 
                 raise WeightsError(f"tensor {key} has the shape {tuple(whole[key].shape)}, not {tuple(chosen.shape)}")
             if writes:
                 tensors[key] = whole[key].to("cpu", copy=True)
-    if not writes:
-        return
-    with ledger.create(folder / ADAPTER_NAME) as stream:
-        write_tensors(stream, tensors)
+    if writes:
+        ledger.write(folder / ADAPTER_NAME, lambda stream: write_tensors(stream, tensors))
 
 
 @contextmanager

@@ -40,8 +40,7 @@ def test_a_ledger_enters_what_torch_saves_and_what_it_is_renamed_to(tmp_path: Pa
     ledger = Ledger(tmp_path)
     (tmp_path / "sub").mkdir()
     value = {"w": torch.randn(1000), "same": torch.ones(3)}
-    with ledger.create(tmp_path / "sub" / "a.tmp") as stream:
-        torch.save(value, stream)
+    ledger.write(tmp_path / "sub" / "a.tmp", lambda stream: torch.save(value, stream))
     ledger.rename(tmp_path / "sub" / "a.tmp", tmp_path / "a.pt")
     assert ledger.entries == {"a.pt": file_entry(tmp_path / "a.pt")}
     back = torch.load(tmp_path / "a.pt", weights_only=True)
@@ -50,15 +49,14 @@ def test_a_ledger_enters_what_torch_saves_and_what_it_is_renamed_to(tmp_path: Pa
 
 @pytest.mark.parametrize("room", [0, 500, 3000])
 def test_a_full_disk_is_an_oserror_through_torch_too(tmp_path: Path, room: int) -> None:
-    def save(ledger: Ledger) -> None:
-        with ledger.create(tmp_path / "a.pt") as stream:
-            stream._stream = FullDisk(stream._stream, room)  # pyright: ignore[reportAttributeAccessIssue]
-            torch.save({"w": torch.randn(1000)}, stream)
+    def save(stream: HashingFile) -> None:
+        stream._stream = FullDisk(stream._stream, room)  # pyright: ignore[reportAttributeAccessIssue]
+        torch.save({"w": torch.randn(1000)}, stream)
 
-    with pytest.raises(OSError, match="No space left"):
-        save(Ledger(tmp_path))
+    with pytest.raises(OSError, match="No space left.*a.pt"):
+        Ledger(tmp_path).write(tmp_path / "a.pt", save)
     patient = Ledger(tmp_path, patient=True)
-    save(patient)
+    patient.write(tmp_path / "a.pt", save)
     assert [error.errno for error in patient.errors if isinstance(error, OSError)] == [28]
     assert patient.entries == {}
     patient.rename(tmp_path / "a.pt", tmp_path / "b.pt")
@@ -66,5 +64,8 @@ def test_a_full_disk_is_an_oserror_through_torch_too(tmp_path: Path, room: int) 
 
 
 def test_another_error_of_the_block_is_not_hidden(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), Ledger(tmp_path).create(tmp_path / "a") as stream:
-        stream.write(b"%d" % (1 // 0))
+    with pytest.raises(ZeroDivisionError):
+        Ledger(tmp_path).write(tmp_path / "a", lambda _: 1 // 0)
+    patient = Ledger(tmp_path, patient=True)
+    patient.write(tmp_path / "no" / "folder", lambda stream: stream.write(b"x"))
+    assert [type(error) for error in patient.errors] == [FileNotFoundError]
