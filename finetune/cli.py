@@ -20,6 +20,10 @@ usage: finebridge VERB ...          finebridge VERB --help tells more
   sft [recipe.yaml] [key=value] [--flag value]
                       supervised fine-tuning, full or LoRA, on this machine's GPUs or its CPU
   merge               merge a LoRA adapter into its base model, offline
+  checkpoint verify PATH ...
+                      prove that checkpoints, merges or prepared data are whole
+  checkpoint consolidate CHECKPOINT
+                      full weights from the fp32 masters of ZeRO
   data build FILE     tokenise data once, ahead of training
   data check FILE     prove the masks and show statistics, before any GPU is used
   data preview FILE   show what of each row is trained, token by token
@@ -102,6 +106,12 @@ def _merge(words: list[str]) -> int:
     return merge(words)
 
 
+def _checkpoint(words: list[str]) -> int:
+    from ..train.checkpoint_cli import main as checkpoint
+
+    return checkpoint(words)
+
+
 def _data(words: list[str]) -> int:
     verb = _DATA_VERBS.get(words[0]) if words else None
     usage = f"finebridge data {'|'.join(_DATA_VERBS)} ...; each tells more with --help"
@@ -129,7 +139,9 @@ _DATA_VERBS = {
     "export": ("layouts_cli", "export_main"),
     "import": ("layouts_cli", "import_main"),
 }
-_VERBS: dict[str, Callable[[list[str]], int]] = {"sft": _sft, "merge": _merge, "data": _data, "example": _example}
+_VERBS: dict[str, Callable[[list[str]], int]] = {
+    "sft": _sft, "merge": _merge, "checkpoint": _checkpoint, "data": _data, "example": _example,
+}  # fmt: skip
 
 
 if __name__ == "__main__":
