@@ -124,9 +124,13 @@ def open_staging(output_dir: Path, step: int, needed: int) -> Path:
     def make() -> str:
         name = f"{PREFIX}{step}"
         with _told_when_full(output_dir / name, needed):
-            folder = stage(output_dir / name) / name
-            folder.mkdir()
-        return str(folder)
+            staging = stage(output_dir / name)
+            try:
+                (staging / name).mkdir()
+            except OSError:
+                discard(staging)
+                raise
+        return str(staging / name)
 
     return Path(on_main(make))
 

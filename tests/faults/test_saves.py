@@ -1,13 +1,11 @@
 """A save that is killed or meets a full disk at any of its write points: the next start always finds a whole checkpoint."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import messages_file
-from finebridge.ds_configs.resolve import FOLDER
+from conftest import messages_file, zero_settings
 from finebridge.storage.manifest import verify
 from rank_runner import RankRunner
 
@@ -28,11 +26,7 @@ def train(models: Models, tmp_path_factory: pytest.TempPathFactory) -> list[obje
 
 
 def zero(stage: int, folder: Path) -> list[object]:
-    settings = json.loads((FOLDER / f"ds_zero{stage}_no_offload.json").read_text())
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    path = folder / "ds.json"
-    path.write_text(json.dumps(settings))
-    return ["--deepspeed", path]
+    return ["--deepspeed", zero_settings(f"ds_zero{stage}_no_offload", folder)]
 
 
 @pytest.mark.parametrize(("kind", "stride"), [
