@@ -1,6 +1,5 @@
 """The command ``finebridge``, a verb a stage. Importing it is light: each verb imports what it needs when it runs."""
 
-import errno
 import os
 import re
 import signal
@@ -10,6 +9,7 @@ from contextlib import suppress
 from importlib import import_module
 
 from .. import __version__
+from ..storage.space import EXIT_DISK_FULL, is_disk_full
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -22,6 +22,10 @@ usage: finebridge VERB ...          finebridge VERB --help tells more
   pretrain [recipe.yaml] [key=value] [--flag value]
                       the same on plain text or Megatron's .bin/.idx, for new models (--config_name) or trained ones
   merge               merge a LoRA adapter into its base model, offline
+  checkpoint verify PATH ...
+                      prove that checkpoints, merges or prepared data are whole
+  checkpoint consolidate CHECKPOINT
+                      full weights from the fp32 masters of ZeRO
   data build FILE     tokenise data once, ahead of training
   data check FILE     prove the masks and show statistics, before any GPU is used
   data preview FILE   show what of each row is trained, token by token
@@ -62,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except OSError as error:  # a folder that cannot be written, a disk that is full
         print(f"error: {error.filename or words[0]}: {error.strerror or error}", file=sys.stderr)
-        return EXIT_FAILED if error.errno == errno.ENOSPC else EXIT_BAD_INPUT
+        return EXIT_DISK_FULL if is_disk_full(error) else EXIT_BAD_INPUT
 
 
 def _sft(words: list[str]) -> int:
@@ -112,6 +116,12 @@ def _merge(words: list[str]) -> int:
     return merge(words)
 
 
+def _checkpoint(words: list[str]) -> int:
+    from ..train.checkpoint_cli import main as checkpoint
+
+    return checkpoint(words)
+
+
 def _data(words: list[str]) -> int:
     verb = _DATA_VERBS.get(words[0]) if words else None
     usage = f"finebridge data {'|'.join(_DATA_VERBS)} ...; each tells more with --help"
@@ -143,6 +153,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "sft": _sft,
     "pretrain": _pretrain,
     "merge": _merge,
+    "checkpoint": _checkpoint,
     "data": _data,
     "example": _example,
 }

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..storage.assets import carry, is_tokenizer_asset, read_json
 from ..storage.publish import publish
@@ -56,7 +56,9 @@ def merge(
     """
     import torch
 
-    from ..storage.safetensors_io import Checkpoint, ShardWriter, parse_size
+    from ..storage.hashing import Ledger
+    from ..storage.safetensors_io import Checkpoint, ShardWriter
+    from ..storage.space import parse_size
     from .lora_delta import AdapterError, load_adapter
 
     for name, folder in (("base", base), ("adapter", adapter)):
@@ -68,12 +70,13 @@ def merge(
     left = loaded.weights
     changes: dict[str, float] = {}
     made_from = {"base": str(base), "adapter": str(adapter), "save_dtype": save_dtype}
+    written: dict[str, dict[str, Any]] = {}
     with (
         Checkpoint(base) as weights,
-        publish(output, kind="merged", made_from=made_from, replace=overwrite) as folder,
+        publish(output, kind="merged", made_from=made_from, replace=overwrite, written=written) as folder,
     ):
         _check_fit(left, weights, config)
-        writer = ShardWriter(folder, parse_size(max_shard_size))
+        writer = ShardWriter(folder, parse_size(max_shard_size), Ledger(folder, written))
         for name in weights:
             tensor = weights.get(name)
             copy = loaded.copies.pop(name, None)

@@ -4,7 +4,6 @@ A *published* artifact is a folder with a ``manifest.json`` that was written las
 manifest verifies; "newest" means the highest step that verifies, never the newest modification time.
 """
 
-import hashlib
 import json
 import platform
 import re
@@ -14,8 +13,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from .hashing import algorithm_of, file_digest, file_entry, text_digest
+
 MANIFEST_NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2  # 1 had SHA-256 entries and no seal; it is still read
+_SEAL = ',\n "checksum": "{}"\n}}\n'
 _TOOLS = ("finebridge", "torch", "transformers", "deepspeed", "peft", "tokenizers", "safetensors", "numpy")
 _MAX_HEADER = 100 * 1024 * 1024  # the safetensors format's own limit for its JSON header, bytes
 
@@ -25,9 +27,8 @@ class ManifestError(ValueError):
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes as lower-case hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """SHA-256 of a file's bytes as lower-case hex: for keys of what was made from it."""
+    return file_digest(path, "sha256")
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -67,17 +68,23 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def describe(folder: Path, kind: str, made_from: Mapping[str, Any]) -> dict[str, Any]:
+def describe(
+    folder: Path, kind: str, made_from: Mapping[str, Any], written: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
     """The manifest of ``folder`` as it lies on disk.
 
     ``kind`` says what it is (``checkpoint``, ``merged``, ``dataset``); ``made_from`` is whatever its maker wants to be
-    able to prove later (JSON values). Hashes every file: about 1 s a GB.
+    able to prove later (JSON values). ``written`` holds entries that were hashed while the files were written (see
+    ``hashing.Ledger``); all other files are read. Raises ManifestError when a file has not the size that was written.
     """
+    written = written or {}
     files: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
     for path in files_below(folder):
         name = path.relative_to(folder).as_posix()
-        files[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        entry = files[name] = dict(written[name]) if name in written else file_entry(path)
+        if path.stat().st_size != entry["size"]:
+            raise ManifestError(f"{path}: {path.stat().st_size} bytes on disk, {entry['size']} were written")
         if path.suffix == ".safetensors":
             header = safetensors_header(path)
             tensors[name] = {key: [entry["dtype"], *entry["shape"]] for key, entry in header.items()}
@@ -90,6 +97,17 @@ def describe(folder: Path, kind: str, made_from: Mapping[str, Any]) -> dict[str,
         "made_from": dict(made_from),
         "tools": tool_versions(),
     }
+
+
+def dump(manifest: Mapping[str, Any]) -> str:
+    """A manifest as the text of its file, sealed by a checksum of the text itself."""
+    body = json.dumps(manifest, indent=1, ensure_ascii=False).removesuffix("\n}")
+    return body + _SEAL.format(text_digest(body.encode()))
+
+
+def _is_sealed(data: bytes) -> bool:
+    body, found, _ = data.rpartition(_SEAL.partition("{}")[0].encode())
+    return bool(found) and data == body + _SEAL.format(text_digest(body)).encode()
 
 
 def tool_versions() -> dict[str, str]:
@@ -107,20 +125,23 @@ def read(folder: Path) -> dict[str, Any]:
     """The manifest of a published artifact. Raises ManifestError when there is none or it is not readable."""
     path = folder / MANIFEST_NAME
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+        manifest = json.loads(data.decode())
     except FileNotFoundError:
         raise ManifestError(
             f"{folder}: no {MANIFEST_NAME}; it was never completed, or something else made it"
         ) from None
     except ValueError as error:
         raise ManifestError(f"{path}: not JSON: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") not in (1, FORMAT):
         raise ManifestError(f"{path}: not a manifest of format {FORMAT}")
+    if manifest["format"] == FORMAT and not _is_sealed(data):
+        raise ManifestError(f"{path}: damaged, its text does not fit its own checksum")
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(
-        isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in files.values()
+        isinstance(entry, dict) and "size" in entry and algorithm_of(entry) for entry in files.values()
     ):
-        raise ManifestError(f"{path}: damaged, it does not list files with size and sha256")
+        raise ManifestError(f"{path}: damaged, it does not list files with size and a known checksum")
     return manifest
 
 
@@ -139,8 +160,11 @@ def verify(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
         size = path.stat().st_size
         if size != entry["size"]:
             raise ManifestError(f"{path}: {size} bytes, the manifest says {entry['size']}")
-        if hashes and file_sha256(path) != entry["sha256"]:
-            raise ManifestError(f"{path}: its SHA-256 is not the manifest's; the file was changed or is damaged")
+        algorithm = str(algorithm_of(entry))
+        if hashes and file_digest(path, algorithm) != entry[algorithm]:
+            raise ManifestError(
+                f"{path}: its checksum ({algorithm}) is not the manifest's; the file was changed or is damaged"
+            )
     if present:
         raise ManifestError(f"{next(iter(present.values()))}: not listed in the manifest; it was added later")
     return manifest

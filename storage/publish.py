@@ -5,7 +5,6 @@ last, and one rename makes the artifact appear. A killed writer leaves only a ``
 and the next writer of the same target removes.
 """
 
-import json
 import os
 import shutil
 import socket
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .manifest import MANIFEST_NAME, describe, files_below
+from .manifest import MANIFEST_NAME, describe, dump, files_below
 
 _MARK = ".tmp-"
 _OLD = ".old"
@@ -55,20 +54,31 @@ def stage(target: Path) -> Path:
     return staging
 
 
-def commit(staging: Path, target: Path, *, kind: str, made_from: Mapping[str, Any], replace: bool = False) -> None:
+def commit(
+    staging: Path,
+    target: Path,
+    *,
+    kind: str,
+    made_from: Mapping[str, Any],
+    replace: bool = False,
+    written: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
     """Make what lies in ``staging`` appear as ``target``: fsync, manifest, rename.
 
+    ``written`` are the entries of files that were hashed and fsynced while they were written (``hashing.Ledger``).
     Raises FileExistsError when ``target`` exists and ``replace`` is false. With ``replace`` the old artifact is moved
     aside first and removed only after the new one stands; when the last rename fails it is moved back.
     """
-    manifest = describe(staging, kind, made_from)
+    written = written or {}
+    manifest = describe(staging, kind, made_from, written)
     readable = 0o666 & ~_umask()
     for path in files_below(staging):
         path.chmod(path.stat().st_mode | readable)  # some writers go through 0600 temporary files
-        fsync_path(path)
+        if path.relative_to(staging).as_posix() not in written:
+            fsync_path(path)
     for folder in sorted((p for p in staging.rglob("*") if p.is_dir()), reverse=True):
         fsync_path(folder)
-    write_text(staging / MANIFEST_NAME, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    write_text(staging / MANIFEST_NAME, dump(manifest))
     if not target.exists():
         staging.rename(target)
     elif not replace:
@@ -111,10 +121,18 @@ def clear_leftovers(parent: Path, name: str) -> None:
 
 
 @contextmanager
-def publish(target: Path, *, kind: str, made_from: Mapping[str, Any], replace: bool = False) -> Generator[Path]:
+def publish(
+    target: Path,
+    *,
+    kind: str,
+    made_from: Mapping[str, Any],
+    replace: bool = False,
+    written: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Generator[Path]:
     """Yield a staging folder; on success it becomes ``target``, on any error nothing is left behind.
 
-    For one writing process. ``made_from`` is read when the block ends, so that the writer may fill it meanwhile.
+    For one writing process. ``made_from`` and ``written`` (see ``commit``) are read when the block ends, so that the
+    writer may fill them meanwhile.
     Raises FileExistsError before any work when ``target`` exists and ``replace`` is false.
     """
     if target.exists() and not replace:
@@ -122,7 +140,7 @@ def publish(target: Path, *, kind: str, made_from: Mapping[str, Any], replace: b
     staging = stage(target)
     try:
         yield staging
-        commit(staging, target, kind=kind, made_from=made_from, replace=replace)
+        commit(staging, target, kind=kind, made_from=made_from, replace=replace, written=written)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

@@ -5,16 +5,17 @@ Reads one file or a sharded checkpoint with its index; writes shards in order wi
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from .assets import read_json
+from .hashing import HashingFile, Ledger
 from .manifest import safetensors_header
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -67,72 +68,123 @@ class Checkpoint:
         return self._open[name].get_tensor(key)
 
 
+def write_tensors(stream: HashingFile, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write one safetensors file: the same bytes as ``safetensors.torch.save_file`` with ``{"format": "pt"}``.
+
+    Raises ValueError for an empty tensor: no model has one, but a partitioned weight looks like one.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # Wide types first: then every tensor lies at a multiple of its own width, whatever stands before it.
+    ordered = sorted(tensors.items(), key=lambda item: (-_ORDER.get(item[1].dtype, 0), item[0]))
+    for name, tensor in ordered:
+        if not tensor.numel():
+            raise ValueError(f"tensor {name} is empty {tuple(tensor.shape)}: it was not gathered from the ranks")
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"tensor {name}: the safetensors format has no type {tensor.dtype}")
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for _, tensor in ordered:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        stream.write(flat.view(torch.uint8).numpy().data)
+
+
+# The names of the format in the order of its reader's enumeration, which is the order of its writer.
+_DTYPES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e8m0fnu: "F8_E8M0", torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.int16: "I16", torch.uint16: "U16", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32",
+    torch.uint32: "U32", torch.float32: "F32", torch.complex64: "C64", torch.float64: "F64", torch.int64: "I64",
+    torch.uint64: "U64",
+}  # fmt: skip
+
+
+_ORDER = {dtype: number for number, dtype in enumerate(_DTYPES)}
+
+
 class ShardWriter:
     """Writes tensors into numbered shards of at most ``max_bytes`` and then the index; call ``close`` at the end.
 
     A checkpoint that fits into one shard becomes ``model.safetensors`` without an index. A single tensor larger than
-    ``max_bytes`` gets a shard of its own.
+    ``max_bytes`` gets a shard of its own. Of several ranks that are given the same tensors in the same order each writes
+    every ``world``-th shard, in the background, while the next one is gathered; in memory is one shard of its own.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int, ledger: Ledger, *, rank: int = 0, world: int = 1) -> None:
         self.folder = folder
         self.max_bytes = max_bytes
+        self._ledger = ledger
+        self._rank, self._world = rank, world
         self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
+        self._names: list[str] = []
+        self._bytes = 0
         self._shards: list[list[str]] = []
         self._seen: set[str] = set()
         self._total = 0
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
 
     def add(self, key: str, tensor: torch.Tensor) -> None:
-        """Take one tensor; earlier ones are written out when the shard is full. Raises ValueError on a repeated name."""
+        """Take one tensor; earlier ones are written out when the shard is full.
+
+        On another rank than the one that writes it the tensor's content is not looked at. Raises ValueError on a
+        repeated name.
+        """
         if key in self._seen:
             raise ValueError(f"tensor {key} is written twice")
         self._seen.add(key)
         size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.max_bytes:
+        if self._names and self._bytes + size > self.max_bytes:
             self._flush()
-        self._pending[key] = tensor.contiguous()
-        self._pending_bytes += size
+        if self._is_mine(len(self._shards)):
+            self._wait()
+            self._pending[key] = tensor.detach().cpu()
+        self._names.append(key)
+        self._bytes += size
         self._total += size
 
     def close(self) -> None:
-        """Write what is pending, give the shards their final names and write the index."""
-        if self._pending or not self._shards:
+        """Write what is pending, give the shards their final names and, on rank 0, write the index."""
+        if self._names or not self._shards:
             self._flush()
+        self._wait()
+        self._thread.shutdown()
         count = len(self._shards)
-        if count == 1:
-            self._shard_path(0).rename(self.folder / SINGLE_NAME)
-            return
         weight_map: dict[str, str] = {}
         for number, keys in enumerate(self._shards):
-            name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            self._shard_path(number).rename(self.folder / name)
+            name = SINGLE_NAME if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            if self._is_mine(number):
+                self._ledger.rename(self._shard_path(number), self.folder / name)
             weight_map |= dict.fromkeys(keys, name)
-        index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-        (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        if count > 1 and self._rank == 0:
+            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+            text = json.dumps(index, indent=1) + "\n"
+            self._ledger.write(self.folder / INDEX_NAME, lambda stream: stream.write(text.encode()))
+
+    def _is_mine(self, number: int) -> bool:
+        return number % self._world == self._rank
 
     def _shard_path(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.safetensors"
 
     def _flush(self) -> None:
-        save_file(self._pending, self._shard_path(len(self._shards)), metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+        if self._is_mine(len(self._shards)):
+            self._writing = self._thread.submit(self._write, self._shard_path(len(self._shards)), self._pending)
+            self._pending = {}
+        self._shards.append(self._names)
+        self._names, self._bytes = [], 0
 
+    def _write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        self._ledger.write(path, lambda stream: write_tensors(stream, tensors))
 
-def parse_size(text: str) -> int:
-    """Bytes from ``5GB``, ``200MB``, ``64KB`` or a plain number. Raises ValueError on anything else."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
-    value = text.strip().upper()
-    unit = next((unit for unit in units if value.endswith(unit)), "")
-    factor = units.get(unit, 1)
-    try:
-        size = int(float(value.removesuffix(unit)) * factor)
-    except (ValueError, OverflowError):
-        raise ValueError(f"{text!r} is not a size; write for example 5GB or 200MB") from None
-    if size <= 0:
-        raise ValueError(f"{text!r} is not a positive size")
-    return size
+    def _wait(self) -> None:
+        """Until the last shard of this rank is on disk; raises what stopped it."""
+        if self._writing:
+            self._writing.result()
+            self._writing = None
 
 
 def _shard_names(folder: Path) -> list[str]:

@@ -111,6 +111,27 @@ def tiny_model(model_type: str, tokenizer: Any, **changes: Any) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
+def zero_settings(name: str, folder: Path) -> Path:
+    """A shipped DeepSpeed setting with the persistence threshold at 0: a tiny model is never partitioned otherwise."""
+    from finebridge.ds_configs.resolve import FOLDER
+
+    settings = json.loads((FOLDER / f"{name}.json").read_text())
+    if settings["zero_optimization"]["stage"] == 3:
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(settings))
+    return path
+
+
+def load_weights(folder: Path) -> dict[str, Any]:
+    """Every tensor of a folder's safetensors files."""
+    from safetensors.torch import load_file
+
+    files = sorted(folder.glob("*.safetensors"))
+    assert files
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folders of saved tiny models by model type, each with the Hunyuan dense tokenizer and template beside it."""

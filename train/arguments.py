@@ -23,6 +23,7 @@ from ..data_tools.token_files import check_reading, read_tokens, token_prefix
 from ..ds_configs.resolve import FIXED_BY_FLAGS, check_fixed, check_precision, resolve, zero_stage
 from ..storage.assets import read_json
 from ..storage.manifest import steps
+from ..storage.space import parse_size
 from .drift import allowed_names
 from .hf_flags import ArgumentsError, convert, hf_flags, hf_value, nearest
 from .obsolete import OBSOLETE, RENAMED, map_obsolete
@@ -74,6 +75,7 @@ class ModelArguments:
         "names, comma-separated: resume although these differ from the checkpoint's run; a refused resume tells them",
     )
     min_lr: float = _arg(0.0, "absolute floor of the learning rate; must lie below --learning_rate")
+    max_shard_size: str = _arg("5GB", "largest weight file of a checkpoint; each rank writes some of them")
     config_name: str | None = _arg(
         None, "build a NEW model with random weights from this config.json, or of this transformers model type"
     )
@@ -109,6 +111,10 @@ class ModelArguments:
             raise ArgumentsError(
                 "--config_name needs --tokenizer_name_or_path: a new model has no tokenizer of its own"
             )
+        try:
+            parse_size(self.max_shard_size)
+        except ValueError as error:
+            raise ArgumentsError(f"--max_shard_size: {error}") from None
         if self.lora_rank < 1 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
             raise ArgumentsError("--lora_rank and --lora_alpha must be positive, --lora_dropout in [0, 1)")
         if self.loss_spike_factor <= 1:

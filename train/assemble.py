@@ -24,11 +24,12 @@ from ..data_tools.tokenizer_files import TokenizerSource, load_tokenizer
 from ..ds_configs.resolve import resolve, zero_stage
 from ..storage.manifest import read
 from ..storage.publish import write_text
+from ..storage.space import parse_size
 from . import runtime
 from .arguments import Arguments
 from .attention import IsolationProof, check_trainable, takes_borders
 from .callbacks import SaveLastStep
-from .checkpoint import check_shared, on_main
+from .checkpoint import check_shared, on_main, put_back
 from .drift import allowed_names
 from .freeze import train_only
 from .guards import StepGuard
@@ -40,6 +41,7 @@ from .resume import Resume, check_init, find_resume
 from .run_shape import run_shape
 from .schedule import schedule
 from .shards import refuse_pickles
+from .space import SpaceCheck
 from .trainer import FinetuneTrainer
 
 
@@ -75,6 +77,7 @@ def assemble(args: Arguments) -> Run:
             "--accelerator_config: samples are dealt to ranks here; leave split_batches and dispatch_batches out"
         )
     check_shared(output_dir)
+    put_back(output_dir)
     if args.data.packing:
         train_data, eval_data = _packed(args, hf_args, train_data, eval_data)
     if args.model.init_from_checkpoint:
@@ -86,7 +89,7 @@ def assemble(args: Arguments) -> Run:
     _stop_at(model, train_data.terminators, tokenizer)
     if hf_args.ddp_find_unused_parameters is None:  # read without DeepSpeed; looking costs a pass over the graph a step
         hf_args.ddp_find_unused_parameters = has_listed_experts(model)
-    callbacks: list[TrainerCallback] = []
+    callbacks: list[TrainerCallback] = [SpaceCheck(args.hf.get("save_total_limit"))]
     if args.model.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(args.model.early_stopping_patience, args.model.early_stopping_threshold))
     if args.shares_rows:
@@ -112,6 +115,7 @@ def assemble(args: Arguments) -> Run:
     if args.model.model_name_or_path and Path(args.model.model_name_or_path).is_dir():
         trainer.base = Path(args.model.model_name_or_path)
     trainer.keep = args.hf.get("save_total_limit")
+    trainer.max_shard_size = parse_size(args.model.max_shard_size)
     trainer.made_from = {"train_data_file": args.data.train_data_file, "run": shape}
     if resume is None:
         return Run(trainer, None)

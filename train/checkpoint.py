@@ -1,12 +1,14 @@
 """Save and keep checkpoints so that each is whole or absent.
 
-The HF Trainer writes its files into a staging folder; when every rank is done, rank 0 hashes them, writes the manifest
-and renames the folder to ``checkpoint-N``. Files and layout inside stay those of the Trainer.
+All ranks write into a staging folder and hash what they write; when every rank is done, rank 0 writes the manifest and
+renames the folder to ``checkpoint-N``. Files and layout inside stay those of the Trainer.
 """
 
+import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..storage.hashing import Ledger
 from ..storage.manifest import steps
 from ..storage.publish import clear_leftovers, commit, remove, stage
+from ..storage.space import free_bytes, is_disk_full
 from .hf_flags import ArgumentsError
 from .runtime import has_accelerator, is_main
 
@@ -26,18 +30,23 @@ class SaveError(RuntimeError):
     """A checkpoint could not be written or published; the message says why, earlier ones are untouched."""
 
 
-def on_main(work: Callable[[], Any], *, patience: timedelta | None = None) -> Any:
-    """Run ``work`` on rank 0 and give its result to all ranks; its error is raised on all, as ArgumentsError or SaveError.
+class DiskFullError(SaveError):
+    """There is no room for a checkpoint; what was written of it is removed, earlier ones are untouched."""
 
-    Every rank must call it. Nobody waits in the dark: the others receive the error, not a time-out. ``patience`` is for
-    work that may take longer than the process group's own limit (10 min with NCCL, 30 with gloo).
+
+def on_main(work: Callable[[], Any], *, patience: timedelta | None = None) -> Any:
+    """Run ``work`` on rank 0 and give its result to all ranks; an error there is raised on all, as SaveError.
+
+    ArgumentsError and DiskFullError stay what they are. Every rank must call it. Nobody waits in the dark: the others
+    receive the error, not a time-out. ``patience`` is for work that may take longer than the process group's own limit
+    (10 min with NCCL, 30 with gloo).
     """
     outcome: list[Any] = [None, None, None]
     if is_main():
         try:
             outcome = [work(), None, None]
-        except ArgumentsError as error:
-            outcome = [None, ArgumentsError, str(error)]
+        except (ArgumentsError, DiskFullError) as error:
+            outcome = [None, type(error), str(error)]
         except Exception as error:  # noqa: BLE001 - it is raised again, on every rank
             outcome = [None, SaveError, f"{type(error).__name__}: {error}"]
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -74,6 +83,14 @@ def check_shared(output_dir: Path) -> None:
         )
 
 
+def put_back(output_dir: Path) -> None:
+    """Before checkpoints are looked at: clear what a killed save left, and put back what it had moved aside.
+
+    Every rank must call it.
+    """
+    on_main(lambda: clear_leftovers(output_dir, f"{PREFIX}*"))
+
+
 def _new_mark(output_dir: Path) -> str:
     """The name of a new empty file in the folder."""
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -101,31 +118,98 @@ def _gather(value: Any) -> list[Any]:
     return values
 
 
-def open_staging(output_dir: Path, step: int) -> Path:
-    """The folder in which all ranks write the files of ``checkpoint-{step}``, the same on every rank."""
-    return Path(on_main(lambda: str(stage(output_dir / f"{PREFIX}{step}"))))
+def open_staging(output_dir: Path, step: int, needed: int) -> Path:
+    """The folder in which all ranks write the files of ``checkpoint-{step}``, the same on every rank.
 
-
-def publish_checkpoint(staging: Path, output_dir: Path, step: int, made_from: Mapping[str, Any]) -> Path:
-    """Publish what all ranks wrote into ``staging/checkpoint-{step}``; the final path. Every rank must call it.
-
-    Raises SaveError when a rank wrote files that rank 0 does not see: the checkpoint would not be whole.
+    It has its final name, inside the staging folder. Every rank must call it; raises DiskFullError, SaveError.
     """
-    target = output_dir / f"{PREFIX}{step}"
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-    written = _gather({path.relative_to(staging).as_posix() for path in staging.rglob("*")})
-    if lost := sorted(set[str]().union(*written) - written[0]):
-        raise SaveError(
-            f"{staging}: rank 0 does not see {lost[0]}, which another rank wrote; --output_dir is not shared"
-        )
+
+    def make() -> str:
+        name = f"{PREFIX}{step}"
+        with _told_when_full(output_dir / name, needed):
+            staging = stage(output_dir / name)
+            try:
+                (staging / name).mkdir()
+            except OSError:
+                discard(staging)
+                raise
+        return str(staging / name)
+
+    return Path(on_main(make))
+
+
+def agree(ledger: Ledger, needed: int) -> None:
+    """Raise on every rank what any rank met while it wrote, and enter on rank 0 what the others wrote.
+
+    Every rank must call it. Raises DiskFullError, or SaveError also when rank 0 does not see what another rank wrote.
+    """
+    error = ledger.errors[0] if ledger.errors else None
+    full = is_disk_full(error)
+    place = getattr(error, "filename", None) or ledger.folder
+    told = _gather((full, f"{type(error).__name__}: {error}" if error else "", str(place), ledger.entries))
+    for rank, (is_full, text, path, _) in enumerate(told):
+        if is_full:
+            raise DiskFullError(full_text(Path(path), f"rank {rank} saved a checkpoint there", needed)) from error
+        if text:
+            raise SaveError(f"{path}: rank {rank} could not save: {text}") from error
+    all_entries = [entries for *_, entries in told]
+    if unseen := on_main(lambda: _unseen(ledger.folder, all_entries)):
+        raise SaveError(f"{ledger.folder}: rank 0 does not see {unseen}; --output_dir is not shared")
+    for entries in all_entries:
+        ledger.entries.update(entries)
+
+
+def _unseen(folder: Path, entries: Sequence[Mapping[str, Any]]) -> str | None:
+    """A file that another rank wrote and this one does not see, with that rank."""
+    lost = ((name, rank) for rank, names in enumerate(entries) for name in names if not (folder / name).exists())
+    return next((f"{name}, which rank {rank} wrote" for name, rank in lost), None)
+
+
+def publish_checkpoint(
+    ledger: Ledger, output_dir: Path, made_from: Mapping[str, Any], needed: int, latest: str | None
+) -> Path:
+    """Publish what all ranks wrote and agreed on; the final path. Every rank must call it.
+
+    ``latest`` is the name of DeepSpeed's folder of shards, which it reads from a file of that name. Raises
+    DiskFullError, SaveError.
+    """
+    folder = ledger.folder
+    target = output_dir / folder.name
 
     def work() -> None:
-        commit(staging / target.name, target, kind="checkpoint", made_from=made_from, replace=True)
-        staging.rmdir()
+        with _told_when_full(target, needed):
+            if latest:
+                (folder / "latest").write_text(latest, encoding="utf-8")
+            commit(folder, target, kind="checkpoint", made_from=made_from, replace=True, written=ledger.entries)
+            folder.parent.rmdir()
 
     on_main(work)
     return target
+
+
+def discard(staging: Path) -> None:
+    """Remove what was written of a checkpoint that will not be; rank 0 does it."""
+    if is_main():
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def full_text(path: Path, what: str, needed: int) -> str:
+    """The message that a disk is full: where, for what, bytes needed and free."""
+    return (
+        f"{path}: the disk is full: {what}, which needs about {needed:,} bytes, {free_bytes(path):,} are free. The "
+        "partial one is removed, earlier ones are whole. Make room or lower --save_total_limit, then go on with "
+        "--resume_from_checkpoint"
+    )
+
+
+@contextmanager
+def _told_when_full(path: Path, needed: int) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise DiskFullError(full_text(path, "a checkpoint is saved there", needed)) from error
 
 
 def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:

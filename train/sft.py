@@ -14,14 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..data_tools.schema import Kind
+from ..storage.space import EXIT_DISK_FULL, is_disk_full
 from .arguments import parse
+from .hf_flags import ArgumentsError
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 _RANK_0_SPEAKS_WITHIN = 10.0  # seconds; the launcher ends the other ranks when rank 0 has ended
 
 
 def main(argv: Sequence[str] | None = None, kind: Kind = "chat") -> int:
-    """Train on data of this kind; the process's exit code: 0 done, 1 diverged, 2 bad input (said in one message)."""
+    """Train on data of this kind; the exit code: 0 done, 1 diverged, 2 bad input, 28 disk full (said in one message)."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv, kind)  # before torch is imported
     except ValueError as error:
@@ -33,6 +35,7 @@ def main(argv: Sequence[str] | None = None, kind: Kind = "chat") -> int:
     from . import runtime
     from .assemble import assemble
     from .attention import AttentionError
+    from .checkpoint import DiskFullError
     from .guards import DivergedError
 
     for text in args.warnings:
@@ -43,14 +46,21 @@ def main(argv: Sequence[str] | None = None, kind: Kind = "chat") -> int:
         return _refuse(error)
     try:
         result = run.trainer.train(resume_from_checkpoint=run.resume_from)
-    except AttentionError as error:
+        run.trainer.save_state()
+    except (AttentionError, ArgumentsError) as error:
+        return _refuse(error)
+    except DiskFullError as error:  # on every rank
+        runtime.say(f"error: {error}")
+        return EXIT_DISK_FULL
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
         return _refuse(error)
     except DataError as error:  # a loader's worker puts its traceback before the message
         return _refuse(DataError(str(error).rpartition("DataError: ")[2].strip()))
     except DivergedError as error:
         runtime.say(f"error: {error}")
         return EXIT_FAILED
-    run.trainer.save_state()
     saved = Path(args.hf["output_dir"]) / f"checkpoint-{result.global_step}"
     runtime.say(
         f"done: {result.global_step} steps, mean loss {result.training_loss:.4f}, "
@@ -70,7 +80,7 @@ def _refuse(error: Exception) -> int:
         time.sleep(_RANK_0_SPEAKS_WITHIN)
     who = "" if rank == "0" else f" on rank {rank} ({socket.gethostname()})"
     print(f"error{who}: {error}", file=sys.stderr, flush=True)
-    return EXIT_BAD_INPUT
+    return EXIT_DISK_FULL if is_disk_full(error) else EXIT_BAD_INPUT
 
 
 if __name__ == "__main__":

@@ -1,31 +1,19 @@
 """The HF Trainer with checkpoints that are whole or absent and that load alone."""
 
-from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from ..storage.assets import carry
-from .checkpoint import SaveError, finite_on_all_ranks, open_staging, publish_checkpoint, rotate
-from .guards import DivergedError
 from .renew import FreshSettings, separate_steps
+from .saving import SavingTrainer
 from .steps import StepTrainer
 
 
-class FinetuneTrainer(StepTrainer):
-    """Trainer whose saves are staged, hashed and renamed into place.
+class FinetuneTrainer(SavingTrainer, StepTrainer):
+    """The Trainer of a run: how it saves is ``SavingTrainer``'s, how it steps ``StepTrainer``'s.
 
-    ``base`` is the local folder that the model came from: its remote code and other files are carried into every full
-    checkpoint. ``made_from`` goes into the checkpoint's manifest. ``keep`` is how many checkpoints stay (the Trainer's
-    own ``save_total_limit`` would go by time and may delete the last one). ``renewed`` names the settings that a resume
-    takes from the flags although the checkpoint has others.
+    ``renewed`` names the settings that a resume takes from the flags although the checkpoint has others.
     """
 
-    base: Path | None = None
-    keep: int | None = None
-    made_from: dict[str, Any] = {}  # noqa: RUF012 - replaced per instance by assemble
     renewed: frozenset[str] = frozenset()
-    _staging: Path | None = None
     _fresh: FreshSettings | None = None
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -44,41 +32,3 @@ class FinetuneTrainer(StepTrainer):
             separate_steps(self.optimizer)
         if self.is_deepspeed_enabled and checkpoint is not None:
             self.deepspeed._config.load_universal_checkpoint = False  # noqa: SLF001 - later loads are of checkpoints as saved
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        output_dir = Path(self._get_output_dir(trial))
-        step = self.state.global_step
-        if not finite_on_all_ranks(self.model):
-            raise DivergedError(
-                f"step {step}: the weights are not finite any more, so no checkpoint of this step is written. Lower "
-                "--learning_rate or lengthen the warm-up"
-            )
-        self._staging = open_staging(output_dir, step)
-        try:
-            super()._save_checkpoint(model, trial)
-            best = self.state.best_model_checkpoint
-            if best and Path(best).parent == self._staging:
-                self.state.best_model_checkpoint = str(output_dir / Path(best).name)
-                if self.args.should_save:
-                    self.state.save_to_json(str(Path(best) / "trainer_state.json"))
-            publish_checkpoint(self._staging, output_dir, step, {**self.made_from, "step": step})
-        finally:
-            self._staging = None
-        if self.args.should_save:
-            rotate(output_dir, self.keep, self.state.best_model_checkpoint)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        try:
-            super()._save(output_dir, state_dict)
-            if self.args.should_save and (folder / "adapter_config.json").is_file():
-                model: Any = self.accelerator.unwrap_model(self.model)
-                model.generation_config.save_pretrained(folder)
-            if self.args.should_save and self.base is not None and (folder / "config.json").is_file():
-                carry(self.base, folder)
-        except ValueError as error:
-            # The Trainer takes any ValueError here for "weights were not gathered" and saves without them.
-            raise SaveError(f"{folder}: {error}") from error

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -42,15 +43,15 @@ def test_manifest_says_what_the_artifact_is(tmp_path: Path) -> None:
     manifest = verify(folder)
     assert manifest == json.loads((folder / "manifest.json").read_text())
     assert manifest["tensors"] == {"m.safetensors": {"w": ["F32", 2, 3], "v": ["BF16", 4]}}
-    assert manifest["files"]["b.txt"] == {"size": 4, "sha256": file_sha256(folder / "b.txt")}
+    assert manifest["files"]["b.txt"] == {"size": 4, "xxh3_128": "c5a64efff9224e392680525687aac7c5"}
     assert (
         file_sha256(folder / "b.txt") == "982d9e3eb996f559e633f4d194def3761d909f5a3b647d1a851fead67c32c9d1"
     )  # sha256sum of "text"
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "one bit at the start": (lambda x: flip(x / "sub" / "a.bin", 0), r"sub/a\.bin.*SHA-256"),
-    "one bit at the end": (lambda x: flip(x / "m.safetensors", -1, 128), r"m\.safetensors.*SHA-256"),
+    "one bit at the start": (lambda x: flip(x / "sub" / "a.bin", 0), r"sub/a\.bin.*checksum"),
+    "one bit at the end": (lambda x: flip(x / "m.safetensors", -1, 128), r"m\.safetensors.*checksum"),
     "truncated": (lambda x: os.truncate(x / "sub" / "a.bin", 99), r"sub/a\.bin: 99 bytes.*100"),
     "emptied": (lambda x: os.truncate(x / "b.txt", 0), r"b\.txt: 0 bytes"),
     "appended": (lambda x: (x / "b.txt").write_text("text\n"), r"b\.txt: 5 bytes"),
@@ -102,20 +103,43 @@ def test_a_manifest_without_its_parts_is_a_manifest_error(tmp_path: Path, manife
         verify(folder)
 
 
-def test_no_single_bit_of_the_manifest_can_break_the_reader(tmp_path: Path) -> None:
-    """A damaged manifest is passed over like any other damage; it never ends the run with another error."""
+def test_every_bit_of_an_artifact_counts(tmp_path: Path) -> None:
+    """One flipped bit or a cut anywhere, in a file or in the manifest itself: passed over, and by no other error."""
     folder = make(tmp_path / "checkpoint-1")
-    manifest = folder / "manifest.json"
-    whole = manifest.read_bytes()
-    broke: dict[str, str] = {}
-    for at in range(len(whole)):
-        flip(manifest, at)
-        try:
-            newest_verified(tmp_path)
-        except Exception as error:  # noqa: BLE001 - the test is about whatever comes
-            broke[whole[max(0, at - 8) : at + 8].decode()] = repr(error)
-        manifest.write_bytes(whole)
-    assert not broke
+    assert newest_verified(tmp_path) == (folder, [])
+    generator = random.Random(4)
+    trusted: list[tuple[str, int, int]] = []
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        whole = path.read_bytes()
+        ends = {len(whole) - 1, *generator.sample(range(len(whole)), min(60, len(whole)))}
+        places = range(len(whole)) if path.name == "manifest.json" else generator.choices(range(len(whole)), k=250)
+        for at, bit in [(at, generator.randrange(8)) for at in places] + [(at, -1) for at in ends]:
+            flip(path, at, 1 << bit) if bit >= 0 else os.truncate(path, at)
+            if newest_verified(tmp_path)[0]:
+                trusted.append((path.name, at, bit))
+            path.write_bytes(whole)
+    assert not trusted
+
+
+def test_artifacts_of_the_first_format_stay_readable(tmp_path: Path) -> None:
+    folder = make(tmp_path / "x")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest |= {"format": 1}
+    del manifest["checksum"]
+    manifest["files"] = {
+        name: {"size": entry["size"], "sha256": file_sha256(folder / name)} for name, entry in manifest["files"].items()
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert verify(folder) == manifest
+    flip(folder / "b.txt", 0)
+    with pytest.raises(ManifestError, match=r"b\.txt: its checksum \(sha256\)"):
+        verify(folder)
+
+
+def test_a_file_of_another_size_than_was_written_is_not_published(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("cut")
+    with pytest.raises(ManifestError, match="a: 3 bytes on disk, 4 were written"):
+        describe(tmp_path, "t", {}, {"a": {"size": 4, "xxh3_128": "00"}})
 
 
 HEADERS: dict[str, bytes] = {
@@ -187,7 +211,7 @@ def test_newest_is_the_highest_verified_step_never_the_latest_mtime(tmp_path: Pa
     assert found == tmp_path / "checkpoint-10"
     assert len(passed_over) == 2
     assert "checkpoint-12/b.txt" in passed_over[0]
-    assert "SHA-256" in passed_over[0]
+    assert "checksum" in passed_over[0]
     assert "checkpoint-11: no manifest.json" in passed_over[1]
 
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from finebridge.storage.hashing import HashingFile, Ledger, file_entry
 from finebridge.storage.manifest import ManifestError
-from finebridge.storage.safetensors_io import Checkpoint, ShardWriter, parse_size
+from finebridge.storage.safetensors_io import Checkpoint, ShardWriter, write_tensors
+from finebridge.storage.space import parse_size
 from safetensors.torch import load_file, save_file
 
 INDEX = "model.safetensors.index.json"
@@ -24,7 +26,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 def write(folder: Path, values: dict[str, torch.Tensor], max_bytes: int) -> None:
     folder.mkdir()
-    writer = ShardWriter(folder, max_bytes)
+    writer = ShardWriter(folder, max_bytes, Ledger(folder))
     for name, value in values.items():
         writer.add(name, value)
     writer.close()
@@ -101,7 +103,7 @@ def test_views_are_written_as_their_own_bytes(tmp_path: Path) -> None:
 
 
 def test_a_name_written_twice_is_refused_even_in_another_shard(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, 8)
+    writer = ShardWriter(tmp_path, 8, Ledger(tmp_path))
     writer.add("a", torch.ones(2))
     writer.add("b", torch.ones(2))
     with pytest.raises(ValueError, match="a is written twice"):
@@ -190,3 +192,39 @@ def test_sizes_that_are_understood(text: str, wanted: int) -> None:
 def test_sizes_that_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="size"):
         parse_size(text)
+
+
+def test_the_bytes_are_those_of_the_reference_writer(tmp_path: Path) -> None:
+    types = [
+        torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.float16, torch.bfloat16, torch.int32,
+        torch.uint32, torch.float32, torch.complex64, torch.float64, torch.int64, torch.uint64, torch.float8_e4m3fn,
+        torch.float8_e5m2, torch.float8_e8m0fnu, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
+    ]  # fmt: skip
+    values = tensors() | {f't.{dtype} ä"': torch.arange(3).to(dtype) for dtype in types}
+    save_file(values, tmp_path / "theirs", metadata={"format": "pt"})
+    with HashingFile(tmp_path / "ours") as stream:
+        write_tensors(stream, values)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert stream.entry() == file_entry(tmp_path / "ours")
+
+
+def test_an_empty_tensor_is_never_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tensor b is empty \(0, 4\)"):
+        write(tmp_path / "x", {"a": torch.ones(1), "b": torch.ones(0, 4)}, 10**6)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_several_ranks_write_every_shard_once(tmp_path: Path, world: int) -> None:
+    wanted = tensors()
+    ledgers = [Ledger(tmp_path) for _ in range(world)]
+    for rank, ledger in enumerate(ledgers):
+        writer = ShardWriter(tmp_path, 90, ledger, rank=rank, world=world)
+        for name, value in wanted.items():
+            writer.add(name, value)
+        writer.close()
+    written = [name for ledger in ledgers for name in ledger.entries]
+    assert sorted(written) == sorted(path.name for path in tmp_path.iterdir())
+    assert all(entry == file_entry(tmp_path / name) for ledger in ledgers for name, entry in ledger.entries.items())
+    assert all(any(name.startswith("model-") for name in ledger.entries) for ledger in ledgers)
+    with Checkpoint(tmp_path) as checkpoint:
+        assert_equal({name: checkpoint.get(name) for name in wanted}, wanted)

@@ -80,7 +80,7 @@ def test_raw_text_token_files_and_ranks_train_alike(
     seen: dict[str, list[float]] = {}
     for name, (world, data, more) in runs.items():
         argv = flags(base, data, tmp_path / name, **more)
-        done = ranks.run(argv, tmp_path / name / "log", ranks=world, entry="pretrain").check()
+        done = ranks.run(argv, tmp_path / name / "log", ranks=world, entry="finebridge.train.pretrain:main").check()
         assert "40 documents" in done.text
         seen[name] = losses(history, tmp_path / name)
         assert seen[name][-1] < seen[name][0] - 0.3
@@ -108,7 +108,9 @@ def test_a_new_model_learns_lines_of_text_under_zero3(
         "eval_data_file": held_out, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "deepspeed": settings,
     }  # fmt: skip
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    done = ranks.run(new_flags(train, straight, **more), straight / "log", ranks=2, entry="pretrain").check()
+    done = ranks.run(
+        new_flags(train, straight, **more), straight / "log", ranks=2, entry="finebridge.train.pretrain:main"
+    ).check()
     assert "warning: --think_mode: no effect on pretraining text" in done.text
     assert "end-of-text" not in done.text
     assert losses(history, straight)[-1] < losses(history, straight)[0] - 0.3
@@ -117,7 +119,7 @@ def test_a_new_model_learns_lines_of_text_under_zero3(
     resumed.mkdir()
     (straight / "checkpoint-2").rename(resumed / "checkpoint-2")
     argv = [*new_flags(train, resumed, **more), "--resume_from_checkpoint", "true"]
-    ranks.run(argv, resumed / "log", ranks=2, entry="pretrain").check()
+    ranks.run(argv, resumed / "log", ranks=2, entry="finebridge.train.pretrain:main").check()
     assert losses(history, resumed)[-2:] == losses(history, straight)[-2:]
     one, two = (load_file(folder / "checkpoint-4" / "model.safetensors") for folder in (straight, resumed))
     assert all(one[name].equal(two[name]) for name in one)
@@ -128,11 +130,11 @@ def test_a_model_that_mixes_documents_is_refused_unless_that_is_asked_for(
 ) -> None:
     more = {"config_name": "mamba", "tokenizer_name_or_path": models("hunyuan_v1_dense"), "hidden_size": 16,
             "num_layers": 1, "max_steps": 1}  # fmt: skip
-    done = ranks.run(new_flags(text, tmp_path / "a", **more), tmp_path / "log", entry="pretrain")
+    done = ranks.run(new_flags(text, tmp_path / "a", **more), tmp_path / "log", entry="finebridge.train.pretrain:main")
     assert done.codes == [2]
     assert "give --cross_document_attention true" in done.text
     argv = [*new_flags(text, tmp_path / "a", **more), "--cross_document_attention"]
-    assert "done: 1 steps" in ranks.run(argv, tmp_path / "log", entry="pretrain").check().text
+    assert "done: 1 steps" in ranks.run(argv, tmp_path / "log", entry="finebridge.train.pretrain:main").check().text
 
 
 def test_another_tokenizers_ids_are_refused_before_the_first_step(
@@ -142,7 +144,7 @@ def test_another_tokenizers_ids_are_refused_before_the_first_step(
         writer.add(np.arange(200))
         writer.add(np.arange(300, 400))
     argv = flags(models("hunyuan_v1_dense"), tmp_path / "other.bin", tmp_path / "out")
-    done = ranks.run(argv, tmp_path / "log", entry="pretrain")
+    done = ranks.run(argv, tmp_path / "log", entry="finebridge.train.pretrain:main")
     assert done.codes == [2]
     assert "other.bin: sequence 1 holds id 3" in done.text
     assert not list((tmp_path / "out").glob("checkpoint-*"))

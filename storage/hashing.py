@@ -1,0 +1,138 @@
+"""Checksums: the algorithms, of files that lie on disk and of files while they are written.
+
+An entry of a manifest is ``{"size": bytes, ALGORITHM: hex digest}`` and so names its own algorithm: what was published
+with SHA-256 stays readable. New entries use XXH3, which keeps up with memory (https://xxhash.com); it finds damage, it
+does not stop a forger. Keys of caches stay SHA-256.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import xxhash
+
+NEW = "xxh3_128"
+_ALGORITHMS: dict[str, Callable[[], Any]] = {NEW: xxhash.xxh3_128, "sha256": hashlib.sha256}
+
+
+def file_digest(path: Path, algorithm: str = NEW) -> str:
+    """The checksum of a file's bytes as lower-case hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, _ALGORITHMS[algorithm]).hexdigest()
+
+
+def text_digest(data: bytes) -> str:
+    """The checksum of bytes in memory, by the algorithm of new entries."""
+    digest = _ALGORITHMS[NEW]()
+    digest.update(data)
+    return digest.hexdigest()
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """A manifest's entry of a file, from reading it: about 0.1 s a GB when the file is in memory."""
+    return {"size": path.stat().st_size, NEW: file_digest(path)}
+
+
+def algorithm_of(entry: Mapping[str, Any]) -> str | None:
+    """The algorithm that an entry names, None when it names none that is known."""
+    return next((name for name in _ALGORITHMS if name in entry), None)
+
+
+class HashingFile:
+    """A new file that is hashed while it is written, and fsynced when the block ends; use it as a context manager.
+
+    ``error`` is the OSError that stopped it: torch's zip writer raises another in its place.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.error: OSError | None = None
+        self._digest = _ALGORITHMS[NEW]()
+        self._size = 0
+
+    def __enter__(self) -> Self:
+        self._stream = self.path.open("wb")
+        return self
+
+    def write(self, data: Any) -> int:
+        """Append bytes (any buffer of bytes); how many."""
+        try:
+            self._stream.write(data)
+        except OSError as error:
+            error.filename = str(self.path)
+            self.error = error
+            raise
+        self._digest.update(data)
+        size = len(data)
+        self._size += size
+        return size
+
+    def flush(self) -> None:
+        """Hand what is buffered to the system."""
+        self._stream.flush()
+
+    def entry(self) -> dict[str, Any]:
+        """The manifest's entry of what was written."""
+        return {"size": self._size, NEW: self._digest.hexdigest()}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
+        finally:
+            self._stream.close()
+
+
+class Ledger:
+    """What this process wrote below ``folder``: relative name -> entry, so that nothing is read back to be hashed.
+
+    ``entries`` is the dictionary to fill, for example the one that ``publish`` was given as ``written``.
+
+    With ``patient`` an error of writing is kept in ``errors`` instead of raised: in a run of several ranks the one that
+    failed must go on to the point where all agree, else the others wait for it for ever.
+    """
+
+    def __init__(
+        self, folder: Path, entries: dict[str, dict[str, Any]] | None = None, *, patient: bool = False
+    ) -> None:
+        self.folder = folder
+        self.entries: dict[str, dict[str, Any]] = {} if entries is None else entries
+        self.errors: list[Exception] = []
+        self._patient = patient
+
+    def write(self, path: Path, work: Callable[[HashingFile], object]) -> None:
+        """Make a new file below the folder by ``work``, and enter it. Raises what stopped it, unless patient."""
+        with self.guard():
+            stream = HashingFile(path)
+            try:
+                with stream:
+                    work(stream)
+            except Exception:
+                if stream.error:
+                    raise stream.error from None
+                raise
+            self.entries[path.relative_to(self.folder).as_posix()] = stream.entry()
+
+    @contextmanager
+    def guard(self) -> Generator[None]:
+        """Run a block of this process's own work, keeping its error when the ledger is patient."""
+        try:
+            yield
+        except Exception as error:
+            if not self._patient:
+                raise
+            self.errors.append(error)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Give a file that was entered its final name; nothing when it could not be written."""
+        entry = self.entries.pop(old.relative_to(self.folder).as_posix(), None)
+        if entry is not None:
+            old.rename(new)
+            self.entries[new.relative_to(self.folder).as_posix()] = entry
