@@ -31,4 +31,5 @@ class FinetuneTrainer(SavingTrainer, StepTrainer):
             self._fresh.put_back(self.renewed, self.optimizer, self.lr_scheduler)
             separate_steps(self.optimizer)
         if self.is_deepspeed_enabled and checkpoint is not None:
-            self.deepspeed._config.load_universal_checkpoint = False  # noqa: SLF001 - later loads are of checkpoints as saved
+            engine: Any = self.deepspeed
+            engine._config.load_universal_checkpoint = False  # noqa: SLF001 - later loads are of checkpoints as saved
