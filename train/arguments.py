@@ -47,6 +47,9 @@ class ModelArguments:
     lora_target: str = _arg("q_proj,k_proj,v_proj,o_proj", "modules to adapt, comma-separated, or all-linear")
     train_attention_params_only: bool = _arg(False, "train only parameters whose name contains self_attn")
     make_moe_param_leaf_module: bool = _arg(False, "ZeRO-3: fetch each MoE block as a whole (leaf module)")
+    peak_tflops: float | None = _arg(
+        None, "dense bf16 TFLOP/s of one device, which MFU is a share of; default: the maker's figure where it is known"
+    )
     min_lr: float = _arg(0.0, "absolute floor of the learning rate; must lie below --learning_rate")
     config_name: str | None = _arg(
         None, "build a NEW model with random weights from this config.json, or of this transformers model type"
@@ -85,6 +88,8 @@ class ModelArguments:
             )
         if self.lora_rank < 1 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
             raise ArgumentsError("--lora_rank and --lora_alpha must be positive, --lora_dropout in [0, 1)")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ArgumentsError(f"--peak_tflops {self.peak_tflops:g}: a positive number is expected")
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ HF_DEFAULTS: dict[str, Any] = {
     "optim": "adamw_torch",
     "logging_steps": 10,
     "logging_nan_inf_filter": False,
+    "report_to": "tensorboard" if find_spec("tensorboard") else "none",
 }
 
 

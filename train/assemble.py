@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 
 from ..data_tools.collator import FlatteningCollator, PaddingCollator
 from ..data_tools.dataset import DummyDataset, PackedDataset, PreparedDataset, Samples
@@ -32,7 +32,9 @@ from .hf_flags import ArgumentsError, hf_value
 from .lora import add_lora
 from .model import load_model
 from .moe import has_listed_experts, make_leaf_modules
+from .progress import ProgressLine
 from .schedule import schedule
+from .throughput import make_meter
 from .trainer import FinetuneTrainer
 
 
@@ -42,6 +44,7 @@ class Run:
 
     trainer: FinetuneTrainer
     resume_from: str | None
+    progress: ProgressLine
 
 
 def assemble(args: Arguments) -> Run:
@@ -90,7 +93,12 @@ def assemble(args: Arguments) -> Run:
         trainer.base = Path(args.model.model_name_or_path)
     trainer.keep = args.hf.get("save_total_limit")
     trainer.made_from = made_from
-    return Run(trainer, resume_from)
+    trainer.meter = make_meter(model, hf_args.device, args.model.peak_tflops, trainer.accelerator.gather, runtime.say)
+    progress = ProgressLine(runtime.say, live=not hf_args.disable_tqdm)
+    for theirs in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(theirs)
+    trainer.add_callback(progress)
+    return Run(trainer, resume_from, progress)
 
 
 def _datasets(args: Arguments, tokenizer: Any, output_dir: Path) -> tuple[Any, Any]:

@@ -216,32 +216,37 @@ class Meter:
     """Tokens, FLOPs and seconds of training from one log line to the next, over all ranks.
 
     ``peak`` is TFLOP/s of one rank's device. ``gather`` makes of one row of this rank the rows of all, shape [ranks, 6].
-    The clock stands still while ``paused``.
+    The clock starts with ``start`` and stands still while ``paused``.
     """
 
     def __init__(
         self,
         flops: Flops | None,
         peak: float | None,
-        gather: Callable[[torch.Tensor], torch.Tensor],
+        device: torch.device,
+        gather: Callable[[torch.Tensor], Any],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._flops, self._peak, self._gather, self._clock = flops, peak, gather, clock
+        self._flops, self._peak, self._device, self._gather, self._clock = flops, peak, device, gather, clock
         self._since: float | None = None
         self._mine = np.zeros(4)  # real, trained, padded, FLOPs of this rank since the last line
         self._total = np.zeros(5)  # the same of all ranks since the start, and seconds
 
-    def add(self, counts: Counts) -> None:
-        """Take in a micro-batch of this rank."""
+    def start(self) -> None:
+        """Start the clock, unless it runs."""
         if self._since is None:
             self._since = self._clock()
+
+    def add(self, counts: Counts) -> float:
+        """Take in a micro-batch of this rank; its FLOPs, 0 when they cannot be told."""
         flops = self._flops.of(counts.lengths) if self._flops else 0.0
         self._mine += (counts.real, counts.trained, counts.padded, flops)
+        return flops
 
     @contextmanager
     def paused(self) -> Generator[None]:
         """Time that is no training: evaluation and saving. The device is waited for first, as its queue is training."""
-        if torch.accelerator.is_available():
+        if self._device.type != "cpu":
             torch.accelerator.synchronize()
         began = self._clock()
         try:
@@ -254,8 +259,7 @@ class Meter:
         """The figures since the last call, for the log. Every rank must call it, after the device has done its work."""
         now = self._clock()
         since = now if self._since is None else self._since
-        device = torch.accelerator.current_accelerator() or "cpu"
-        row = torch.tensor([[*self._mine, now - since, _memory_gib()]], dtype=torch.float64, device=device)
+        row = torch.tensor([[*self._mine, now - since, self._memory()]], dtype=torch.float64, device=self._device)
         rows = self._gather(row).cpu().numpy()
         self._since = now
         self._mine[:] = 0
@@ -280,9 +284,30 @@ class Meter:
             figures["mfu"] = round(flops / seconds / (self._peak * 1e12 * ranks), 4)
         return figures
 
+    def _memory(self) -> float:
+        """The most that this rank has held so far, GiB: of its device, or of the process when it trains on the CPU."""
+        if self._device.type != "cpu":
+            return torch.accelerator.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
-def _memory_gib() -> float:
-    """The most memory that this rank has held: of its device, or of the process when it trains on the CPU; GiB."""
-    if torch.accelerator.is_available():
-        return torch.accelerator.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+def make_meter(
+    model: Any,
+    device: torch.device,
+    peak_tflops: float | None,
+    gather: Callable[[torch.Tensor], Any],
+    say: Callable[[str], None],
+) -> Meter:
+    """The meter of a run; says why when a GPU's run will show no MFU. ``peak_tflops`` wins over the known peaks."""
+    flops = None
+    try:
+        flops = training_flops(model)
+    except UnknownShapeError as error:
+        say(f"no MFU will be shown: {error}")
+    peak = peak_tflops
+    if peak is None and device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        peak = peak_of(name)
+        if peak is None:
+            say(f"no MFU will be shown: the peak of {name} is not known; --peak_tflops tells it")
+    return Meter(flops, peak, device, gather)

@@ -11,6 +11,7 @@ from ..data_tools.packing import PackOrder, Window
 from ..storage.assets import carry
 from .callbacks import DivergedError
 from .checkpoint import SaveError, finite_on_all_ranks, open_staging, publish_checkpoint, rotate
+from .throughput import Meter, count
 
 
 class FinetuneTrainer(Trainer):
@@ -18,9 +19,12 @@ class FinetuneTrainer(Trainer):
 
     ``base`` is the local folder that the model came from: its remote code and other files are carried into every full
     checkpoint. ``made_from`` goes into the checkpoint's manifest. ``keep`` is how many checkpoints stay (the Trainer's
-    own ``save_total_limit`` would go by time and may delete the last one).
+    own ``save_total_limit`` would go by time and may delete the last one). ``meter`` measures training alone; what it
+    tells goes into every log line of the loss, and the FLOPs that it counts are the Trainer's ``total_flos``.
     """
 
+    meter: Meter
+    _rate: float | None = None
     base: Path | None = None
     keep: int | None = None
     made_from: dict[str, Any] = {}  # noqa: RUF012 - replaced per instance by assemble
@@ -43,10 +47,40 @@ class FinetuneTrainer(Trainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         return PackOrder(data.packs.cost(data.data.lengths), window, seed, lambda: data.epoch)
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """Forward and backward. The learning rate is noted before: DeepSpeed moves the schedule on within backward."""
+        self.meter.start()
+        self._rate = super()._get_learning_rate()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _get_learning_rate(self) -> float:
+        return super()._get_learning_rate() if self._rate is None else self._rate
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """FLOPs of a micro-batch that was just trained."""
+        return round(self.meter.add(count(inputs)))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, the loss with what the meter tells, the end with its figures of the whole run."""
+        if "loss" in logs:
+            logs.update(self.meter.read())
+        elif "train_runtime" in logs:
+            self.meter.read()
+            logs.update(self.meter.total(self.args.world_size))
+        super().log(logs, start_time)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.meter.paused():
+            return super()._evaluate(*args, **kwargs)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self.meter.paused():
+            self._publish_checkpoint(model, trial)
+
+    def _publish_checkpoint(self, model: nn.Module, trial: Any) -> None:
         output_dir = Path(self._get_output_dir(trial))
         step = self.state.global_step
         if not finite_on_all_ranks(self.model):

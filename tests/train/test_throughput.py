@@ -181,13 +181,17 @@ def test_the_first_token_is_never_trained() -> None:
 
 def meter(clock: Sequence[float], ranks: int = 1, peak: float | None = 1e-9) -> Meter:
     times = iter(clock)
-    return Meter(Flops(10.0, {}), peak, lambda row: row.repeat(ranks, 1), clock=lambda: next(times))
+    made = Meter(
+        Flops(10.0, {}), peak, torch.device("cpu"), lambda row: row.repeat(ranks, 1), clock=lambda: next(times)
+    )
+    made.start()
+    return made
 
 
 def test_figures_of_two_ranks_without_pauses() -> None:
     """2 ranks with 60 real tokens each in 8 s of which 5 were an evaluation; 600 FLOPs a rank in 3 s, of 1000 a second."""
     watch = meter([100.0, 101.0, 106.0, 108.0], ranks=2)
-    watch.add(Counts(60, 12, 20, (30, 30)))
+    assert watch.add(Counts(60, 12, 20, (30, 30))) == 600
     with watch.paused():
         pass
     figures = watch.read()
