@@ -19,6 +19,7 @@ usage: finebridge VERB ...          finebridge VERB --help tells more
 
   sft [recipe.yaml] [key=value] [--flag value]
                       supervised fine-tuning, full or LoRA, on this machine's GPUs or its CPU
+  report OUTPUT_DIR   write report.html and loss.png of a run anew
   merge               merge a LoRA adapter into its base model, offline
   data build FILE     tokenise data once, ahead of training
   data check FILE     prove the masks and show statistics, before any GPU is used
@@ -102,6 +103,12 @@ def _merge(words: list[str]) -> int:
     return merge(words)
 
 
+def _report(words: list[str]) -> int:
+    from ..train.report import main as report
+
+    return report(words)
+
+
 def _data(words: list[str]) -> int:
     verb = _DATA_VERBS.get(words[0]) if words else None
     usage = f"finebridge data {'|'.join(_DATA_VERBS)} ...; each tells more with --help"
@@ -129,7 +136,13 @@ _DATA_VERBS = {
     "export": ("layouts_cli", "export_main"),
     "import": ("layouts_cli", "import_main"),
 }
-_VERBS: dict[str, Callable[[list[str]], int]] = {"sft": _sft, "merge": _merge, "data": _data, "example": _example}
+_VERBS: dict[str, Callable[[list[str]], int]] = {
+    "sft": _sft,
+    "report": _report,
+    "merge": _merge,
+    "data": _data,
+    "example": _example,
+}
 
 
 if __name__ == "__main__":

@@ -27,12 +27,14 @@ from .arguments import Arguments
 from .attention import IsolationProof, check_trainable, takes_borders
 from .callbacks import FiniteGuard, SaveLastStep
 from .checkpoint import check_shared, find_resume, on_main
+from .defaults import default_lines
 from .freeze import train_only
 from .hf_flags import ArgumentsError, hf_value
 from .lora import add_lora
 from .model import load_model
 from .moe import has_listed_experts, make_leaf_modules
 from .progress import ProgressLine
+from .record import about_data
 from .schedule import schedule
 from .throughput import make_meter
 from .trainer import FinetuneTrainer
@@ -40,11 +42,12 @@ from .trainer import FinetuneTrainer
 
 @dataclass
 class Run:
-    """A Trainer that is ready, and the checkpoint that it goes on from."""
+    """A Trainer that is ready, the checkpoint that it goes on from, its progress line, and what the report tells of it."""
 
     trainer: FinetuneTrainer
     resume_from: str | None
     progress: ProgressLine
+    about: dict[str, Any]
 
 
 def assemble(args: Arguments) -> Run:
@@ -98,7 +101,15 @@ def assemble(args: Arguments) -> Run:
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
     trainer.add_callback(progress)
-    return Run(trainer, resume_from, progress)
+    for line in default_lines(args, hf_args, model):
+        runtime.say(line)
+    about = {
+        "model": f"{made_from['model']}, {model_size(model)}",
+        "device": runtime.device_name(hf_args.device),
+        "ranks": hf_args.world_size,
+        "data": {use: about_data(data) for use, data in (("training", train_data), ("evaluation", eval_data)) if data},
+    }
+    return Run(trainer, resume_from, progress, about)
 
 
 def _datasets(args: Arguments, tokenizer: Any, output_dir: Path) -> tuple[Any, Any]:
@@ -246,10 +257,15 @@ def _model(args: Arguments, hf_args: TrainingArguments, settings: dict[str, Any]
                 else " (set for you: experts in a list hang under ZeRO-3 without)"
             )
             runtime.say(f"ZeRO-3 leaf modules: {', '.join(make_leaf_modules(model))}{why}")
+    runtime.say(f"model: {model_size(model)}, {dtype}")
+    return model
+
+
+def model_size(model: Any) -> str:
+    """How many parameters there are and train, in words."""
     trainable = sum(_numel(p) for p in model.parameters() if p.requires_grad)
     total = sum(_numel(p) for p in model.parameters())
-    runtime.say(f"model: {total:,} parameters, {trainable:,} train ({trainable / total:.2%}), {dtype}")
-    return model
+    return f"{total:,} parameters, {trainable:,} train ({trainable / total:.2%})"
 
 
 def _numel(parameter: Any) -> int:

@@ -15,8 +15,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.logging import disable_progress_bar
 
+from .record import span
+
 Logs = Mapping[str, Any]
-_MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
 # Log key -> how it is shown; what a line does not have is left out.
 _STEP: dict[str, Callable[[Any], str]] = {
@@ -34,19 +35,6 @@ _SPEED: dict[str, Callable[[Any], str]] = {
     "memory_gib": lambda value: f"{value:.2f} GiB",
 }
 _UNSHOWN = ("_runtime", "_samples_per_second", "_steps_per_second")
-
-
-def span(seconds: float) -> str:
-    """Seconds as a person says them: ``45 s``, ``3 min 20 s``, ``2 h 5 min``, ``3 d 4 h``."""
-    whole = round(seconds)
-    for size, name, smaller, its_name in (
-        (_DAY, "d", _HOUR, "h"),
-        (_HOUR, "h", _MINUTE, "min"),
-        (_MINUTE, "min", 1, "s"),
-    ):
-        if whole >= size:
-            return f"{whole // size} {name} {whole % size // smaller} {its_name}"
-    return f"{whole} s"
 
 
 def step_line(step: int, last: int, logs: Logs, left: float | None) -> str:

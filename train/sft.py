@@ -10,10 +10,17 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .arguments import parse
+from .arguments import Arguments, parse
+from .record import RunRecord
+from .report import write_report
+
+if TYPE_CHECKING:
+    from .assemble import Run
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 _RANK_0_SPEAKS_WITHIN = 10.0  # seconds; the launcher ends the other ranks when rank 0 has ended
@@ -21,8 +28,9 @@ _RANK_0_SPEAKS_WITHIN = 10.0  # seconds; the launcher ends the other ranks when 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; the process's exit code: 0 done, 1 diverged, 2 bad input (said in one message)."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)  # before torch is imported
+        args = parse(words)  # before torch is imported
     except ValueError as error:
         return _refuse(error)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -40,13 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, runtime.RuntimeSetupError) as error:
         return _refuse(error)
     try:
-        result = run.trainer.train(resume_from_checkpoint=run.resume_from)
+        with _recorded(run, args, words):
+            result = run.trainer.train(resume_from_checkpoint=run.resume_from)
     except AttentionError as error:
         return _refuse(error)
     except DivergedError as error:
         runtime.say(f"error: {error}")
+        runtime.finish()  # all ranks are here; one that ends now would have rank 0 stopped within its report
         return EXIT_FAILED
-    run.trainer.save_state()
     saved = Path(args.hf["output_dir"]) / f"checkpoint-{result.global_step}"
     runtime.say(
         f"done: {result.global_step} steps, mean loss {result.training_loss:.4f}, "
@@ -57,6 +66,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         runtime.say("error: the mean loss is not finite; lower --learning_rate or lengthen the warm-up")
         return EXIT_FAILED
     return 0
+
+
+@contextmanager
+def _recorded(run: "Run", args: Arguments, argv: Sequence[str]) -> Generator[None]:
+    """Keep run.json from the start on; however training ends, write the Trainer's state and the report."""
+    from . import runtime
+
+    output_dir = Path(args.hf["output_dir"])
+    record = RunRecord(output_dir, resumed=run.resume_from is not None)
+    if runtime.is_main():
+        record.open(argv, args, run.about)
+    outcome = "finished"
+    try:
+        yield
+        state = run.trainer.state
+        if state.global_step < state.max_steps:
+            outcome = f"stopped at step {state.global_step} of {state.max_steps}"
+    except BaseException as error:
+        outcome = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        run.progress.close()
+        if runtime.is_main():
+            if run.trainer.state.global_step:
+                run.trainer.save_state()
+            record.close(outcome)
+            write_report(output_dir, runtime.say)
 
 
 def _refuse(error: Exception) -> int:
