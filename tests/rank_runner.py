@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "transformers", "transformers.trainer", "peft", "deepspeed", "finebridge.train.assemble"]
+PRELOAD = [
+    "torch", "transformers", "transformers.trainer", "peft", "deepspeed", "finebridge.train.assemble",
+    "torch.utils.tensorboard", "matplotlib.backends.backend_agg",
+]  # fmt: skip
 
 
 def _rank_main(rank: int, world: int, port: int, argv: Sequence[str], log: str, extra: dict[str, str]) -> None:

@@ -96,13 +96,7 @@ def assemble(args: Arguments) -> Run:
         trainer.base = Path(args.model.model_name_or_path)
     trainer.keep = args.hf.get("save_total_limit")
     trainer.made_from = made_from
-    trainer.meter = make_meter(model, hf_args.device, args.model.peak_tflops, trainer.accelerator.gather, runtime.say)
-    progress = ProgressLine(runtime.say, live=not hf_args.disable_tqdm)
-    for theirs in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(theirs)
-    trainer.add_callback(progress)
-    for line in default_lines(args, hf_args, model):
-        runtime.say(line)
+    progress = _watch(trainer, model, args)
     about = {
         "model": f"{made_from['model']}, {model_size(model)}",
         "device": runtime.device_name(hf_args.device),
@@ -110,6 +104,20 @@ def assemble(args: Arguments) -> Run:
         "data": {use: about_data(data) for use, data in (("training", train_data), ("evaluation", eval_data)) if data},
     }
     return Run(trainer, resume_from, progress, about)
+
+
+def _watch(trainer: FinetuneTrainer, model: Any, args: Arguments) -> ProgressLine:
+    """What the user sees: the defaults now, a line a log step in place of the Trainer's own bar and dictionaries."""
+    trainer.meter = make_meter(
+        model, trainer.args.device, args.model.peak_tflops, trainer.accelerator.gather, runtime.say
+    )
+    progress = ProgressLine(runtime.say, live=not trainer.args.disable_tqdm)
+    for theirs in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(theirs)
+    trainer.add_callback(progress)
+    for line in default_lines(args, trainer.args, model):
+        runtime.say(line)
+    return progress
 
 
 def _datasets(args: Arguments, tokenizer: Any, output_dir: Path) -> tuple[Any, Any]:

@@ -24,15 +24,14 @@ _DPI = 110
 
 def draw(series: Series) -> bytes:
     """A PNG with a panel for each kind of value that was logged, over the steps."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = {title: values for title, values in _PANELS.items() if any(series.get(name) for name in values)}
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows), layout="constrained")
+    FigureCanvasAgg(figure)
     for place, (title, values) in enumerate(panels.items(), 1):
         axes: Any = figure.add_subplot(rows, columns, place)
         for (name, label), ink in zip(values.items(), _INKS, strict=False):

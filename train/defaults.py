@@ -19,12 +19,13 @@ _INSTEAD = {"num_train_epochs": "max_steps", "logging_steps": "logging_strategy"
 
 def default_lines(args: Arguments, hf_args: Any, model: Any) -> Iterator[str]:
     """A heading and a line for each group of flags that were not given, with what the loaded model has instead."""
+    given = args.given | {name.removeprefix("no_") for name in args.given}  # --no_packing gives --packing
     yield "defaults, as not given:"
     for group, names in _GROUPS.items():
-        told = [f"--{name} {_value(args, name)}" for name in names if not {name, _INSTEAD.get(name)} & args.given]
+        told = [f"--{name} {_value(args, name)}" for name in names if not {name, _INSTEAD.get(name)} & given]
         if told:
             yield f"  {group:<9}  {', '.join(told)}"
-    if told := list(_memory(args.given, hf_args, model)):
+    if told := list(_memory(given, hf_args, model)):
         yield f"  memory     {', '.join(told)}"
 
 

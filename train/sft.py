@@ -6,6 +6,7 @@ MASTER_ADDR and MASTER_PORT:  ``torchrun --nproc_per_node 8 -m finebridge.train.
 
 import math
 import os
+import signal
 import socket
 import sys
 import time
@@ -77,6 +78,8 @@ def _recorded(run: "Run", args: Arguments, argv: Sequence[str]) -> Generator[Non
     record = RunRecord(output_dir, resumed=run.resume_from is not None)
     if runtime.is_main():
         record.open(argv, args, run.about)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what the launcher sends at Ctrl-C
     outcome = "finished"
     try:
         yield
@@ -84,15 +87,17 @@ def _recorded(run: "Run", args: Arguments, argv: Sequence[str]) -> Generator[Non
         if state.global_step < state.max_steps:
             outcome = f"stopped at step {state.global_step} of {state.max_steps}"
     except BaseException as error:
-        outcome = f"{type(error).__name__}: {error}"
+        outcome = f"{type(error).__name__}: {error}".rstrip(": ")
         raise
     finally:
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher waits for what follows
         run.progress.close()
         if runtime.is_main():
             if run.trainer.state.global_step:
                 run.trainer.save_state()
             record.close(outcome)
             write_report(output_dir, runtime.say)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _refuse(error: Exception) -> int:

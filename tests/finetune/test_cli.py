@@ -61,7 +61,7 @@ def test_sft_help_names_our_flags_and_transformers(capsys: pytest.CaptureFixture
 
 
 def test_an_unknown_verb_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    assert refused(capsys, "trian") == "error: unknown verb 'trian'; known are sft, merge, data, example\n"
+    assert refused(capsys, "trian") == "error: unknown verb 'trian'; known are sft, report, merge, data, example\n"
 
 
 @pytest.mark.parametrize("words", [("sft",), ()], ids=["sft", "no verb"])

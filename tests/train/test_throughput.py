@@ -227,3 +227,13 @@ def test_no_mfu_without_a_known_peak() -> None:
 )  # fmt: skip
 def test_peaks(name: str, peak: float | None) -> None:
     assert peak_of(name) == peak
+
+
+def test_a_real_shape_needs_what_was_derived_apart() -> None:
+    """Qwen3 0.6B, sum(L^2)/sum(L) = 1624: 4.13 GFLOP a token, as 6 N + 6 x 1624 x heads x head size x layers has it."""
+    with torch.device("meta"):
+        flops = training_flops(
+            model("qwen3", hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+                  num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True)
+        )  # fmt: skip
+    assert flops.of([1624]) / 1624 == pytest.approx(4.13e9, rel=2e-3)
