@@ -53,7 +53,7 @@ class PreparedDataset:
     def __init__(
         self, folder: Path, max_length: int, over_long: OverLong = "drop", say: Callable[[str], None] = print
     ) -> None:
-        self.max_length = max_length
+        self.folder, self.max_length = folder, max_length
         self.key = _content_key(folder)
         self._tokens = IndexedReader(folder / "text_document")
         self._spans = IndexedReader(folder / "spans_document")

@@ -21,6 +21,7 @@ usage: finebridge VERB ...          finebridge VERB --help tells more
                       supervised fine-tuning, full or LoRA, on this machine's GPUs or its CPU
   pretrain [recipe.yaml] [key=value] [--flag value]
                       the same on plain text or Megatron's .bin/.idx, for new models (--config_name) or trained ones
+  report OUTPUT_DIR   write report.html and loss.png of a run anew
   merge               merge a LoRA adapter into its base model, offline
   checkpoint verify PATH ...
                       prove that checkpoints, merges or prepared data are whole
@@ -122,6 +123,12 @@ def _checkpoint(words: list[str]) -> int:
     return checkpoint(words)
 
 
+def _report(words: list[str]) -> int:
+    from ..train.report import main as report
+
+    return report(words)
+
+
 def _data(words: list[str]) -> int:
     verb = _DATA_VERBS.get(words[0]) if words else None
     usage = f"finebridge data {'|'.join(_DATA_VERBS)} ...; each tells more with --help"
@@ -152,6 +159,7 @@ _DATA_VERBS = {
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "sft": _sft,
     "pretrain": _pretrain,
+    "report": _report,
     "merge": _merge,
     "checkpoint": _checkpoint,
     "data": _data,

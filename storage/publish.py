@@ -31,9 +31,14 @@ def fsync_path(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace one small file atomically and durably: temporary sibling, fsync, rename, fsync of the folder."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """``write_text`` of what is no text."""
     temporary = path.with_name(f".{path.name}{_MARK}{uuid.uuid4().hex[:8]}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         fsync_path(temporary)
         temporary.replace(path)
     except BaseException:

@@ -14,7 +14,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["torch", "transformers", "transformers.trainer", "peft", "deepspeed", "finebridge.train.assemble"]
+PRELOAD = [
+    "torch", "transformers", "transformers.trainer", "peft", "deepspeed", "finebridge.train.assemble",
+    "torch.utils.tensorboard", "matplotlib.backends.backend_agg",
+]  # fmt: skip
 
 
 def _rank_main(

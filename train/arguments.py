@@ -74,6 +74,9 @@ class ModelArguments:
         None,
         "names, comma-separated: resume although these differ from the checkpoint's run; a refused resume tells them",
     )
+    peak_tflops: float | None = _arg(
+        None, "dense bf16 TFLOP/s of one device, which MFU is a share of; default: the maker's figure where it is known"
+    )
     min_lr: float = _arg(0.0, "absolute floor of the learning rate; must lie below --learning_rate")
     max_shard_size: str = _arg("5GB", "largest weight file of a checkpoint; each rank writes some of them")
     config_name: str | None = _arg(
@@ -122,6 +125,8 @@ class ModelArguments:
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
             raise ArgumentsError("--early_stopping_patience must be at least 1")
         allowed_names(self.allow_drift)
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ArgumentsError(f"--peak_tflops {self.peak_tflops:g}: a positive number is expected")
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,7 @@ HF_DEFAULTS: dict[str, Any] = {
     "optim": "adamw_torch",
     "logging_steps": 10,
     "logging_nan_inf_filter": False,
+    "report_to": "tensorboard" if find_spec("tensorboard") else "none",
 }
 
 

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from ..data_tools.collator import FlatteningCollator, PaddingCollator
 from ..data_tools.dataset import DummyDataset, PackedDataset, PreparedDataset, Samples
@@ -30,6 +37,7 @@ from .arguments import Arguments
 from .attention import IsolationProof, check_trainable, takes_borders
 from .callbacks import SaveLastStep
 from .checkpoint import check_shared, on_main, put_back
+from .defaults import default_lines
 from .drift import allowed_names
 from .freeze import train_only
 from .guards import StepGuard
@@ -37,20 +45,25 @@ from .hf_flags import ArgumentsError, hf_value
 from .lora import add_lora
 from .model import load_model
 from .moe import has_listed_experts, make_leaf_modules
+from .progress import ProgressLine
+from .record import about_data
 from .resume import Resume, check_init, find_resume
 from .run_shape import run_shape
 from .schedule import schedule
 from .shards import refuse_pickles
 from .space import SpaceCheck
+from .throughput import make_meter
 from .trainer import FinetuneTrainer
 
 
 @dataclass
 class Run:
-    """A Trainer that is ready, and the checkpoint that it goes on from."""
+    """A Trainer that is ready, the checkpoint that it goes on from, its progress line, and what the report tells of it."""
 
     trainer: FinetuneTrainer
     resume_from: str | None
+    progress: ProgressLine
+    about: dict[str, Any]
 
 
 def assemble(args: Arguments) -> Run:
@@ -69,13 +82,7 @@ def assemble(args: Arguments) -> Run:
     refuse_pickles(deepspeed=settings is not None)
     hf_args = _training_arguments(args, settings)
     runtime.check_world(hf_args.world_size)
-    if hf_args.n_gpu > 1:
-        raise ArgumentsError("one process a GPU is needed: start with a launcher, for example bash train/train.sh")
-    told: Any = hf_args.accelerator_config
-    if told.split_batches or told.dispatch_batches:
-        raise ArgumentsError(
-            "--accelerator_config: samples are dealt to ranks here; leave split_batches and dispatch_batches out"
-        )
+    _check_loader(hf_args)
     check_shared(output_dir)
     put_back(output_dir)
     if args.data.packing:
@@ -94,19 +101,15 @@ def assemble(args: Arguments) -> Run:
         callbacks.append(EarlyStoppingCallback(args.model.early_stopping_patience, args.model.early_stopping_threshold))
     if args.shares_rows:
         check_trainable(model, hf_args.device, runtime.say)
-        collator = FlatteningCollator(borders=takes_borders(model))
         cure = "leave --packing out" if args.data.packing else "give --cross_document_attention true"
         callbacks.append(IsolationProof(cure))
-    else:
-        pad_id = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
-        collator = PaddingCollator(pad_id)
     callbacks.append(SaveLastStep())  # after what may stop the run
     trainer = FinetuneTrainer(
         model=model,
         args=hf_args,
         train_dataset=train_data,  # pyright: ignore[reportArgumentType] - map-style by its methods, as torch asks
         eval_dataset=eval_data,  # pyright: ignore[reportArgumentType]
-        data_collator=collator,
+        data_collator=_collator(args, model, tokenizer),
         processing_class=tokenizer,
         callbacks=callbacks,
         guard=StepGuard(args.model.loss_spike_policy, args.model.loss_spike_factor, runtime.say, fp16=hf_args.fp16),
@@ -117,10 +120,33 @@ def assemble(args: Arguments) -> Run:
     trainer.keep = args.hf.get("save_total_limit")
     trainer.max_shard_size = parse_size(args.model.max_shard_size)
     trainer.made_from = {"train_data_file": args.data.train_data_file, "run": shape}
-    if resume is None:
-        return Run(trainer, None)
-    trainer.renewed = resume.renewed
-    return Run(trainer, str(resume.folder))
+    trainer.renewed = resume.renewed if resume else frozenset()
+    progress = _watch(trainer, model, args)
+    about = {
+        "model": f"{shape['model']}, {model_size(model)}",
+        "device": runtime.device_name(hf_args.device),
+        "ranks": hf_args.world_size,
+        "data": {use: about_data(data) for use, data in (("training", train_data), ("evaluation", eval_data)) if data},
+    }
+    return Run(trainer, str(resume.folder) if resume else None, progress, about)
+
+
+def _check_loader(hf_args: TrainingArguments) -> None:
+    """Refuse what only the Trainer's own loaders know. Raises ArgumentsError."""
+    if hf_args.n_gpu > 1:
+        raise ArgumentsError("one process a GPU is needed: start with a launcher, for example bash train/train.sh")
+    told: Any = hf_args.accelerator_config
+    if told.split_batches or told.dispatch_batches:
+        raise ArgumentsError(
+            "--accelerator_config: samples are dealt to ranks here; leave split_batches and dispatch_batches out"
+        )
+
+
+def _collator(args: Arguments, model: Any, tokenizer: Any) -> FlatteningCollator | PaddingCollator:
+    if args.shares_rows:
+        return FlatteningCollator(borders=takes_borders(model))
+    pad_id = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    return PaddingCollator(pad_id)
 
 
 def _resume(args: Arguments, hf_args: TrainingArguments, shape: dict[str, Any], output_dir: Path) -> Resume | None:
@@ -132,6 +158,20 @@ def _resume(args: Arguments, hf_args: TrainingArguments, shape: dict[str, Any], 
     if found and found.universal and hf_args.hf_deepspeed_config is not None:
         hf_args.hf_deepspeed_config.config.setdefault("checkpoint", {})["load_universal"] = True
     return found
+
+
+def _watch(trainer: FinetuneTrainer, model: Any, args: Arguments) -> ProgressLine:
+    """What the user sees: the defaults now, a line a log step in place of the Trainer's own bar and dictionaries."""
+    trainer.meter = make_meter(
+        model, trainer.args.device, args.model.peak_tflops, trainer.accelerator.gather, runtime.say
+    )
+    progress = ProgressLine(runtime.say, live=not trainer.args.disable_tqdm)
+    for theirs in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(theirs)
+    trainer.add_callback(progress)
+    for line in default_lines(args, trainer.args, model):
+        runtime.say(line)
+    return progress
 
 
 def _datasets(args: Arguments, tokenizer: Any, output_dir: Path) -> tuple[Any, Any]:
@@ -255,10 +295,15 @@ def _model(args: Arguments, hf_args: TrainingArguments, settings: dict[str, Any]
                 else " (set for you: experts in a list hang under ZeRO-3 without)"
             )
             runtime.say(f"ZeRO-3 leaf modules: {', '.join(make_leaf_modules(model))}{why}")
+    runtime.say(f"model: {model_size(model)}, {dtype}")
+    return model
+
+
+def model_size(model: Any) -> str:
+    """How many parameters there are and train, in words."""
     trainable = sum(_numel(p) for p in model.parameters() if p.requires_grad)
     total = sum(_numel(p) for p in model.parameters())
-    runtime.say(f"model: {total:,} parameters, {trainable:,} train ({trainable / total:.2%}), {dtype}")
-    return model
+    return f"{total:,} parameters, {trainable:,} train ({trainable / total:.2%})"
 
 
 def _numel(parameter: Any) -> int:

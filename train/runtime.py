@@ -28,6 +28,11 @@ def has_accelerator() -> bool:
     return torch.accelerator.is_available()
 
 
+def device_name(device: torch.device) -> str:
+    """What a rank trains on, as the maker calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def world_size() -> int:
     """Ranks that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -6,17 +6,25 @@ MASTER_ADDR and MASTER_PORT:  ``torchrun --nproc_per_node 8 -m finebridge.train.
 
 import math
 import os
+import signal
 import socket
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..data_tools.schema import Kind
 from ..storage.space import EXIT_DISK_FULL, is_disk_full
-from .arguments import parse
+from .arguments import Arguments, parse
 from .hf_flags import ArgumentsError
+from .record import RunRecord
+from .report import write_report
+
+if TYPE_CHECKING:
+    from .assemble import Run
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 _RANK_0_SPEAKS_WITHIN = 10.0  # seconds; the launcher ends the other ranks when rank 0 has ended
@@ -24,8 +32,9 @@ _RANK_0_SPEAKS_WITHIN = 10.0  # seconds; the launcher ends the other ranks when 
 
 def main(argv: Sequence[str] | None = None, kind: Kind = "chat") -> int:
     """Train on data of this kind; the exit code: 0 done, 1 diverged, 2 bad input, 28 disk full (said in one message)."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        args = parse(sys.argv[1:] if argv is None else argv, kind)  # before torch is imported
+        args = parse(words, kind)  # before torch is imported
     except ValueError as error:
         return _refuse(error)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -45,8 +54,8 @@ def main(argv: Sequence[str] | None = None, kind: Kind = "chat") -> int:
     except (ValueError, OSError, runtime.RuntimeSetupError) as error:
         return _refuse(error)
     try:
-        result = run.trainer.train(resume_from_checkpoint=run.resume_from)
-        run.trainer.save_state()
+        with _recorded(run, args, words):
+            result = run.trainer.train(resume_from_checkpoint=run.resume_from)
     except (AttentionError, ArgumentsError) as error:
         return _refuse(error)
     except DiskFullError as error:  # on every rank
@@ -60,6 +69,7 @@ def main(argv: Sequence[str] | None = None, kind: Kind = "chat") -> int:
         return _refuse(DataError(str(error).rpartition("DataError: ")[2].strip()))
     except DivergedError as error:
         runtime.say(f"error: {error}")
+        runtime.finish()  # all ranks are here; one that ends now would have rank 0 stopped within its report
         return EXIT_FAILED
     saved = Path(args.hf["output_dir"]) / f"checkpoint-{result.global_step}"
     runtime.say(
@@ -71,6 +81,37 @@ def main(argv: Sequence[str] | None = None, kind: Kind = "chat") -> int:
         runtime.say("error: the mean loss is not finite; lower --learning_rate or lengthen the warm-up")
         return EXIT_FAILED
     return 0
+
+
+@contextmanager
+def _recorded(run: "Run", args: Arguments, argv: Sequence[str]) -> Generator[None]:
+    """Keep run.json from the start on; however training ends, write the Trainer's state and the report."""
+    from . import runtime
+
+    output_dir = Path(args.hf["output_dir"])
+    record = RunRecord(output_dir, resumed=run.resume_from is not None)
+    if runtime.is_main():
+        record.open(argv, args, run.about)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what the launcher sends at Ctrl-C
+    outcome = "finished"
+    try:
+        yield
+        state = run.trainer.state
+        if state.global_step < state.max_steps:
+            outcome = f"stopped at step {state.global_step} of {state.max_steps}"
+    except BaseException as error:
+        outcome = f"{type(error).__name__}: {error}".rstrip(": ")
+        raise
+    finally:
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher waits for what follows
+        run.progress.close()
+        if runtime.is_main():
+            if run.trainer.state.global_step:
+                run.trainer.save_state()
+            record.close(outcome)
+            write_report(output_dir, runtime.say)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _refuse(error: Exception) -> int:

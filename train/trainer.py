@@ -2,18 +2,25 @@
 
 from typing import Any
 
+from torch import nn
+
 from .renew import FreshSettings, separate_steps
 from .saving import SavingTrainer
 from .steps import StepTrainer
+from .throughput import Meter, count
 
 
 class FinetuneTrainer(SavingTrainer, StepTrainer):
     """The Trainer of a run: how it saves is ``SavingTrainer``'s, how it steps ``StepTrainer``'s.
 
-    ``renewed`` names the settings that a resume takes from the flags although the checkpoint has others.
+    ``renewed`` names the settings that a resume takes from the flags although the checkpoint has others. ``meter``
+    measures training alone; what it tells goes into every log line of the loss, and the FLOPs that it counts are the
+    Trainer's ``total_flos``.
     """
 
+    meter: Meter
     renewed: frozenset[str] = frozenset()
+    _rate: float | None = None
     _fresh: FreshSettings | None = None
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -33,3 +40,33 @@ class FinetuneTrainer(SavingTrainer, StepTrainer):
         if self.is_deepspeed_enabled and checkpoint is not None:
             engine: Any = self.deepspeed
             engine._config.load_universal_checkpoint = False  # noqa: SLF001 - later loads are of checkpoints as saved
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """Forward and backward. The learning rate is noted before: DeepSpeed moves the schedule on within backward."""
+        self.meter.start()
+        self._rate = super()._get_learning_rate()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _get_learning_rate(self) -> float:
+        return super()._get_learning_rate() if self._rate is None else self._rate
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """FLOPs of a micro-batch that was just trained."""
+        return round(self.meter.add(count(inputs)))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, the loss with what the meter tells, the end with its figures of the whole run."""
+        if "loss" in logs:
+            logs.update(self.meter.read())
+        elif "train_runtime" in logs:
+            self.meter.read()
+            logs.update(self.meter.total(self.args.world_size))
+        super().log(logs, start_time)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.meter.paused():
+            return super()._evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self.meter.paused():
+            super()._save_checkpoint(model, trial)

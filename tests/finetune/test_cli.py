@@ -63,7 +63,8 @@ def test_help_of_training_names_our_flags_and_transformers(verb: str, capsys: py
 
 
 def test_an_unknown_verb_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    assert refused(capsys, "trian") == "error: unknown verb 'trian'; known are sft, pretrain, merge, data, example\n"
+    known = "sft, pretrain, report, merge, checkpoint, data, example"
+    assert refused(capsys, "trian") == f"error: unknown verb 'trian'; known are {known}\n"
 
 
 @pytest.mark.parametrize("words", [("sft",), ()], ids=["sft", "no verb"])
