@@ -5,18 +5,21 @@ DeepSpeed's ``init_distributed`` before any model (else ZeRO-3 sees one rank), a
 could leave locked for ever.
 """
 
+import atexit
 import os
 import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from ..ds_configs.resolve import offloads_optimizer
 from ..storage.once import locked
+
+_left: list[Any] = []  # process groups that were left
 
 
 class RuntimeSetupError(RuntimeError):
@@ -74,10 +77,27 @@ def start(settings: dict[str, Any] | None) -> None:
 
 
 def finish() -> None:
-    """Leave the process group in order, all ranks together."""
+    """Leave the process group in order, all ranks together.
+
+    The group is kept until the process ends. Whoever lets go of it last joins gloo's threads, and those may wait for the
+    interpreter lock to free a tensor: DDP's C++ part lets go while it holds that lock, a deadlock on busy machines.
+    """
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+        _left.append(dist.group.WORLD)
         dist.destroy_process_group()
+
+
+def end(code: int) -> NoReturn:
+    """End the process: what was registered for its end is run, the interpreter is not taken down.
+
+    A gloo thread that asks for the interpreter lock while it is taken down is ended in the middle of a destructor, and the
+    process aborts after all its work (``terminate called without an active exception``).
+    """
+    atexit._run_exitfuncs()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - trackers finish their uploads there
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def check_world(seen: int) -> None:

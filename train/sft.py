@@ -70,4 +70,9 @@ def _refuse(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    EXIT_CODE = main()
+    if "torch" not in sys.modules:  # refused before it was imported
+        sys.exit(EXIT_CODE)
+    from .runtime import end
+
+    end(EXIT_CODE)
