@@ -8,14 +8,22 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 PRELOAD = ["torch", "transformers", "transformers.trainer", "peft", "deepspeed", "finebridge.train.assemble"]
 
 
-def _rank_main(rank: int, world: int, port: int, argv: Sequence[str], log: str, extra: dict[str, str]) -> None:
+def _rank_main(
+    rank: int,
+    world: int,
+    port: int,
+    argv: Sequence[str],
+    log: str,
+    extra: dict[str, str],
+    before: Callable[[], None] | None,
+) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -25,6 +33,8 @@ def _rank_main(rank: int, world: int, port: int, argv: Sequence[str], log: str, 
 
     code = 1
     try:
+        if before:
+            before()
         code = main(argv)
     except BaseException:  # noqa: BLE001 - the log is read by the test
         import traceback
@@ -62,9 +72,16 @@ class RankRunner:
         self._context.set_forkserver_preload(PRELOAD)
 
     def run(
-        self, argv: Sequence[object], folder: Path, *, ranks: int = 1, limit: float = 120.0, **extra: str
+        self,
+        argv: Sequence[object],
+        folder: Path,
+        *,
+        ranks: int = 1,
+        limit: float = 120.0,
+        before: Callable[[], None] | None = None,
+        **extra: str,
     ) -> Finished:
-        """Train with these flags; logs go into ``folder``."""
+        """Train with these flags; logs go into ``folder``. Each rank calls ``before`` first."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -72,7 +89,7 @@ class RankRunner:
         logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
         words = [str(word) for word in argv]
         processes: list[Any] = [
-            self._context.Process(target=_rank_main, args=(rank, ranks, port, words, str(logs[rank]), extra))
+            self._context.Process(target=_rank_main, args=(rank, ranks, port, words, str(logs[rank]), extra, before))
             for rank in range(ranks)
         ]
         for process in processes:

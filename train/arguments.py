@@ -48,6 +48,9 @@ class ModelArguments:
     train_attention_params_only: bool = _arg(False, "train only parameters whose name contains self_attn")
     make_moe_param_leaf_module: bool = _arg(False, "ZeRO-3: fetch each MoE block as a whole (leaf module)")
     min_lr: float = _arg(0.0, "absolute floor of the learning rate; must lie below --learning_rate")
+    heartbeat_timeout: float = _arg(
+        50.0, "seconds after which a rank that says nothing, or keeps the others waiting, ends the run; 0 is off"
+    )
     config_name: str | None = _arg(
         None, "build a NEW model with random weights from this config.json, or of this transformers model type"
     )
@@ -85,6 +88,8 @@ class ModelArguments:
             )
         if self.lora_rank < 1 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
             raise ArgumentsError("--lora_rank and --lora_alpha must be positive, --lora_dropout in [0, 1)")
+        if not 0 <= self.heartbeat_timeout < float("inf"):
+            raise ArgumentsError("--heartbeat_timeout: seconds are expected, 0 turns the watch off")
 
 
 @dataclass(frozen=True)

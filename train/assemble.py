@@ -22,7 +22,7 @@ from ..data_tools.tokenizer_files import TokenizerSource, load_tokenizer
 from ..ds_configs.resolve import resolve, zero_stage
 from ..storage.manifest import read
 from ..storage.publish import write_text
-from . import runtime
+from . import heartbeat, runtime
 from .arguments import Arguments
 from .attention import IsolationProof, check_trainable, takes_borders
 from .callbacks import FiniteGuard, SaveLastStep
@@ -33,6 +33,7 @@ from .lora import add_lora
 from .model import load_model
 from .moe import has_listed_experts, make_leaf_modules
 from .schedule import schedule
+from .stopping import StopWhenAsked
 from .trainer import FinetuneTrainer
 
 
@@ -59,6 +60,7 @@ def assemble(args: Arguments) -> Run:
     runtime.start(settings)
     hf_args = _training_arguments(args, settings)
     runtime.check_world(hf_args.world_size)
+    heartbeat.start(args.model.heartbeat_timeout, output_dir)
     check_shared(output_dir)
     if args.data.packing:
         train_data, eval_data = _packed(args, hf_args, train_data, eval_data)
@@ -69,7 +71,7 @@ def assemble(args: Arguments) -> Run:
     )
     model = _model(args, hf_args, settings, tokenizer)
     _stop_at(model, train_data.terminators, tokenizer)
-    callbacks: list[TrainerCallback] = [FiniteGuard(), SaveLastStep()]
+    callbacks: list[TrainerCallback] = [FiniteGuard(), SaveLastStep(), StopWhenAsked(), heartbeat.Phases()]
     if args.data.packing:
         check_trainable(model, hf_args.device, runtime.say)
         collator = FlatteningCollator(borders=takes_borders(model))

@@ -13,25 +13,41 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from .arguments import parse
+from .arguments import Arguments, parse
+from .orphans import die_with_launcher
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 _RANK_0_SPEAKS_WITHIN = 10.0  # seconds; the launcher ends the other ranks when rank 0 has ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train; the process's exit code: 0 done, 1 diverged, 2 bad input (said in one message)."""
+    """Train; the process's exit code: 0 done, 1 diverged, 2 bad input (said in one message), 143 stopped by SIGTERM."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)  # before torch is imported
     except ValueError as error:
         return _refuse(error)
+    die_with_launcher()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated.*")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
+    from . import heartbeat, runtime, stopping
+
+    try:
+        stopping.listen()
+        with heartbeat.told():
+            return _train(args)
+    except stopping.StoppedError as stopped:
+        runtime.say(str(stopped))
+        return stopping.EXIT_STOPPED
+
+
+def _train(args: Arguments) -> int:
+    """What ``main`` does when torch is there."""
     from . import runtime
     from .assemble import assemble
     from .attention import AttentionError
     from .callbacks import DivergedError
+    from .stopping import StoppedError
 
     for text in args.warnings:
         runtime.say(f"warning: {text}")
@@ -46,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DivergedError as error:
         runtime.say(f"error: {error}")
         return EXIT_FAILED
+    except StoppedError:  # on all ranks, after the same step
+        runtime.finish()
+        raise
     run.trainer.save_state()
     saved = Path(args.hf["output_dir"]) / f"checkpoint-{result.global_step}"
     runtime.say(

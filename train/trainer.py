@@ -5,12 +5,15 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import SaveStrategy
 
 from ..data_tools.dataset import PackedDataset
 from ..data_tools.packing import PackOrder, Window
 from ..storage.assets import carry
+from . import heartbeat
 from .callbacks import DivergedError
 from .checkpoint import SaveError, finite_on_all_ranks, open_staging, publish_checkpoint, rotate
+from .stopping import EvaluationCut, stopped
 
 
 class FinetuneTrainer(Trainer):
@@ -43,10 +46,35 @@ class FinetuneTrainer(Trainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         return PackOrder(data.packs.cost(data.data.lengths), window, seed, lambda: data.epoch)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """A micro-step, forward and backward, of which the watch is told."""
+        heartbeat.enter("forward")
+        return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss; what comes next in training is the backward pass."""
+        result: Any = super().compute_loss(model, *args, **kwargs)
+        if model.training:
+            heartbeat.enter("backward")
+        return result
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> Any:
+        """Evaluate; left for a checkpoint when the run is asked to stop."""
+        heartbeat.enter("evaluate")
+        step = self.state.global_step
+        try:
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except EvaluationCut:
+            if step == 0 or self.args.save_strategy == SaveStrategy.NO:
+                raise stopped(step, None) from None
+            self._save_checkpoint(self.model, trial)  # pyright: ignore[reportArgumentType] - it is there by now
+            raise stopped(step, f"{self.args.output_dir}/checkpoint-{step}") from None
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        heartbeat.enter("save")
         output_dir = Path(self._get_output_dir(trial))
         step = self.state.global_step
         if not finite_on_all_ranks(self.model):
