@@ -54,8 +54,8 @@ class Beat:
 def dead(beat: Beat) -> str:
     """The verdict on a rank whose connection broke without a goodbye."""
     return (
-        f"{beat.name} has died; {beat.silent:.0f} s before it was at {beat.place}. Its own log says why; when that ends without a word, the machine "
-        "ran out of memory or somebody killed it (dmesg)"
+        f"{beat.name} has died; {beat.silent:.0f} s before it was at {beat.place}. Its own log says why; when that ends "
+        "without a word, the machine ran out of memory or somebody killed it (dmesg)"
     )
 
 
