@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 PRELOAD = ["torch", "transformers", "transformers.trainer", "peft", "deepspeed", "finebridge.train.assemble"]
-AFTER_A_FAILURE = 12.0  # seconds; a rank that refuses after rank 0 waits 10
 
 
 def _rank_main(
@@ -68,7 +67,7 @@ class Finished:
 
 
 class RankRunner:
-    """Calls ``run(argv, ranks=n)``; a rank that hangs is killed at the time limit, or 12 s after another failed: -9."""
+    """Calls ``run(argv, ranks=n)``; a rank that hangs is killed at the time limit and has the exit code -9."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
@@ -82,9 +81,13 @@ class RankRunner:
         ranks: int = 1,
         limit: float = 120.0,
         before: Callable[[], None] | None = None,
+        patience: float | None = None,
         **extra: str,
     ) -> Finished:
-        """Train with these flags; logs go into ``folder``. Each rank calls ``before`` first."""
+        """Train with these flags; logs go into ``folder``. Each rank calls ``before`` first.
+
+        With ``patience`` the other ranks are killed so many seconds after one has failed, as a launcher would.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -100,8 +103,8 @@ class RankRunner:
         until = time.monotonic() + limit
         while left := [process for process in processes if process.is_alive()]:
             wait([process.sentinel for process in left], max(0.0, until - time.monotonic()))
-            if any(process.exitcode for process in processes):  # what a launcher would end, if with less patience
-                until = min(until, time.monotonic() + AFTER_A_FAILURE)
+            if patience is not None and any(process.exitcode for process in processes):
+                until = min(until, time.monotonic() + patience)
             if time.monotonic() >= until:
                 for process in left:
                     process.kill()

@@ -1,6 +1,7 @@
 """A rank that is dead, stopped or stuck is named by the others, and all end."""
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ ZERO3 = {"deepspeed": "ds_zero3_no_offload"}
     [
         ("kill", 1, {}, "has died; "),
         ("stop", 0, ZERO3, "has said nothing for "),
-        ("block", 1, ZERO3, "is stuck at step 3, waiting for a batch for "),
-        ("raise", 1, {}, "failed at step 3, waiting for a batch: OSError: the disk is gone"),
+        ("block", 1, ZERO3, r"is stuck at step [23], waiting for a batch for "),
+        ("raise", 1, {}, r"failed at step [23], waiting for a batch: OSError: the disk is gone"),
     ],
 )
 def test_the_rank_is_named_and_all_end(
@@ -45,9 +46,9 @@ def test_the_rank_is_named_and_all_end(
 ) -> None:
     argv = flags(models("hunyuan_v1_dense"), train_file, tmp_path, **more)
     fault = functools.partial(at_sample, kind, rank, 5)
-    done = ranks.run(argv, tmp_path / "log", ranks=2, limit=60, before=fault)
+    done = ranks.run(argv, tmp_path / "log", ranks=2, limit=150, patience=5, before=fault)
     other = done.texts[1 - rank]
     assert done.codes[1 - rank] == 75, other
     assert f"error: rank {rank} (host" in other
-    assert verdict in other
+    assert re.search(verdict, other)
     assert "Thread" in (tmp_path / "hang" / f"rank-{1 - rank}.txt").read_text()
