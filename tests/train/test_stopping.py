@@ -24,11 +24,12 @@ def flags(model: Path, data: Path, out: Path, **more: Any) -> list[str]:
     return [str(word) for name, value in values.items() for word in (f"--{name}", value)]
 
 
-def launched(fault: list[str], argv: list[str], ranks: int) -> subprocess.CompletedProcess[str]:
+def launched(fault: list[str], argv: list[str], extensions: Path) -> subprocess.CompletedProcess[str]:
     """The launcher with ranks to which something happens at a sample; see rank_faults."""
-    code = f"from finebridge.finetune.launch import run_ranks; raise SystemExit(run_ranks('rank_faults', {fault + argv!r}, {ranks}))"
+    code = "from finebridge.finetune.launch import run_ranks; "
+    code += f"raise SystemExit(run_ranks('rank_faults', {fault + argv!r}, 2))"
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path}
+    env = {**os.environ, "PYTHONPATH": path, "TORCH_EXTENSIONS_DIR": str(extensions)}
     return subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=240, check=False
     )
@@ -56,8 +57,9 @@ def test_a_stopped_run_goes_on_as_if_it_never_was(
     if where == "evaluation":
         more = {**more, "eval_data_file": train_file}
     out, straight = tmp_path / "out", tmp_path / "straight"
-    done = launched(["terminate", "1", "5"], flags(base, train_file, out, **more), 2)
+    done = launched(["terminate", "1", "5"], flags(base, train_file, out, **more), tmp_path / "extensions")
     assert done.returncode == 143, done.stdout + done.stderr
+    assert not (tmp_path / "extensions").exists(), "neither needs a compiled part"
     (saved,) = out.glob("checkpoint-*")
     step = int(saved.name.split("-")[1])
     assert 2 <= step < 6
