@@ -263,7 +263,7 @@ def start(limit: float, output_dir: Path) -> None:
 
 
 def enter(phase: str, step: int | None = None) -> None:
-    """Training has come to ``phase`` (data, forward, backward, optimizer, save, evaluate, leaving); see Heartbeat.enter."""
+    """Training has come to ``phase``, one of those in ``verdicts.py``, or save, evaluate, leaving; see Heartbeat.enter."""
     if _current:
         _current.enter(phase, step)
 

@@ -7,6 +7,7 @@ EXIT_HANG = 75  # of every rank of a run in which one was found dead, stopped or
 FIRST_STEP = 10  # the first step may take so many limits: kernels are compiled and memory is mapped
 _WAITING = {
     "data": "waiting for a batch",
+    "count": "counting tokens with the others",
     "forward": "in the forward pass",
     "backward": "in the backward pass",
     "optimizer": "in the optimizer's step",
@@ -15,7 +16,7 @@ _ADVICE = {
     "data": "look at the storage of its data and its DataLoader workers",
     "forward": "look at its device (nvidia-smi, dmesg), or whether it got another batch than the others",
 }
-_ADVICE["backward"] = _ADVICE["optimizer"] = _ADVICE["forward"]
+_ADVICE["count"] = _ADVICE["backward"] = _ADVICE["optimizer"] = _ADVICE["forward"]
 
 
 @dataclass(frozen=True, slots=True)

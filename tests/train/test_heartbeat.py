@@ -16,7 +16,7 @@ Models = Callable[[str], Path]
 def flags(model: Path, data: Path, out: Path, **more: Any) -> list[object]:
     values: dict[str, Any] = {
         "model_name_or_path": model, "train_data_file": data, "output_dir": out, "max_steps": 40, "logging_steps": 1,
-        "per_device_train_batch_size": 2, "disable_tqdm": "true", "heartbeat_timeout": 4, "save_strategy": "no",
+        "per_device_train_batch_size": 2, "disable_tqdm": "true", "heartbeat_timeout": 10, "save_strategy": "no",
     } | more  # fmt: skip
     return [word for name, value in values.items() for word in (f"--{name}", value)]
 
