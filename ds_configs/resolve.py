@@ -83,6 +83,29 @@ def offloads_optimizer(settings: dict[str, Any]) -> bool:
     return _device(settings.get("zero_optimization", {}), "offload_optimizer") != "none" and not torch_adam
 
 
+def compiled_ops(settings: dict[str, Any]) -> list[str]:
+    """The parts that DeepSpeed would compile for checked settings, by its own names: ``cpu_adam``, ``fused_adam``, ...
+
+    An optimizer block makes DeepSpeed build its own optimizer (``torch_adam`` for torch's); offload always needs its CPU
+    Adam; offload to disk needs asynchronous reads into pinned memory.
+    """
+    zero: dict[str, Any] = settings.get("zero_optimization", {})
+    kind = str(settings.get("optimizer", {}).get("type", "")).lower()
+    on_cpu = _device(zero, "offload_optimizer") != "none"
+    ops: list[str] = []
+    if kind in ("adagrad", "lion") and on_cpu:
+        ops.append(f"cpu_{kind}")
+    elif kind in ("lamb", "lion"):
+        ops.append(f"fused_{kind}")
+    elif offloads_optimizer(settings):
+        ops.append("cpu_adam")
+    elif kind in ("adam", "adamw") and not settings["optimizer"].get("params", {}).get("torch_adam", False):
+        ops.append("fused_adam")
+    if "nvme" in (_device(zero, "offload_optimizer"), _device(zero, "offload_param")):
+        ops += ["pin_memory", "async_io"]
+    return ops
+
+
 def check(settings: dict[str, Any], where: str) -> None:
     """Refuse what DeepSpeed or the HF integration would reject late, or accept and do wrong.
 

@@ -81,7 +81,7 @@ def _pretrain(words: list[str]) -> int:
 def _train(verb: str, words: list[str]) -> int:
     """Check everything that can be checked without torch, then start the ranks."""
     from ..train.arguments import build
-    from .launch import gpu_count, run_ranks
+    from .launch import STOP_GRACE, gpu_count, run_ranks
     from .nodes import local_processes
     from .recipe import gather, to_argv
 
@@ -91,9 +91,12 @@ def _train(verb: str, words: list[str]) -> int:
     asked = values.pop("nproc_per_node", None)
     if asked is not None and not re.fullmatch(r"[1-9][0-9]*", str(asked)):
         raise ValueError(f"--nproc_per_node {asked}: a positive number is expected")
+    grace = str(values.pop("stop_grace", STOP_GRACE))
+    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", grace):
+        raise ValueError(f"--stop_grace {grace}: a number of seconds is expected")
     build(values, "document" if verb == "pretrain" else "chat")
     processes = int(asked) if asked else local_processes(os.environ) or gpu_count() or 1
-    return run_ranks(f"finebridge.train.{verb}", to_argv(values), processes)
+    return run_ranks(f"finebridge.train.{verb}", to_argv(values), processes, float(grace))
 
 
 def _train_help(verb: str) -> int:
@@ -102,6 +105,7 @@ def _train_help(verb: str) -> int:
 
     print(f"finebridge {verb} [recipe.yaml ...] [key=value ...] [--flag value ...]\n")
     print("  --nproc_per_node N\n      processes on this machine (default: one a GPU, or NODE_IP_LIST / HOST_GPU_NUM)")
+    print("  --stop_grace S\n      seconds after SIGTERM in which the ranks save a checkpoint and end (default 600)")
     for name, (kind, default, text) in own_flags().items():
         plain = kind.removeprefix("<class '").removesuffix("'>").replace("typing.", "")
         print(f"  --{name} ({plain}, default {default})\n      {text}")

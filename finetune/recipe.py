@@ -12,7 +12,7 @@ import yaml
 from ..train.arguments import as_word, known_flags, read_flags
 from ..train.hf_flags import nearest
 
-LAUNCH_FLAGS = ("nproc_per_node",)  # for the launcher; ranks never see them
+LAUNCH_FLAGS = ("nproc_per_node", "stop_grace")  # for the launcher; ranks never see them
 
 
 class RecipeError(ValueError):

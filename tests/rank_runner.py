@@ -9,8 +9,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,14 @@ PRELOAD = [
 
 
 def _rank_main(
-    rank: int, world: int, port: int, argv: Sequence[str], log: str, extra: dict[str, str], entry: str
+    rank: int,
+    world: int,
+    port: int,
+    argv: Sequence[str],
+    log: str,
+    extra: dict[str, str],
+    entry: str,
+    before: Callable[[], None] | None,
 ) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(handle, 1)
@@ -32,6 +41,8 @@ def _rank_main(
         _kill_at(int(extra["KILL_AT_STEP"]))
     code = 1
     try:
+        if before:
+            before()
         module, _, name = entry.partition(":")
         code = getattr(import_module(module), name)(argv)
     except BaseException:  # noqa: BLE001 - the log is read by the test
@@ -84,10 +95,22 @@ class RankRunner:
         self._context.set_forkserver_preload(PRELOAD)
 
     def run(
-        self, argv: Sequence[object], folder: Path, *, ranks: int = 1, limit: float = 120.0,
-        entry: str = "finebridge.train.sft:main", **extra: str,
-    ) -> Finished:  # fmt: skip
-        """Train with these flags; logs go into ``folder``. ``entry`` is another function of the words to run instead."""
+        self,
+        argv: Sequence[object],
+        folder: Path,
+        *,
+        ranks: int = 1,
+        limit: float = 120.0,
+        entry: str = "finebridge.train.sft:main",
+        before: Callable[[], None] | None = None,
+        patience: float | None = None,
+        **extra: str,
+    ) -> Finished:
+        """Train with these flags; logs go into ``folder``. ``entry`` is another function of the words to run instead.
+
+        Each rank calls ``before`` first. With ``patience`` the other ranks are killed so many seconds after one has failed,
+        as a launcher would.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -95,14 +118,20 @@ class RankRunner:
         logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
         words = [str(word) for word in argv]
         processes: list[Any] = [
-            self._context.Process(target=_rank_main, args=(rank, ranks, port, words, str(logs[rank]), extra, entry))
+            self._context.Process(
+                target=_rank_main, args=(rank, ranks, port, words, str(logs[rank]), extra, entry, before)
+            )
             for rank in range(ranks)
         ]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(limit)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        until = time.monotonic() + limit
+        while left := [process for process in processes if process.is_alive()]:
+            wait([process.sentinel for process in left], max(0.0, until - time.monotonic()))
+            if patience is not None and any(process.exitcode for process in processes):
+                until = min(until, time.monotonic() + patience)
+            if time.monotonic() >= until:
+                for process in left:
+                    process.kill()
+                    process.join()
         return Finished([process.exitcode for process in processes], [log.read_text(errors="replace") for log in logs])

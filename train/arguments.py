@@ -79,6 +79,9 @@ class ModelArguments:
     )
     min_lr: float = _arg(0.0, "absolute floor of the learning rate; must lie below --learning_rate")
     max_shard_size: str = _arg("5GB", "largest weight file of a checkpoint; each rank writes some of them")
+    heartbeat_timeout: float = _arg(
+        50.0, "seconds after which a rank that says nothing, or keeps the others waiting, ends the run; 0 is off"
+    )
     config_name: str | None = _arg(
         None, "build a NEW model with random weights from this config.json, or of this transformers model type"
     )
@@ -127,6 +130,8 @@ class ModelArguments:
         allowed_names(self.allow_drift)
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise ArgumentsError(f"--peak_tflops {self.peak_tflops:g}: a positive number is expected")
+        if not 0 <= self.heartbeat_timeout < float("inf"):
+            raise ArgumentsError("--heartbeat_timeout: seconds are expected, 0 turns the watch off")
 
 
 @dataclass(frozen=True)

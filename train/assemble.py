@@ -32,7 +32,7 @@ from ..ds_configs.resolve import resolve, zero_stage
 from ..storage.manifest import read
 from ..storage.publish import write_text
 from ..storage.space import parse_size
-from . import runtime
+from . import heartbeat, runtime
 from .arguments import Arguments
 from .attention import IsolationProof, check_trainable, takes_borders
 from .callbacks import SaveLastStep
@@ -52,6 +52,7 @@ from .run_shape import run_shape
 from .schedule import schedule
 from .shards import refuse_pickles
 from .space import SpaceCheck
+from .stopping import StopWhenAsked
 from .throughput import make_meter
 from .trainer import FinetuneTrainer
 
@@ -83,6 +84,7 @@ def assemble(args: Arguments) -> Run:
     hf_args = _training_arguments(args, settings)
     runtime.check_world(hf_args.world_size)
     _check_loader(hf_args)
+    heartbeat.start(args.model.heartbeat_timeout, output_dir)
     check_shared(output_dir)
     put_back(output_dir)
     if args.data.packing:
@@ -103,7 +105,7 @@ def assemble(args: Arguments) -> Run:
         check_trainable(model, hf_args.device, runtime.say)
         cure = "leave --packing out" if args.data.packing else "give --cross_document_attention true"
         callbacks.append(IsolationProof(cure))
-    callbacks.append(SaveLastStep())  # after what may stop the run
+    callbacks += [SaveLastStep(), StopWhenAsked(), heartbeat.Phases()]  # after what may stop the run
     trainer = FinetuneTrainer(
         model=model,
         args=hf_args,

@@ -4,7 +4,6 @@ Started by ``finebridge pretrain`` or ``bash train/pretrain.sh``, or by any laun
 MASTER_ADDR and MASTER_PORT:  ``torchrun --nproc_per_node 8 -m finebridge.train.pretrain --config_name ...``
 """
 
-import sys
 from collections.abc import Sequence
 
 from . import sft
@@ -16,4 +15,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sft.leave(main())

@@ -5,18 +5,18 @@ DeepSpeed's ``init_distributed`` before any model (else ZeRO-3 sees one rank), a
 could leave locked for ever.
 """
 
+import atexit
 import os
 import socket
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from ..ds_configs.resolve import offloads_optimizer
-from ..storage.once import locked
+from . import extensions
+
+_left: list[Any] = []  # process groups that were left
 
 
 class RuntimeSetupError(RuntimeError):
@@ -74,15 +74,31 @@ def start(settings: dict[str, Any] | None) -> None:
 
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo")
-    if offloads_optimizer(settings):
-        build_cpu_adam(say)
+    extensions.prepare(settings, say)
 
 
 def finish() -> None:
-    """Leave the process group in order, all ranks together."""
+    """Leave the process group in order, all ranks together.
+
+    The group is kept until the process ends. Whoever lets go of it last joins gloo's threads, and those may wait for the
+    interpreter lock to free a tensor: DDP's C++ part lets go while it holds that lock, a deadlock on busy machines.
+    """
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+        _left.append(dist.group.WORLD)
         dist.destroy_process_group()
+
+
+def end(code: int) -> NoReturn:
+    """End the process: what was registered for its end is run, the interpreter is not taken down.
+
+    A gloo thread that asks for the interpreter lock while it is taken down is ended in the middle of a destructor, and the
+    process aborts after all its work (``terminate called without an active exception``).
+    """
+    atexit._run_exitfuncs()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - trackers finish their uploads there
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def check_world(seen: int) -> None:
@@ -91,33 +107,6 @@ def check_world(seen: int) -> None:
         raise RuntimeSetupError(
             f"the launcher started {world_size()} ranks but the Trainer sees {seen}: each would train a model of its own"
         )
-
-
-def build_cpu_adam(tell: Callable[[str], None]) -> None:
-    """Compile DeepSpeed's CPU Adam once, under a lock that the kernel releases when its owner dies.
-
-    torch's own build lock is a plain file: a killed build leaves it and every later run waits for ever. The build
-    folder is finebridge's own, so under our lock a leftover file has no owner and is removed.
-    """
-    root = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_extensions_dir())))
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # this venv's ninja
-    from deepspeed.ops.op_builder import CPUAdamBuilder  # pyright: ignore[reportAttributeAccessIssue] - made at import time
-
-    with locked(root / ".finebridge.lock", tell):
-        (root / "cpu_adam" / "lock").unlink(missing_ok=True)
-        if not any((root / "cpu_adam").glob("*.so")):
-            tell(f"compiling DeepSpeed's CPU Adam into {root} (once, a few minutes on a small machine)")
-        CPUAdamBuilder().load(verbose=False)
-
-
-def _extensions_dir() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return (
-        cache
-        / "finebridge"
-        / "torch_extensions"
-        / f"py{sys.version_info.major}{sys.version_info.minor}_{torch.__version__}"
-    )
 
 
 def _be_the_only_rank() -> None:

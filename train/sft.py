@@ -14,12 +14,13 @@ import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ..data_tools.schema import Kind
 from ..storage.space import EXIT_DISK_FULL, is_disk_full
 from .arguments import Arguments, parse
 from .hf_flags import ArgumentsError
+from .orphans import die_with_launcher
 from .record import RunRecord
 from .report import write_report
 
@@ -31,21 +32,39 @@ _RANK_0_SPEAKS_WITHIN = 10.0  # seconds; the launcher ends the other ranks when 
 
 
 def main(argv: Sequence[str] | None = None, kind: Kind = "chat") -> int:
-    """Train on data of this kind; the exit code: 0 done, 1 diverged, 2 bad input, 28 disk full (said in one message)."""
+    """Train on data of this kind; the exit code, each with one message.
+
+    0 done, 1 diverged, 2 bad input, 28 disk full, 143 stopped by SIGTERM; a rank that hangs or dies ends all with 75.
+    """
     words = sys.argv[1:] if argv is None else argv
     try:
         args = parse(words, kind)  # before torch is imported
     except ValueError as error:
         return _refuse(error)
+    die_with_launcher()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated.*")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
+    from . import heartbeat, runtime, stopping
+
+    try:
+        stopping.listen()
+        with heartbeat.told():
+            return _train(args, words)
+    except stopping.StoppedError as stopped:
+        runtime.say(str(stopped))
+        return stopping.EXIT_STOPPED
+
+
+def _train(args: Arguments, words: Sequence[str]) -> int:
+    """What ``main`` does when torch is there."""
     from ..data_tools.schema import DataError
     from . import runtime
     from .assemble import assemble
     from .attention import AttentionError
     from .checkpoint import DiskFullError
     from .guards import DivergedError
+    from .stopping import StoppedError
 
     for text in args.warnings:
         runtime.say(f"warning: {text}")
@@ -71,6 +90,9 @@ def main(argv: Sequence[str] | None = None, kind: Kind = "chat") -> int:
         runtime.say(f"error: {error}")
         runtime.finish()  # all ranks are here; one that ends now would have rank 0 stopped within its report
         return EXIT_FAILED
+    except StoppedError:  # on all ranks, after the same step
+        runtime.finish()
+        raise
     saved = Path(args.hf["output_dir"]) / f"checkpoint-{result.global_step}"
     runtime.say(
         f"done: {result.global_step} steps, mean loss {result.training_loss:.4f}, "
@@ -92,8 +114,6 @@ def _recorded(run: "Run", args: Arguments, argv: Sequence[str]) -> Generator[Non
     record = RunRecord(output_dir, resumed=run.resume_from is not None)
     if runtime.is_main():
         record.open(argv, args, run.about)
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what the launcher sends at Ctrl-C
     outcome = "finished"
     try:
         yield
@@ -124,5 +144,14 @@ def _refuse(error: Exception) -> int:
     return EXIT_DISK_FULL if is_disk_full(error) else EXIT_BAD_INPUT
 
 
+def leave(code: int) -> NoReturn:
+    """End this rank's process with an exit code."""
+    if "torch" not in sys.modules:  # refused before it was imported
+        sys.exit(code)
+    from .runtime import end
+
+    end(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -10,14 +10,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput, seed_worker
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, seed_worker
 
 from ..data_tools.batches import CheckedSamples, Order, StepBatches, Window, epoch_order
 from ..data_tools.dataset import Samples
-from . import runtime
+from . import heartbeat, runtime
 from .arguments import Normalization
 from .guards import DivergedError, StepGuard
 from .losses import evaluation_sums, share, summed_loss
+from .stopping import EvaluationCut, stopped
 
 _SHOWN = 3
 
@@ -111,6 +112,7 @@ class StepTrainer(Trainer):
         return batches, divisor
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+        heartbeat.enter("count")  # the first time in a step that one rank waits for another
         divisor = torch.stack([share(batch, self.normalization) for batch in batch_samples]).sum().to(device)
         if _distributed():
             dist.all_reduce(divisor)
@@ -134,12 +136,14 @@ class StepTrainer(Trainer):
             self._auxiliary.append(auxiliary.detach())
             scale = cast("Any", self.model).config.get_text_config().router_aux_loss_coef / len(self._step.samples)
             loss = loss + scale * auxiliary
+        heartbeat.enter("backward")
         return (loss, outputs) if return_outputs else loss
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Forward and backward; the cross entropy alone is what is logged as loss."""
+        heartbeat.enter("forward")
         super().training_step(model, inputs, num_items_in_batch)
         return self._step.losses[-1]
 
@@ -192,6 +196,18 @@ class StepTrainer(Trainer):
         super().log(logs, start_time)
 
     # ---- evaluation
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> Any:
+        """Evaluate; left for a checkpoint when the run is asked to stop."""
+        heartbeat.enter("evaluate")
+        step = self.state.global_step
+        try:
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except EvaluationCut:
+            if step == 0 or self.args.save_strategy == SaveStrategy.NO:
+                raise stopped(step, None) from None
+            self._save_checkpoint(cast("nn.Module", self.model), trial)
+            raise stopped(step, f"{self.args.output_dir}/checkpoint-{step}") from None
 
     def evaluation_loop(
         self,

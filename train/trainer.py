@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from . import heartbeat
 from .renew import FreshSettings, separate_steps
 from .saving import SavingTrainer
 from .steps import StepTrainer
@@ -68,5 +69,6 @@ class FinetuneTrainer(SavingTrainer, StepTrainer):
             return super()._evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        heartbeat.enter("save")
         with self.meter.paused():
             super()._save_checkpoint(model, trial)

@@ -11,6 +11,7 @@ from finebridge.ds_configs.resolve import (
     DeepSpeedConfigError,
     check,
     check_precision,
+    compiled_ops,
     find,
     offloads_optimizer,
     resolve,
@@ -262,3 +263,27 @@ def test_stage_and_offload_of_settings() -> None:
     assert offloads_optimizer({"zero_optimization": offload})
     assert not offloads_optimizer({"zero_optimization": offload, "optimizer": {"params": {"torch_adam": True}}})
     assert not offloads_optimizer({"zero_optimization": {"offload_optimizer": {"device": "none"}}})
+
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("zero", "optimizer", "ops"),
+    [
+        ({}, {}, []),
+        ({}, {"type": "AdamW"}, ["fused_adam"]),
+        ({}, {"type": "AdamW", "params": {"torch_adam": True}}, []),
+        (OFFLOAD, {"type": "AdamW", "params": {"torch_adam": True}}, []),
+        (OFFLOAD, {"type": "AdamW"}, ["cpu_adam"]),
+        (OFFLOAD, {}, ["cpu_adam"]),
+        (OFFLOAD, {"type": "Lion"}, ["cpu_lion"]),
+        (OFFLOAD, {"type": "Adagrad"}, ["cpu_adagrad"]),
+        ({}, {"type": "Lion"}, ["fused_lion"]),
+        ({}, {"type": "Adagrad"}, []),
+        ({"offload_param": {"device": "nvme"}}, {}, ["pin_memory", "async_io"]),
+    ],
+)
+def test_what_deepspeed_would_compile(zero: dict[str, Any], optimizer: dict[str, Any], ops: list[str]) -> None:
+    settings = {"zero_optimization": zero, **({"optimizer": optimizer} if optimizer else {})}
+    assert compiled_ops(settings) == ops

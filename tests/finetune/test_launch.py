@@ -23,8 +23,17 @@ names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 if what == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 got = {"argv": sys.argv, "env": {name: os.environ[name] for name in names}, "pid": os.getpid(), "path": sys.path}
+if what == "deaf-wait":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+if what in ("saves", "finishes", "fails"):
+    code = {"saves": 143, "finishes": 0, "fails": 9 * rank}[what]
+    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), os._exit(code)))
 (folder / f"{rank}.tmp").write_text(json.dumps(got))
 (folder / f"{rank}.tmp").rename(folder / f"{rank}.json")
+if what.startswith("codes"):
+    time.sleep(rank / 2)
+    sys.exit(int(what.split()[1 + rank]))
 if what != "done":
     while len(list(folder.glob("*.json"))) < int(os.environ["WORLD_SIZE"]):
         time.sleep(0.01)
@@ -45,7 +54,7 @@ WORDS = [
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "rank_helper.py").write_text(HELPER)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "code"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "code"), prepend=os.pathsep)
     monkeypatch.chdir(tmp_path)
     return "rank_helper"
 
@@ -129,26 +138,66 @@ def test_a_rank_that_ignores_sigterm_is_killed(module: str, folder: Path, monkey
     assert not any(alive(rank["pid"]) for rank in read(folder))
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_launcher_ends_all_ranks(module: str, folder: Path, sent: signal.Signals) -> None:
+def launcher(module: str, folder: Path, what: str, grace: float = 60) -> subprocess.Popen[str]:
+    """A launcher of two ranks, in a process of its own, when both ranks run."""
     launch_two = f"""
 import signal, sys
 from finebridge.finetune.launch import run_ranks
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
-sys.exit(run_ranks({module!r}, [{str(folder)!r}, "wait"], 2))
+sys.exit(run_ranks({module!r}, [{str(folder)!r}, {what!r}], 2, {grace}))
 """
-    launcher = subprocess.Popen([sys.executable, "-c", launch_two], stderr=subprocess.PIPE, text=True)
-    try:
-        while len(list(folder.glob("*.json"))) < 2:
-            assert launcher.poll() is None, launcher.communicate()[1]
-            time.sleep(0.02)
-        launcher.send_signal(sent)
-        _, said = launcher.communicate(timeout=60)
-    finally:
-        launcher.kill()
-    assert launcher.returncode == 130
+    process = subprocess.Popen([sys.executable, "-c", launch_two], stderr=subprocess.PIPE, text=True)
+    while len(list(folder.glob("*.json"))) < 2:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    return process
+
+
+def test_ctrl_c_ends_all_ranks(module: str, folder: Path) -> None:
+    process = launcher(module, folder, "deaf-wait")
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
     assert "interrupted: stopping the ranks" in said
     assert not any(alive(rank["pid"]) for rank in read(folder))
+
+
+@pytest.mark.parametrize(
+    ("what", "grace", "sends", "code", "words"),
+    [
+        ("saves", 60, 1, 143, "save a checkpoint"),  # ends with 143 when it has saved
+        ("finishes", 60, 1, 0, "save a checkpoint"),  # was at its last step
+        ("deaf-wait", 0.5, 1, 143, "did not stop in time"),
+        ("deaf-wait", 60, 2, 143, "interrupted: stopping the ranks"),
+        ("fails", 60, 1, 9, "rank 1 ended with exit code 9"),
+    ],
+)
+def test_sigterm_is_passed_on_and_the_ranks_get_their_time(
+    module: str, folder: Path, what: str, grace: float, sends: int, code: int, words: str
+) -> None:
+    process = launcher(module, folder, what, grace)
+    for number in range(sends):
+        if number:
+            assert "save a checkpoint" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert words in said
+    assert not any(alive(rank["pid"]) for rank in read(folder))
+
+
+def test_a_rank_that_stops_alone_stops_all(module: str, folder: Path) -> None:
+    process = launcher(module, folder, "saves")
+    os.kill(read(folder)[1]["pid"], signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "SIGTERM" in said
+
+
+@pytest.mark.parametrize(("codes", "wanted"), [([75, 1], 1), ([75, 75], 75), ([1, 75], 1)])
+def test_the_cause_is_told_not_who_noticed_it(module: str, folder: Path, codes: list[int], wanted: int) -> None:
+    """Rank 1 ends half a second after rank 0."""
+    assert run_ranks(module, [str(folder), f"codes {codes[0]} {codes[1]}"], 2) == wanted
 
 
 def test_the_callers_signal_handler_is_put_back(module: str, folder: Path) -> None:

@@ -137,14 +137,18 @@ def test_preview_shows_the_trained_tokens(models: Callable[[str], Path], train_f
 
 def test_a_left_over_compile_lock_does_not_hang() -> None:
     """torch waits for ever on a lock file that a killed compile left; ours is removed under a lock of the kernel."""
-    from finebridge.train.runtime import _extensions_dir
+    from finebridge.train.extensions import folder
 
-    lock = _extensions_dir() / "cpu_adam" / "lock"
+    lock = folder() / "cpu_adam" / "lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     lock.touch()
-    code = "from finebridge.train.runtime import build_cpu_adam; build_cpu_adam(print); print('built')"
+    code = (
+        "from finebridge.train.extensions import prepare; "
+        "prepare({'zero_optimization': {'offload_optimizer': {'device': 'cpu'}}}, print); print('built')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600, env=ENV
     )
     assert done.stdout.endswith("built\n"), done.stderr
+    assert f"left {lock}, on which torch would wait for ever: removed" in done.stdout
     assert not lock.exists()
