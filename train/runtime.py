@@ -74,10 +74,18 @@ def start(settings: dict[str, Any] | None) -> None:
 
 
 def finish() -> None:
-    """Leave the process group in order, all ranks together."""
+    """Leave the process group in order, all ranks together.
+
+    The group is left but never freed: freed with the model by this thread, which holds Python's lock, gloo's group waits
+    for its own threads, and one of these may wait for the lock to free a tensor. Such a run hung after its last line.
+    """
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+        _left.append(dist.group.WORLD)
         dist.destroy_process_group()
+
+
+_left: list[Any] = []  # process groups until the process ends
 
 
 def check_world(seen: int) -> None:
