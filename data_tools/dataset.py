@@ -113,8 +113,8 @@ class PreparedDataset:
 def _content_key(folder: Path) -> str:
     """A hash of the tokens and spans of a prepared dataset: the same text made from another folder is the same data."""
     files: dict[str, Any] = read(folder)["files"]
-    hashes = [files[name]["sha256"] for name in sorted(files) if name.endswith((".bin", ".idx"))]
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
+    entries = [files[name] for name in sorted(files) if name.endswith((".bin", ".idx"))]
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class DummyDataset:
