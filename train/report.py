@@ -8,7 +8,7 @@ import argparse
 import json
 import math
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("output_dir", type=Path, help="the --output_dir of the training")
     print("report: " + ", ".join(map(str, build(parser.parse_args(argv).output_dir))))
     return 0
-
-
-def write_report(output_dir: Path, say: Callable[[str], None]) -> None:
-    """Write the report at the end of a run; whatever hinders it is told, and is no reason to fail."""
-    try:
-        say("report: " + ", ".join(map(str, build(output_dir))))
-    except Exception as error:  # noqa: BLE001 - the training is done; a picture must not spoil its exit code
-        say(f"warning: no report was written: {type(error).__name__}: {error}")
 
 
 def build(output_dir: Path) -> list[Path]:

@@ -54,6 +54,8 @@ def start(settings: dict[str, Any] | None) -> None:
 
     ``settings`` are the resolved DeepSpeed settings, or None for a run without DeepSpeed, which the Trainer starts.
     """
+    if not has_accelerator():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # silences a warning of every rank
     if settings is None:
         if world_size() == 1:
             for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -61,8 +63,6 @@ def start(settings: dict[str, Any] | None) -> None:
         return
     if "RANK" not in os.environ:
         _be_the_only_rank()
-    if not has_accelerator():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # silences a warning of every rank
     import deepspeed
 
     if has_accelerator():

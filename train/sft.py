@@ -22,7 +22,7 @@ from .arguments import Arguments, parse
 from .hf_flags import ArgumentsError
 from .orphans import die_with_launcher
 from .record import RunRecord
-from .report import write_report
+from .report import build
 
 if TYPE_CHECKING:
     from .assemble import Run
@@ -127,11 +127,21 @@ def _recorded(run: "Run", args: Arguments, argv: Sequence[str]) -> Generator[Non
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher waits for what follows
         run.progress.close()
         if runtime.is_main():
-            if run.trainer.state.global_step:
-                run.trainer.save_state()
-            record.close(outcome)
-            write_report(output_dir, runtime.say)
+            _conclude(run, record, outcome)
         signal.signal(signal.SIGTERM, before)
+
+
+def _conclude(run: "Run", record: RunRecord, outcome: str) -> None:
+    """Write the Trainer's state, run.json and the report; what hinders it is told, and is no reason to fail."""
+    from .runtime import say
+
+    try:
+        if run.trainer.state.global_step:
+            run.trainer.save_state()
+        record.close(outcome)
+        say("report: " + ", ".join(map(str, build(Path(str(run.trainer.args.output_dir))))))
+    except Exception as error:  # noqa: BLE001 - a page must not spoil the exit code, nor hide why training ended
+        say(f"warning: no report was written: {type(error).__name__}: {error}")
 
 
 def _refuse(error: Exception) -> int:

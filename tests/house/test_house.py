@@ -75,6 +75,7 @@ LIGHT = [
     "import finebridge.finetune.cli as c; c.main(['--help'])",
     "import finebridge.finetune.cli as c; assert c.main(['sft', '--lerning_rate', '1']) == 2",
     "import finebridge.finetune.cli as c; assert c.main(['sft', '--model_name_or_path', '/no/where']) == 2",
+    "import finebridge.finetune.cli as c; assert c.main(['report', '/no/where']) == 2",
     "import finebridge.merge.merge_lora as m; m.parser().format_help()",
 ]
 
