@@ -44,8 +44,9 @@ class FinetuneTrainer(Trainer):
         if checkpoint is not None and self._fresh is not None:
             self._fresh.put_back(self.renewed, self.optimizer, self.lr_scheduler)
             separate_steps(self.optimizer)
-        if self.is_deepspeed_enabled and checkpoint is not None:
-            self.deepspeed._config.load_universal_checkpoint = False  # noqa: SLF001 - later loads are of checkpoints as saved
+            if self.is_deepspeed_enabled:  # what is loaded later, the best checkpoint, is as it was saved
+                engine: Any = self.model_wrapped
+                engine._config.load_universal_checkpoint = False  # noqa: SLF001 - DeepSpeed has no other switch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Packs come in an order of their own, in which ranks have nearly the same to do."""
