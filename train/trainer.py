@@ -38,9 +38,9 @@ class FinetuneTrainer(SavingTrainer, StepTrainer):
         if checkpoint is not None and self._fresh is not None:
             self._fresh.put_back(self.renewed, self.optimizer, self.lr_scheduler)
             separate_steps(self.optimizer)
-        if self.is_deepspeed_enabled and checkpoint is not None:
-            engine: Any = self.deepspeed
-            engine._config.load_universal_checkpoint = False  # noqa: SLF001 - later loads are of checkpoints as saved
+            if self.is_deepspeed_enabled:  # what is loaded later, the best checkpoint, is as it was saved
+                engine: Any = self.model_wrapped
+                engine._config.load_universal_checkpoint = False  # noqa: SLF001 - DeepSpeed has no other switch
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         """Forward and backward. The learning rate is noted before: DeepSpeed moves the schedule on within backward."""
