@@ -45,8 +45,20 @@ class ModelArguments:
     lora_alpha: float = _arg(8, "the adapter's update is scaled by lora_alpha / lora_rank")
     lora_dropout: float = _arg(0.0, "dropout before the adapter")
     lora_target: str = _arg("q_proj,k_proj,v_proj,o_proj", "modules to adapt, comma-separated, or all-linear")
+    lora_experts: bool = _arg(False, "adapt the experts of MoE blocks too, fused or in a list; found by structure")
     train_attention_params_only: bool = _arg(False, "train only parameters whose name contains self_attn")
-    make_moe_param_leaf_module: bool = _arg(False, "ZeRO-3: fetch each MoE block as a whole (leaf module)")
+    train_only: str | None = _arg(None, "train only parameters whose name matches, comma-separated: *self_attn*,*norm*")
+    freeze: str | None = _arg(None, "do not train parameters whose name matches, comma-separated: *embed_tokens*")
+    make_moe_param_leaf_module: bool | None = _arg(
+        None, "ZeRO-3: fetch each MoE block as a whole (leaf module); default: yes when the model has such blocks"
+    )
+    router_aux_loss_coef: float | None = _arg(
+        None, "add the routers' balancing loss times this; 0 leaves it out; default: as the model's config says"
+    )
+    allow_missing: str | None = _arg(
+        None, "weights that the checkpoint may lack (made at random), comma-separated patterns"
+    )
+    allow_unexpected: str | None = _arg(None, "tensors of the checkpoint that may go unused, comma-separated patterns")
     min_lr: float = _arg(0.0, "absolute floor of the learning rate; must lie below --learning_rate")
     config_name: str | None = _arg(
         None, "build a NEW model with random weights from this config.json, or of this transformers model type"
@@ -85,6 +97,15 @@ class ModelArguments:
             )
         if self.lora_rank < 1 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
             raise ArgumentsError("--lora_rank and --lora_alpha must be positive, --lora_dropout in [0, 1)")
+        if self.use_lora and (self.train_only or self.freeze):
+            flag = "train_only" if self.train_only else "freeze"
+            raise ArgumentsError(f"--{flag} and --use_lora exclude each other: only the adapter is trained")
+        if self.lora_experts and not self.use_lora:
+            raise ArgumentsError("--lora_experts needs --use_lora")
+        if self.train_only and self.train_attention_params_only:
+            raise ArgumentsError("--train_attention_params_only is --train_only *self_attn*; give one of them")
+        if self.router_aux_loss_coef is not None and self.router_aux_loss_coef < 0:
+            raise ArgumentsError(f"--router_aux_loss_coef {self.router_aux_loss_coef:g}: 0 or more is expected")
 
 
 @dataclass(frozen=True)
@@ -286,7 +307,9 @@ def _check_hf(args: Arguments) -> None:
         args.warnings.append("--eval_data_file is never evaluated: say when with --eval_strategy steps or epoch")
     if evaluates and not args.data.eval_data_file:
         raise ArgumentsError(f"--eval_strategy {hf['eval_strategy']} needs --eval_data_file")
-    if args.model.min_lr and {"min_lr", "min_lr_rate", "lr_end"} & set(hf.get("lr_scheduler_kwargs") or {}):
+    if args.model.min_lr and {"min_lr", "min_lr_rate", "min_lr_ratio", "lr_end"} & set(
+        hf.get("lr_scheduler_kwargs") or {}
+    ):
         raise ArgumentsError("--min_lr and --lr_scheduler_kwargs both set a floor; give one of them")
     if hf.get("save_on_each_node"):
         raise ArgumentsError(

@@ -27,11 +27,12 @@ from .arguments import Arguments
 from .attention import IsolationProof, check_trainable, takes_borders
 from .callbacks import FiniteGuard, SaveLastStep
 from .checkpoint import check_shared, find_resume, on_main
-from .freeze import train_only
+from .freeze import choose_trained
 from .hf_flags import ArgumentsError, hf_value
 from .lora import add_lora
 from .model import load_model
-from .moe import has_listed_experts, make_leaf_modules
+from .moe import LeafCheck, make_leaf_modules
+from .router import set_aux_loss
 from .schedule import schedule
 from .trainer import FinetuneTrainer
 
@@ -56,6 +57,8 @@ def assemble(args: Arguments) -> Run:
     settings = None
     if args.hf.get("deepspeed"):
         settings = resolve(str(args.hf["deepspeed"]), has_accelerator=runtime.has_accelerator())
+        if args.model.make_moe_param_leaf_module is False:  # DeepSpeed marks some classes by itself
+            settings["zero_optimization"].setdefault("leaf_module", {"classes": []})
     runtime.start(settings)
     hf_args = _training_arguments(args, settings)
     runtime.check_world(hf_args.world_size)
@@ -70,6 +73,8 @@ def assemble(args: Arguments) -> Run:
     model = _model(args, hf_args, settings, tokenizer)
     _stop_at(model, train_data.terminators, tokenizer)
     callbacks: list[TrainerCallback] = [FiniteGuard(), SaveLastStep()]
+    if zero_stage(settings or {}) == 3 and args.model.make_moe_param_leaf_module is not False:  # noqa: PLR2004
+        callbacks.append(LeafCheck())
     if args.data.packing:
         check_trainable(model, hf_args.device, runtime.say)
         collator = FlatteningCollator(borders=takes_borders(model))
@@ -225,19 +230,13 @@ def _model(args: Arguments, hf_args: TrainingArguments, settings: dict[str, Any]
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and args.data.max_seq_length > longest:
         runtime.say(f"warning: --max_seq_length {args.data.max_seq_length} is over the model's {longest} positions")
+    set_aux_loss(model, args.model.router_aux_loss_coef, runtime.say)
     if args.model.use_lora:
         model = add_lora(model, args.model)
-    elif args.model.train_attention_params_only:
-        train_only(model, "self_attn")
+    else:
+        choose_trained(model, args.model)
     if stage == 3:  # noqa: PLR2004
-        listed = has_listed_experts(model)
-        if args.model.make_moe_param_leaf_module or listed:
-            why = (
-                ""
-                if args.model.make_moe_param_leaf_module
-                else " (set for you: experts in a list hang under ZeRO-3 without)"
-            )
-            runtime.say(f"ZeRO-3 leaf modules: {', '.join(make_leaf_modules(model))}{why}")
+        make_leaf_modules(model, args.model.make_moe_param_leaf_module, runtime.say)
     trainable = sum(_numel(p) for p in model.parameters() if p.requires_grad)
     total = sum(_numel(p) for p in model.parameters())
     runtime.say(f"model: {total:,} parameters, {trainable:,} train ({trainable / total:.2%}), {dtype}")

@@ -11,6 +11,8 @@ from ..data_tools.packing import PackOrder, Window
 from ..storage.assets import carry
 from .callbacks import DivergedError
 from .checkpoint import SaveError, finite_on_all_ranks, open_staging, publish_checkpoint, rotate
+from .runtime import say
+from .schedule import decay_steps
 
 
 class FinetuneTrainer(Trainer):
@@ -31,6 +33,13 @@ class FinetuneTrainer(Trainer):
         wrapped = getattr(optimizer or self.optimizer, "optimizer", None)
         if wrapped is not None and not hasattr(wrapped, "defaults"):
             wrapped.defaults = {"lr": self.args.learning_rate}
+        args: Any = self.args
+        kwargs, warmup = args.lr_scheduler_kwargs, args.get_warmup_steps(num_training_steps)
+        if chosen := decay_steps(args.lr_scheduler_type, kwargs, num_training_steps, warmup):
+            args.lr_scheduler_kwargs = {**(kwargs or {}), "num_decay_steps": chosen}
+            say(
+                f"schedule: the learning rate falls in the last {chosen} of {num_training_steps} steps (chosen for you)"
+            )
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

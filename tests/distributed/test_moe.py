@@ -6,73 +6,145 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finebridge.data_tools.templates import ChatTemplate
 from finebridge.ds_configs.resolve import FOLDER
 from finebridge.train.hf_flags import ArgumentsError
-from finebridge.train.moe import has_listed_experts, make_leaf_modules, moe_blocks
+from finebridge.train.moe import LeafCheck, has_listed_experts, make_leaf_modules, moe_blocks
 from rank_runner import RankRunner
+from remote_moe import write_listed_moe
+from torch import nn
 
 pytestmark = pytest.mark.distributed
 BLOCKS = {"hunyuan_v1_moe": "HunYuanMoEV1Moe", "qwen3_moe": "Qwen3MoeSparseMoeBlock"}
 
 
-@pytest.mark.parametrize("model_type", BLOCKS)
-def test_blocks_are_found_and_marked(model_type: str, models: Callable[[str], Path]) -> None:
+SMALL: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 64, "head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4, "n_routed_experts": 4, "n_group": 1,
+    "topk_group": 1, "num_experts_per_tok": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+SECOND_LAYER = {"first_k_dense_replace": 1}
+FAMILIES: dict[str, tuple[dict[str, Any], str, int]] = {  # type -> config, class of its blocks, how many in two layers
+    "hunyuan_v1_moe": ({"moe_topk": 2}, "HunYuanMoEV1Moe", 2),
+    "hy_v3": (SECOND_LAYER, "HYV3MoE", 1),
+    "qwen3_moe": ({}, "Qwen3MoeSparseMoeBlock", 2),
+    "qwen3_next": (
+        {"shared_expert_intermediate_size": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+         "linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
+        "Qwen3NextSparseMoeBlock", 2,
+    ),
+    "deepseek_v2": ({**LATENT, **SECOND_LAYER}, "DeepseekV2Moe", 1),
+    "deepseek_v3": ({**LATENT, **SECOND_LAYER}, "DeepseekV3MoE", 1),
+    "glm4_moe": (SECOND_LAYER, "Glm4MoeMoE", 1),
+    "mixtral": ({"num_local_experts": 4}, "MixtralSparseMoeBlock", 2),
+}  # fmt: skip
+DENSE: dict[str, dict[str, Any]] = {"llama": {}, "qwen3": {}, "hunyuan_v1_dense": {}, "mamba": {"state_size": 4}}
+
+
+def on_meta(model_type: str, **config: Any) -> Any:
+    """A model without storage: enough to look at its structure."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SMALL, **config}))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_blocks_of_every_family_are_found_and_marked(model_type: str) -> None:
     from deepspeed.utils import get_z3_leaf_modules
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(models(model_type))
-    assert list(moe_blocks(model)) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    config, block, count = FAMILIES[model_type]
+    model = on_meta(model_type, **config)
     assert not has_listed_experts(model)
-    assert make_leaf_modules(model) == [BLOCKS[model_type]]
-    assert [type(module).__name__ for module in get_z3_leaf_modules(model)] == [BLOCKS[model_type]] * 2
+    said: list[str] = []
+    make_leaf_modules(model, None, said.append)
+    assert said == [f"ZeRO-3 leaf modules: {count} x {block} (set for you)"]
+    assert [type(module).__name__ for module in get_z3_leaf_modules(model)] == [block] * count
 
 
-def test_a_convolution_beside_a_projection_is_no_block() -> None:
-    from transformers import MambaConfig, MambaForCausalLM
+@pytest.mark.parametrize("model_type", DENSE)
+def test_a_dense_model_has_no_blocks(model_type: str) -> None:
+    model = on_meta(model_type, **DENSE[model_type])
+    said: list[str] = []
+    make_leaf_modules(model, None, said.append)
+    assert not said
+    with pytest.raises(ArgumentsError, match="no mixture-of-experts block; leave the flag out"):
+        make_leaf_modules(model, True, said.append)
 
-    config = MambaConfig(vocab_size=32, hidden_size=8, state_size=4, num_hidden_layers=2, intermediate_size=16)
-    assert not moe_blocks(MambaForCausalLM(config))
+
+class Unknown(nn.Module):
+    """A block that no library knows, with its experts in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 4, bias=False)
+        self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
 
 
-def test_experts_in_a_list_are_found() -> None:
-    from torch import nn
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate = nn.Linear(8, 4, bias=False)
-            self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
-
-    model = nn.Sequential(nn.Linear(8, 8), Block())
+def test_experts_in_a_list_need_leaf_modules() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Unknown())
     assert list(moe_blocks(model)) == ["1"]
-    assert has_listed_experts(model)
+    with pytest.raises(ArgumentsError, match="1 keeps its experts in a list"):
+        make_leaf_modules(model, False, print)
+    said: list[str] = []
+    make_leaf_modules(model, True, said.append)
+    assert said == ["ZeRO-3 leaf modules: 1 x Unknown"]
 
 
-def test_a_dense_model_is_refused(models: Callable[[str], Path]) -> None:
-    from transformers import AutoModelForCausalLM
+def test_a_block_that_is_no_leaf_stops_the_run() -> None:
+    model = nn.Sequential(Unknown(), Unknown())
+    make_leaf_modules(model, None, print)
+    model[1]._z3_leaf = False
+    with pytest.raises(RuntimeError, match=r"the MoE block 1 \(Unknown\) is no ZeRO-3 leaf module"):
+        LeafCheck().on_train_begin(None, None, None, model=model)  # type: ignore[arg-type]
 
-    model = AutoModelForCausalLM.from_pretrained(models("hunyuan_v1_dense"))
-    assert not moe_blocks(model)
-    with pytest.raises(ArgumentsError, match="no mixture-of-experts block"):
-        make_leaf_modules(model)
+
+def test_experts_in_a_list_train_while_ranks_starve_experts(
+    ranks: RankRunner, train_file: Path, tmp_path: Path, tokenizers_by_template: dict[str, Any],
+    history: Callable[[Path], list[dict[str, Any]]],
+) -> None:  # fmt: skip
+    """Remote code in the old layout; rank 0 uses experts 0 and 1 only, rank 1 the others. Hangs without leaf modules."""
+    tokenizer = tokenizers_by_template["hunyuan_dense"]
+    ChatTemplate(tokenizer, "hunyuan_dense")
+    base = write_listed_moe(tmp_path / "base", tokenizer)
+    argv = [*zero3(base, train_file, tmp_path), "--trust_remote_code", "true"]
+    done = ranks.run(argv, tmp_path / "log", ranks=2, limit=90).check()
+    assert "ZeRO-3 leaf modules: 2 x ListedBlock (set for you)" in done.text
+    losses = [entry["loss"] for entry in history(tmp_path)]
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "checkpoint-3" / "modeling_listed.py").is_file()
 
 
-@pytest.mark.parametrize("leaf", ["true", "false"])
-@pytest.mark.parametrize("model_type", BLOCKS)
+def zero3(model: Path, train_file: Path, out: Path, **zero: Any) -> list[object]:
+    """Flags of a run whose parameters are all partitioned."""
+    settings = json.loads((FOLDER / "ds_zero3_no_offload.json").read_text())
+    settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, **zero}
+    (out / "ds.json").write_text(json.dumps(settings))
+    return [
+        "--model_name_or_path", model, "--train_data_file", train_file, "--output_dir", out, "--max_steps", 3,
+        "--logging_steps", 1, "--learning_rate", 1e-3, "--per_device_train_batch_size", 2, "--deepspeed", out / "ds.json",
+        "--disable_tqdm", "true",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "leaf"),
+    [
+        ("hunyuan_v1_moe", "true"),
+        ("qwen3_moe", "false"),
+        pytest.param("qwen3_moe", "true", marks=pytest.mark.slow),
+        pytest.param("hunyuan_v1_moe", "false", marks=pytest.mark.slow),
+    ],
+)
 def test_zero3_on_two_ranks(
     model_type: str, leaf: str, ranks: RankRunner, models: Callable[[str], Path], train_file: Path, tmp_path: Path,
     history: Callable[[Path], list[dict[str, Any]]],
 ) -> None:  # fmt: skip
-    settings = json.loads((FOLDER / "ds_zero3_no_offload.json").read_text())
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (tmp_path / "ds.json").write_text(json.dumps(settings))
-    argv = [
-        "--model_name_or_path", models(model_type), "--train_data_file", train_file, "--output_dir", tmp_path,
-        "--max_steps", 3, "--logging_steps", 1, "--learning_rate", 1e-3, "--per_device_train_batch_size", 2,
-        "--deepspeed", tmp_path / "ds.json", "--make_moe_param_leaf_module", leaf, "--disable_tqdm", "true",
-    ]  # fmt: skip
+    argv = [*zero3(models(model_type), train_file, tmp_path), "--make_moe_param_leaf_module", leaf]
     done = ranks.run(argv, tmp_path / "log", ranks=2).check()
-    assert (f"leaf modules: {BLOCKS[model_type]}" in done.text) == (leaf == "true")
+    assert (f"leaf modules: 2 x {BLOCKS[model_type]}" in done.text) == (leaf == "true")
     losses = [entry["loss"] for entry in history(tmp_path)]
     assert losses[-1] < losses[0]
     from transformers import AutoModelForCausalLM
