@@ -9,23 +9,24 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 PRELOAD = ["torch", "transformers", "transformers.trainer", "peft", "deepspeed", "finebridge.train.assemble"]
 
 
-def _rank_main(rank: int, world: int, port: int, argv: Sequence[str], log: str, extra: dict[str, str]) -> None:
+def _rank_main(
+    rank: int, world: int, port: int, argv: Sequence[str], log: str, extra: dict[str, str], entry: str
+) -> None:
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **extra)
-    from finebridge.train.sft import main
-
     code = 1
     try:
-        code = main(argv)
+        code = import_module(entry).main(argv)
     except BaseException:  # noqa: BLE001 - the log is read by the test
         import traceback
 
@@ -62,9 +63,10 @@ class RankRunner:
         self._context.set_forkserver_preload(PRELOAD)
 
     def run(
-        self, argv: Sequence[object], folder: Path, *, ranks: int = 1, limit: float = 120.0, **extra: str
-    ) -> Finished:
-        """Train with these flags; logs go into ``folder``."""
+        self, argv: Sequence[object], folder: Path, *, ranks: int = 1, limit: float = 120.0,
+        entry: str = "finebridge.train.sft", **extra: str,
+    ) -> Finished:  # fmt: skip
+        """Train with these flags, or run the ``main`` of another module; logs go into ``folder``."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -72,7 +74,7 @@ class RankRunner:
         logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
         words = [str(word) for word in argv]
         processes: list[Any] = [
-            self._context.Process(target=_rank_main, args=(rank, ranks, port, words, str(logs[rank]), extra))
+            self._context.Process(target=_rank_main, args=(rank, ranks, port, words, str(logs[rank]), extra, entry))
             for rank in range(ranks)
         ]
         for process in processes:

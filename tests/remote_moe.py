@@ -71,7 +71,7 @@ def write_listed_moe(folder: Path, tokenizer: Any) -> Path:
     from transformers import set_seed
 
     space: dict[str, Any] = {"__name__": "listed_moe"}
-    exec(CODE, space)  # noqa: S102 - the code above
+    exec(CODE, space)
     config = space["ListedConfig"](
         vocab_size=len(tokenizer), num_hidden_layers=2, hidden_size=32, intermediate_size=64, moe_intermediate_size=16,
         head_dim=8, num_experts=4, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,

@@ -32,7 +32,7 @@ def choose_trained(model: nn.Module, args: ModelArguments) -> None:
         gone = _matching(model, frozen)
         for parameter in model.parameters():
             if id(parameter) in gone:
-                parameter.requires_grad_(requires_grad=False)
+                parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         flags = ", ".join(f"--{flag} {pattern}" for flag, pattern in only + frozen)
         raise ArgumentsError(f"{flags}: no parameter is left to train")

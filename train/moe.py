@@ -96,7 +96,7 @@ def _is_block(module: nn.Module) -> bool:
 def _expert_count(module: nn.Module) -> int:
     """Experts that a container holds: equal modules of a list, or the common first dimension of 3-D parameters."""
     while hasattr(module, "base_layer"):  # an adapter's wrapper around fused experts
-        module = cast(nn.Module, module.base_layer)
+        module = cast("nn.Module", module.base_layer)
     if isinstance(module, nn.ModuleList):
         shapes = {tuple(_shape(p) for p in child.parameters()) for child in module}
         return len(module) if len(shapes) == 1 and shapes != {()} else 0

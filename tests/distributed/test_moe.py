@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import DENSE, FAMILIES, on_meta
 from finebridge.data_tools.templates import ChatTemplate
 from finebridge.ds_configs.resolve import FOLDER
 from finebridge.train.hf_flags import ArgumentsError
@@ -18,45 +19,12 @@ pytestmark = pytest.mark.distributed
 BLOCKS = {"hunyuan_v1_moe": "HunYuanMoEV1Moe", "qwen3_moe": "Qwen3MoeSparseMoeBlock"}
 
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 64, "head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4, "n_routed_experts": 4, "n_group": 1,
-    "topk_group": 1, "num_experts_per_tok": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
-SECOND_LAYER = {"first_k_dense_replace": 1}
-FAMILIES: dict[str, tuple[dict[str, Any], str, int]] = {  # type -> config, class of its blocks, how many in two layers
-    "hunyuan_v1_moe": ({"moe_topk": 2}, "HunYuanMoEV1Moe", 2),
-    "hy_v3": (SECOND_LAYER, "HYV3MoE", 1),
-    "qwen3_moe": ({}, "Qwen3MoeSparseMoeBlock", 2),
-    "qwen3_next": (
-        {"shared_expert_intermediate_size": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
-         "linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
-        "Qwen3NextSparseMoeBlock", 2,
-    ),
-    "deepseek_v2": ({**LATENT, **SECOND_LAYER}, "DeepseekV2Moe", 1),
-    "deepseek_v3": ({**LATENT, **SECOND_LAYER}, "DeepseekV3MoE", 1),
-    "glm4_moe": (SECOND_LAYER, "Glm4MoeMoE", 1),
-    "mixtral": ({"num_local_experts": 4}, "MixtralSparseMoeBlock", 2),
-}  # fmt: skip
-DENSE: dict[str, dict[str, Any]] = {"llama": {}, "qwen3": {}, "hunyuan_v1_dense": {}, "mamba": {"state_size": 4}}
-
-
-def on_meta(model_type: str, **config: Any) -> Any:
-    """A model without storage: enough to look at its structure."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SMALL, **config}))
-
-
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_blocks_of_every_family_are_found_and_marked(model_type: str) -> None:
     from deepspeed.utils import get_z3_leaf_modules
 
-    config, block, count = FAMILIES[model_type]
-    model = on_meta(model_type, **config)
+    _, block, count = FAMILIES[model_type]
+    model = on_meta(model_type)
     assert not has_listed_experts(model)
     said: list[str] = []
     make_leaf_modules(model, None, said.append)
@@ -66,7 +34,7 @@ def test_blocks_of_every_family_are_found_and_marked(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", DENSE)
 def test_a_dense_model_has_no_blocks(model_type: str) -> None:
-    model = on_meta(model_type, **DENSE[model_type])
+    model = on_meta(model_type)
     said: list[str] = []
     make_leaf_modules(model, None, said.append)
     assert not said
