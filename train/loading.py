@@ -3,7 +3,14 @@
 transformers reads a whole checkpoint on rank 0 and sends every parameter to all ranks when DeepSpeed partitions it. Here
 every rank maps the files into memory and copies its part of each parameter: nothing is sent, and only the pages of that
 part are read where a tensor is stored as the model has it. Tensors that are converted (experts that lie apart on disk and
-are Xfrom collections.abc import Callable, Collection, Iterator
+are one parameter in the model) are read and converted a group at a time, by transformers' own rules.
+"""
+
+# transformers has no public door between "build the model" and "read its files"; from_pretrained does all the rest.
+# ruff: noqa: SLF001
+# pyright: reportPrivateUsage=false
+
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field

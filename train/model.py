@@ -87,9 +87,7 @@ def _check_names(path: str, kind: str, names: Collection[str], allowed: str | No
         fate = (
             "made at random, as they are not in the checkpoint" if kind == "missing" else "of the checkpoint not used"
         )
-        say(
-            f"model: {len(good)} tensors {fate} (--allow_{kind}): {', '.join(sorted(good)[:3])}{', ...' * (len(good) > 3)}"
-        )
+        say(f"model: {len(good)} tensors {fate} (--allow_{kind}), the first is {min(good)}")
 
 
 def _new_model(args: ModelArguments, dtype: torch.dtype, tokenizer: Any, given: Collection[str]) -> PreTrainedModel:
