@@ -143,6 +143,23 @@ def ranks() -> RankRunner:
 
 
 @pytest.fixture
+def zero(tmp_path: Path) -> Callable[..., Path]:
+    """Shipped ZeRO settings by stage, every parameter partitioned: a tiny model would not be by default."""
+
+    def make(stage: int, name: str = "no_offload") -> Path:
+        from finebridge.ds_configs.resolve import FOLDER
+
+        settings = json.loads((FOLDER / f"ds_zero{stage}_{name}.json").read_text())
+        if stage == 3:  # noqa: PLR2004
+            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        path = tmp_path / f"zero{stage}_{name}.json"
+        path.write_text(json.dumps(settings))
+        return path
+
+    return make
+
+
+@pytest.fixture
 def history() -> Callable[[Path], list[dict[str, Any]]]:
     """The logged steps of a finished run."""
 

@@ -232,7 +232,7 @@ def _model(args: Arguments, hf_args: TrainingArguments, settings: dict[str, Any]
         runtime.say(f"warning: --max_seq_length {args.data.max_seq_length} is over the model's {longest} positions")
     set_aux_loss(model, args.model.router_aux_loss_coef, runtime.say)
     if args.model.use_lora:
-        model = add_lora(model, args.model)
+        model = add_lora(model, args.model, runtime.say)
     else:
         choose_trained(model, args.model)
     if stage == 3:  # noqa: PLR2004

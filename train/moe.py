@@ -7,6 +7,7 @@ DeepSpeed gathers a leaf's parameters all at once when the block is entered; the
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import nn
@@ -27,6 +28,29 @@ def has_listed_experts(model: nn.Module) -> bool:
     a leaf.
     """
     return any(isinstance(child, nn.ModuleList) for block in moe_blocks(model).values() for child in block.children())
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The weights of all experts of a model: names of fused parameters, and of linear modules in lists."""
+
+    fused: list[str] = field(default_factory=list[str])
+    linear: list[str] = field(default_factory=list[str])
+
+
+def experts_of(model: nn.Module) -> Experts:
+    """Names as an adapter targets them: fused parameters by their last two parts, linear modules in full."""
+    fused: set[str] = set()
+    linear: list[str] = []
+    for name, block in moe_blocks(model).items():
+        for child_name, child in block.named_children():
+            if isinstance(child, nn.ModuleList) and _expert_count(child):
+                inside = (part for part, module in child.named_modules() if isinstance(module, nn.Linear))
+                linear += [f"{name}.{child_name}.{part}" for part in inside]
+            elif _expert_count(child):
+                wanted = (part for part, p in child.named_parameters(recurse=False) if len(_shape(p)) == 3)  # noqa: PLR2004
+                fused |= {f"{child_name}.{part}" for part in wanted}
+    return Experts(sorted(fused), linear)
 
 
 def make_leaf_modules(model: nn.Module, wanted: bool | None, say: Callable[[str], None]) -> None:
