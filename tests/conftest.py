@@ -150,7 +150,7 @@ def zero(tmp_path: Path) -> Callable[..., Path]:
         from finebridge.ds_configs.resolve import FOLDER
 
         settings = json.loads((FOLDER / f"ds_zero{stage}_{name}.json").read_text())
-        if stage == 3:  # noqa: PLR2004
+        if stage == 3:
             settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         path = tmp_path / f"zero{stage}_{name}.json"
         path.write_text(json.dumps(settings))

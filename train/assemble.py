@@ -32,6 +32,7 @@ from .hf_flags import ArgumentsError, hf_value
 from .lora import add_lora
 from .model import load_model
 from .moe import LeafCheck, make_leaf_modules
+from .precision import asked_in_fp32, keep_in_fp32
 from .router import set_aux_loss
 from .schedule import schedule
 from .trainer import FinetuneTrainer
@@ -230,6 +231,9 @@ def _model(args: Arguments, hf_args: TrainingArguments, settings: dict[str, Any]
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and args.data.max_seq_length > longest:
         runtime.say(f"warning: --max_seq_length {args.data.max_seq_length} is over the model's {longest} positions")
+    if settings and (asked := asked_in_fp32(model, dtype)):
+        keep_in_fp32(model, asked)
+        runtime.say(f"model: {len(asked)} parameters stay in fp32, as the model asks: {min(asked)}")
     set_aux_loss(model, args.model.router_aux_loss_coef, runtime.say)
     if args.model.use_lora:
         model = add_lora(model, args.model, runtime.say)

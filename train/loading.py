@@ -32,6 +32,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from ..storage.manifest import safetensors_header
+from .precision import asked_in_fp32
 
 
 class ModelError(ValueError):
@@ -143,6 +144,7 @@ class _Loader:
         self.files = Files(files)
         self.targets: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
         self.partitioned = is_deepspeed_zero3_enabled()
+        self._fp32 = asked_in_fp32(model, load_config.dtype) if self.partitioned else set[str]()
         self._mapping = load_config.weight_mapping or []
         self._dtype_of = _dtypes(load_config.dtype_plan or {})
         self._missing = set(self.targets)
@@ -222,6 +224,8 @@ class _Loader:
         """Store a tensor in the model; what this rank keeps of it."""
         if hasattr(place, "ds_id"):
             place._is_hf_initialized = True
+            if target in self._fp32:
+                place.data, place.ds_tensor = place.data.float(), None  # DeepSpeed makes its part anew, in this dtype
             return keep_own_part(place, tensor)
         if self.partitioned:
             place.copy_(tensor)
@@ -257,18 +261,22 @@ def keep_own_part(parameter: Any, tensor: torch.Tensor) -> torch.Tensor:
 
     DeepSpeed's own ``partition`` copies the part (and casts it, and moves it to where parameters live).
     """
-    kept = parameter.ds_tensor
-    if getattr(kept.final_location, "value", kept.final_location) == "nvme":  # DeepSpeed's files: through its own door
+    from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+
+    if (
+        getattr(parameter.ds_tensor, "final_location", None) == OffloadDeviceEnum.nvme
+    ):  # DeepSpeed's files: through its own door
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
         with GatheredParameters([parameter], modifier_rank=0):
             parameter.data.copy_(tensor)
         return tensor
     placeholder = parameter.data
-    parameter.data = tensor
+    parameter.data = tensor if parameter.ds_tensor is not None else tensor.to(placeholder.dtype)
     parameter.ds_status = type(parameter.ds_status).AVAILABLE
     parameter.partition(has_been_updated=True)
     parameter.data = placeholder
+    kept: Any = parameter.ds_tensor
     start = kept.ds_numel * parameter.ds_zero_partition_rank
     return kept.narrow(0, 0, max(0, min(kept.ds_numel, parameter.ds_numel - start)))
 

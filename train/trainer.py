@@ -11,6 +11,7 @@ from ..data_tools.packing import PackOrder, Window
 from ..storage.assets import carry
 from .callbacks import DivergedError
 from .checkpoint import SaveError, finite_on_all_ranks, open_staging, publish_checkpoint, rotate
+from .precision import split_groups
 from .runtime import say
 from .schedule import decay_steps
 
@@ -27,6 +28,12 @@ class FinetuneTrainer(Trainer):
     keep: int | None = None
     made_from: dict[str, Any] = {}  # noqa: RUF012 - replaced per instance by assemble
     _staging: Path | None = None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The optimizer; weights that stay in fp32 under DeepSpeed get groups of their own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        split_groups(optimizer)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule; DeepSpeed's ZeRO optimizers get the ``defaults`` that schedules with a floor read the peak from."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny
 from finebridge.train.arguments import ModelArguments
 from finebridge.train.hf_flags import ArgumentsError
 from finebridge.train.lora import add_lora
@@ -14,8 +15,6 @@ from peft import PeftModel
 from rank_runner import RankRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-
-from families import tiny
 
 pytestmark = pytest.mark.distributed
 Models = Callable[[str], Path]
