@@ -132,6 +132,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def listed_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with its own code, its experts in a list, and a router that starves ranks; see remote_moe.py."""
+    from finebridge.data_tools.templates import ChatTemplate
+    from remote_moe import write_listed_moe
+
+    tokenizer = train_tokenizer("hunyuan_dense")
+    ChatTemplate(tokenizer, "hunyuan_dense")
+    return write_listed_moe(tmp_path_factory.mktemp("listed") / "listed_moe", tokenizer)
+
+
+@pytest.fixture(scope="session")
 def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return messages_file(tmp_path_factory.mktemp("data") / "train.jsonl")
 

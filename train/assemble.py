@@ -33,6 +33,7 @@ from .lora import add_lora
 from .model import load_model
 from .moe import LeafCheck, make_leaf_modules
 from .precision import asked_in_fp32, keep_in_fp32
+from .recompute import recompute_kwargs
 from .router import set_aux_loss
 from .schedule import schedule
 from .trainer import FinetuneTrainer
@@ -181,6 +182,7 @@ def _training_arguments(args: Arguments, settings: dict[str, Any] | None) -> Tra
     )
     values["lr_scheduler_type"] = name
     values["lr_scheduler_kwargs"] = {**kwargs, **(values.get("lr_scheduler_kwargs") or {})} or None
+    values["gradient_checkpointing_kwargs"] = recompute_kwargs(values, runtime.say)
     values["resume_from_checkpoint"] = None  # decided by find_resume
     values["save_total_limit"] = None  # kept by our own rotation
     values["remove_unused_columns"] = False

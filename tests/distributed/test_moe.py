@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 from families import DENSE, FAMILIES, on_meta
-from finebridge.data_tools.templates import ChatTemplate
 from finebridge.ds_configs.resolve import FOLDER
 from finebridge.train.hf_flags import ArgumentsError
-from finebridge.train.moe import LeafCheck, has_listed_experts, make_leaf_modules, moe_blocks
+from finebridge.train.moe import LeafCheck, experts_of, has_listed_experts, make_leaf_modules, moe_blocks
 from rank_runner import RankRunner
-from remote_moe import write_listed_moe
 from torch import nn
 
 pytestmark = pytest.mark.distributed
@@ -61,6 +59,13 @@ def test_experts_in_a_list_need_leaf_modules() -> None:
     assert said == ["ZeRO-3 leaf modules: 1 x Unknown"]
 
 
+def test_names_of_experts_as_an_adapter_targets_them() -> None:
+    listed = experts_of(nn.Sequential(nn.Linear(8, 8), Unknown()))
+    assert (listed.fused, listed.linear) == ([], [f"1.experts.{number}" for number in range(4)])
+    fused = experts_of(on_meta("mixtral"))
+    assert (fused.fused, fused.linear) == (["experts.down_proj", "experts.gate_up_proj"], [])
+
+
 def test_a_block_that_is_no_leaf_stops_the_run() -> None:
     model = nn.Sequential(Unknown(), Unknown())
     make_leaf_modules(model, None, print)
@@ -70,14 +75,14 @@ def test_a_block_that_is_no_leaf_stops_the_run() -> None:
 
 
 def test_experts_in_a_list_train_while_ranks_starve_experts(
-    ranks: RankRunner, train_file: Path, tmp_path: Path, tokenizers_by_template: dict[str, Any],
+    ranks: RankRunner,
+    listed_moe: Path,
+    train_file: Path,
+    tmp_path: Path,
     history: Callable[[Path], list[dict[str, Any]]],
-) -> None:  # fmt: skip
-    """Remote code in the old layout; rank 0 uses experts 0 and 1 only, rank 1 the others. Hangs without leaf modules."""
-    tokenizer = tokenizers_by_template["hunyuan_dense"]
-    ChatTemplate(tokenizer, "hunyuan_dense")
-    base = write_listed_moe(tmp_path / "base", tokenizer)
-    argv = [*zero3(base, train_file, tmp_path), "--trust_remote_code", "true"]
+) -> None:
+    """Remote code in the old layout; rank 0 uses experts 0 and 1 only, rank 1 the others. Hangs or fails without leaf modules."""
+    argv = [*zero3(listed_moe, train_file, tmp_path), "--trust_remote_code", "true"]
     done = ranks.run(argv, tmp_path / "log", ranks=2, limit=90).check()
     assert "ZeRO-3 leaf modules: 2 x ListedBlock (set for you)" in done.text
     losses = [entry["loss"] for entry in history(tmp_path)]
