@@ -157,7 +157,7 @@ def ranks() -> RankRunner:
 def zero(tmp_path: Path) -> Callable[..., Path]:
     """Shipped ZeRO settings by stage, every parameter partitioned: a tiny model would not be by default."""
 
-    def make(stage: int, name: str = "no_offload") -> Path:
+    def make(stage: int | str, name: str = "no_offload") -> Path:
         from finebridge.ds_configs.resolve import FOLDER
 
         settings = json.loads((FOLDER / f"ds_zero{stage}_{name}.json").read_text())

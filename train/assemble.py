@@ -182,7 +182,7 @@ def _training_arguments(args: Arguments, settings: dict[str, Any] | None) -> Tra
     )
     values["lr_scheduler_type"] = name
     values["lr_scheduler_kwargs"] = {**kwargs, **(values.get("lr_scheduler_kwargs") or {})} or None
-    values["gradient_checkpointing_kwargs"] = recompute_kwargs(values, runtime.say)
+    values["activation_checkpointing_kwargs"] = recompute_kwargs(values, runtime.say)
     values["resume_from_checkpoint"] = None  # decided by find_resume
     values["save_total_limit"] = None  # kept by our own rotation
     values["remove_unused_columns"] = False

@@ -1,6 +1,5 @@
 """Routers that a model wants in fp32 stay fp32 under bf16, whatever the ZeRO stage, in training and on disk."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,37 +31,56 @@ def flags(model: Path, data: Path, out: Path, settings: Path, **more: Any) -> li
     return [word for name, value in values.items() for word in (f"--{name}", value)]
 
 
+def check_stages(
+    ranks: RankRunner, base: Path, train_file: Path, tmp_path: Path, kinds: dict[str, Path]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Train with each of these settings; all save the same, with routers in fp32."""
+    runs = [flags(base, train_file, tmp_path / name, settings) for name, settings in kinds.items()]
+    words = [word for run in runs for word in ("+++", *run)][1:]
+    done = ranks.run(words, tmp_path / "log", ranks=2, entry="sft_many", limit=400).check()
+    told = "model: 2 parameters stay in fp32, as the model asks: model.layers.0.mlp.gate.wg.weight"
+    assert done.text.count(told) == len(kinds)
+    saved = {name: load_file(tmp_path / name / "checkpoint-4" / "model.safetensors") for name in kinds}
+    first = saved[next(iter(kinds))]
+    for name, tensors in saved.items():
+        assert {key for key, value in tensors.items() if value.dtype == torch.float32} == ROUTERS, name
+        for key, value in tensors.items():
+            # An optimizer in host memory rounds otherwise, and Adam's first steps are as long as the learning rate.
+            near = 1e-6 if name not in ("2.offload", "3.offload") else 4e-3
+            assert (value.float() - first[key].float()).abs().max() < near, (name, key)
+    return saved
+
+
 def test_stages_train_and_save_the_router_alike(
     ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path, zero: Callable[..., Path],
     history: Callable[[Path], list[dict[str, Any]]],
 ) -> None:  # fmt: skip
-    """ZeRO-2, ZeRO-3, ZeRO-3 with parameters in host memory; then ZeRO-3 goes on from the middle."""
     base = models("hunyuan_v1_moe")
-    kinds = {"two": zero(2), "three": zero(3), "offload": zero(3, "param_offload")}
-    runs = [flags(base, train_file, tmp_path / name, settings) for name, settings in kinds.items()]
-    words = [word for run in runs for word in ("+++", *run)][1:]
-    done = ranks.run(words, tmp_path / "log", ranks=2, entry="sft_many", limit=400).check()
-    assert (
-        done.text.count("model: 2 parameters stay in fp32, as the model asks: model.layers.0.mlp.gate.wg.weight") == 3
-    )
-    saved = {name: load_file(tmp_path / name / "checkpoint-4" / "model.safetensors") for name in kinds}
-    before = load_file(base / "model.safetensors")
-    for name, tensors in saved.items():
-        kept = {key for key, value in tensors.items() if value.dtype == torch.float32}
-        assert kept == ROUTERS, name
-        for key, value in tensors.items():
-            assert (value.float() - saved["two"][key].float()).abs().max() < 1e-6, (name, key)
+    saved = check_stages(ranks, base, train_file, tmp_path, {"two": zero(2), "three": zero(3)})
     router = saved["three"][min(ROUTERS)]
-    assert not router.equal(before[min(ROUTERS)])
+    assert not router.equal(load_file(base / "model.safetensors")[min(ROUTERS)])
     assert not router.equal(router.bfloat16().float())
     assert [entry["loss"] for entry in history(tmp_path / "two")] == [e["loss"] for e in history(tmp_path / "three")]
-    straight = [entry["loss"] for entry in history(tmp_path / "three")]
-    again = tmp_path / "again"
-    again.mkdir()
-    (tmp_path / "three" / "checkpoint-2").rename(again / "checkpoint-2")
-    argv = [*flags(base, train_file, again, kinds["three"]), "--resume_from_checkpoint", "true"]
-    ranks.run(argv, tmp_path / "log2", ranks=2).check()
-    assert [entry["loss"] for entry in history(again)] == straight
-    assert load_file(again / "checkpoint-4" / "model.safetensors")[min(ROUTERS)].equal(router)
-    state = json.loads((again / "checkpoint-4" / "trainer_state.json").read_text())
-    assert state["global_step"] == 4
+
+
+@pytest.mark.slow
+def test_offload_saves_the_router_alike_and_goes_on(
+    ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path, zero: Callable[..., Path],
+    history: Callable[[Path], list[dict[str, Any]]],
+) -> None:  # fmt: skip
+    """Parameters and optimizer in host memory; then each setting goes on from the middle."""
+    base = models("hunyuan_v1_moe")
+    kinds = {
+        name: zero(*name.split("."))
+        for name in ("2.no_offload", "2.offload", "3.no_offload", "3.param_offload", "3.offload")
+    }
+    saved = check_stages(ranks, base, train_file, tmp_path, kinds)
+    for name in ("2.no_offload", "3.no_offload", "3.param_offload"):
+        straight = [entry["loss"] for entry in history(tmp_path / name)]
+        again = tmp_path / f"again-{name}"
+        again.mkdir()
+        (tmp_path / name / "checkpoint-2").rename(again / "checkpoint-2")
+        argv = [*flags(base, train_file, again, kinds[name]), "--resume_from_checkpoint", "true"]
+        ranks.run(argv, tmp_path / "log2", ranks=2).check()
+        assert [entry["loss"] for entry in history(again)] == straight
+        assert load_file(again / "checkpoint-4" / "model.safetensors")[min(ROUTERS)].equal(saved[name][min(ROUTERS)])

@@ -55,11 +55,11 @@ def check(losses: dict[tuple[Any, ...], list[float]]) -> None:
         assert values == pytest.approx(losses[base, zero, kind, "off"], abs=1e-6)
 
 
-def test_checkpointing_under_zero3_changes_no_loss(
+def test_checkpointing_with_lora_under_zero3_changes_no_loss(
     ranks: RankRunner, models: Models, listed_moe: Path, train_file: Path, tmp_path: Path, zero: Callable[..., Path]
 ) -> None:
     bases = [models("hunyuan_v1_moe"), listed_moe]
-    check(matrix(ranks, tmp_path, train_file, bases, [zero(3)], ["full", "lora"], ["off", "chosen"]))
+    check(matrix(ranks, tmp_path, train_file, bases, [zero(3)], ["lora"], ["off", "chosen"]))
 
 
 @pytest.mark.slow
@@ -74,9 +74,9 @@ def test_checkpointing_changes_no_loss(
 def test_a_mode_that_was_given_stays() -> None:
     said: list[str] = []
     assert recompute_kwargs({}, said.append) is None
-    given = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    given = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
     assert recompute_kwargs(given, said.append) == {"use_reentrant": True}
     assert not said
-    given = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"preserve_rng_state": True}}
+    given = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"preserve_rng_state": True}}
     assert recompute_kwargs(given, said.append) == {"preserve_rng_state": True, "use_reentrant": False}
     assert len(said) == 1
