@@ -10,8 +10,9 @@ are one parameter in the model) are read and converted a group at a time, by tra
 # ruff: noqa: SLF001
 # pyright: reportPrivateUsage=false
 
+import ctypes
 from collections.abc import Callable, Collection, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,6 +158,8 @@ class _Loader:
                 self._fill(first, group)
                 for name in group.sources:
                     self.files.done(name)
+                if len(group.sources) > 1:
+                    _give_back()
         self._finite()
         self.model._weight_conversions = [rule for rule in self._mapping if rule.was_used()]
         return _info(self._missing, {f"{name} in {self.files.where[name]}" for name in unexpected})
@@ -279,6 +282,12 @@ def keep_own_part(parameter: Any, tensor: torch.Tensor) -> torch.Tensor:
     kept: Any = parameter.ds_tensor
     start = kept.ds_numel * parameter.ds_zero_partition_rank
     return kept.narrow(0, 0, max(0, min(kept.ds_numel, parameter.ds_numel - start)))
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: glibc keeps holes between what lives on, and groups of tensors leave many."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _info(missing: Collection[str] = (), unexpected: Collection[str] = ()) -> LoadStateDictInfo:
