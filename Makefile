@@ -16,6 +16,7 @@ test-slow:  ## everything that runs without a GPU
 	bash tests/run.sh -m "not gpu"
 
 bench:  ## every claim of speed, results as CSV in benchmarks/
+	$(PYTHON) benchmarks/load_memory.py
 	$(PYTHON) benchmarks/packing.py $(if $(TRL_PYTHON),--trl_python $(TRL_PYTHON))
 	$(PYTHON) benchmarks/data_build.py --tokenizer $(TOKENIZER) $(if $(TRL_PYTHON),--trl_python $(TRL_PYTHON))
 

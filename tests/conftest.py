@@ -15,7 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # spawned ranks import the helper module by name
+sys.path.insert(0, str(ROOT / "tests"))  # spawned ranks import the helper modules by name
+sys.path.insert(1, str(ROOT / "tests" / "distributed"))
 
 from rank_runner import RankRunner  # noqa: E402 - found through the line above
 
@@ -152,6 +153,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def listed_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with its own code, its experts in a list, and a router that starves ranks; see remote_moe.py."""
+    from finebridge.data_tools.templates import ChatTemplate
+    from remote_moe import write_listed_moe
+
+    tokenizer = train_tokenizer("hunyuan_dense")
+    ChatTemplate(tokenizer, "hunyuan_dense")
+    return write_listed_moe(tmp_path_factory.mktemp("listed") / "listed_moe", tokenizer)
+
+
+@pytest.fixture(scope="session")
 def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return messages_file(tmp_path_factory.mktemp("data") / "train.jsonl")
 
@@ -160,6 +172,23 @@ def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks() -> RankRunner:
     """Runs the real ``finebridge.train.sft`` on one or more gloo ranks; see RankRunner."""
     return RankRunner()
+
+
+@pytest.fixture
+def zero(tmp_path: Path) -> Callable[..., Path]:
+    """Shipped ZeRO settings by stage, every parameter partitioned: a tiny model would not be by default."""
+
+    def make(stage: int | str, name: str = "no_offload") -> Path:
+        from finebridge.ds_configs.resolve import FOLDER
+
+        settings = json.loads((FOLDER / f"ds_zero{stage}_{name}.json").read_text())
+        if stage == 3:
+            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        path = tmp_path / f"zero{stage}_{name}.json"
+        path.write_text(json.dumps(settings))
+        return path
+
+    return make
 
 
 @pytest.fixture

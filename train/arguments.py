@@ -54,8 +54,20 @@ class ModelArguments:
     lora_alpha: float = _arg(8, "the adapter's update is scaled by lora_alpha / lora_rank")
     lora_dropout: float = _arg(0.0, "dropout before the adapter")
     lora_target: str = _arg("q_proj,k_proj,v_proj,o_proj", "modules to adapt, comma-separated, or all-linear")
+    lora_experts: bool = _arg(False, "adapt the experts of MoE blocks too, fused or in a list; found by structure")
     train_attention_params_only: bool = _arg(False, "train only parameters whose name contains self_attn")
-    make_moe_param_leaf_module: bool = _arg(False, "ZeRO-3: fetch each MoE block as a whole (leaf module)")
+    train_only: str | None = _arg(None, "train only parameters whose name matches, comma-separated: *self_attn*,*norm*")
+    freeze: str | None = _arg(None, "do not train parameters whose name matches, comma-separated: *embed_tokens*")
+    make_moe_param_leaf_module: bool | None = _arg(
+        None, "ZeRO-3: fetch each MoE block as a whole (leaf module); default: yes when the model has such blocks"
+    )
+    router_aux_loss_coef: float | None = _arg(
+        None, "add the routers' balancing loss times this; 0 leaves it out; default: as the model's config says"
+    )
+    allow_missing: str | None = _arg(
+        None, "weights that the checkpoint may lack (made at random), comma-separated patterns"
+    )
+    allow_unexpected: str | None = _arg(None, "tensors of the checkpoint that may go unused, comma-separated patterns")
     loss_normalization: Normalization = _arg(  # noqa: RUF009 - it makes a field
         "token", "mean of a step's loss over its tokens, over its samples' means, or over its micro-batches' means"
     )
@@ -117,17 +129,29 @@ class ModelArguments:
             raise ArgumentsError(
                 "--config_name needs --tokenizer_name_or_path: a new model has no tokenizer of its own"
             )
+        if self.use_lora and (self.train_only or self.freeze):
+            flag = "train_only" if self.train_only else "freeze"
+            raise ArgumentsError(f"--{flag} and --use_lora exclude each other: only the adapter is trained")
+        if self.lora_experts and not self.use_lora:
+            raise ArgumentsError("--lora_experts needs --use_lora")
+        if self.train_only and self.train_attention_params_only:
+            raise ArgumentsError("--train_attention_params_only is --train_only *self_attn*; give one of them")
+        allowed_names(self.allow_drift)
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
         try:
             parse_size(self.max_shard_size)
         except ValueError as error:
             raise ArgumentsError(f"--max_shard_size: {error}") from None
         if self.lora_rank < 1 or self.lora_alpha <= 0 or not 0 <= self.lora_dropout < 1:
             raise ArgumentsError("--lora_rank and --lora_alpha must be positive, --lora_dropout in [0, 1)")
+        if self.router_aux_loss_coef is not None and self.router_aux_loss_coef < 0:
+            raise ArgumentsError(f"--router_aux_loss_coef {self.router_aux_loss_coef:g}: 0 or more is expected")
         if self.loss_spike_factor <= 1:
             raise ArgumentsError(f"--loss_spike_factor {self.loss_spike_factor:g} must be over 1")
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
             raise ArgumentsError("--early_stopping_patience must be at least 1")
-        allowed_names(self.allow_drift)
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise ArgumentsError(f"--peak_tflops {self.peak_tflops:g}: a positive number is expected")
         if not 0 <= self.heartbeat_timeout < float("inf"):
@@ -416,7 +440,9 @@ def _check_hf(args: Arguments) -> None:
     for name, (wrong, why) in _NOT_WITH_OUR_ORDER.items():
         if str(hf_value(hf, name)) == wrong:
             raise ArgumentsError(f"--{name} {wrong}: {why}")
-    if args.model.min_lr and {"min_lr", "min_lr_rate", "lr_end"} & set(hf.get("lr_scheduler_kwargs") or {}):
+    if args.model.min_lr and {"min_lr", "min_lr_rate", "min_lr_ratio", "lr_end"} & set(
+        hf.get("lr_scheduler_kwargs") or {}
+    ):
         raise ArgumentsError("--min_lr and --lr_scheduler_kwargs both set a floor; give one of them")
     if hf.get("save_on_each_node"):
         raise ArgumentsError(

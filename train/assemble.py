@@ -39,15 +39,18 @@ from .callbacks import SaveLastStep
 from .checkpoint import check_shared, on_main, put_back
 from .defaults import default_lines
 from .drift import allowed_names
-from .freeze import train_only
+from .freeze import choose_trained
 from .guards import StepGuard
 from .hf_flags import ArgumentsError, hf_value
 from .lora import add_lora
 from .model import load_model
-from .moe import has_listed_experts, make_leaf_modules
+from .moe import LeafCheck, has_listed_experts, make_leaf_modules
+from .precision import asked_in_fp32, keep_in_fp32
 from .progress import ProgressLine
+from .recompute import recompute_kwargs
 from .record import about_data
 from .resume import Resume, check_init, find_resume
+from .router import set_aux_loss
 from .run_shape import run_shape
 from .schedule import schedule
 from .shards import refuse_pickles
@@ -79,6 +82,8 @@ def assemble(args: Arguments) -> Run:
     settings = None
     if args.hf.get("deepspeed"):
         settings = resolve(str(args.hf["deepspeed"]), has_accelerator=runtime.has_accelerator())
+        if args.model.make_moe_param_leaf_module is False:  # DeepSpeed marks some classes by itself
+            settings["zero_optimization"].setdefault("leaf_module", {"classes": []})
     runtime.start(settings)
     refuse_pickles(deepspeed=settings is not None)
     hf_args = _training_arguments(args, settings)
@@ -101,6 +106,8 @@ def assemble(args: Arguments) -> Run:
     callbacks: list[TrainerCallback] = [SpaceCheck(args.hf.get("save_total_limit"))]
     if args.model.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(args.model.early_stopping_patience, args.model.early_stopping_threshold))
+    if zero_stage(settings or {}) == 3 and args.model.make_moe_param_leaf_module is not False:  # noqa: PLR2004
+        callbacks.append(LeafCheck())
     if args.shares_rows:
         check_trainable(model, hf_args.device, runtime.say)
         cure = "leave --packing out" if args.data.packing else "give --cross_document_attention true"
@@ -249,6 +256,7 @@ def _training_arguments(args: Arguments, settings: dict[str, Any] | None) -> Tra
     )
     values["lr_scheduler_type"] = name
     values["lr_scheduler_kwargs"] = {**kwargs, **(values.get("lr_scheduler_kwargs") or {})} or None
+    values["activation_checkpointing_kwargs"] = recompute_kwargs(values, runtime.say)
     values["resume_from_checkpoint"] = None  # decided by find_resume
     values["save_total_limit"] = None  # kept by our own rotation
     values["remove_unused_columns"] = False
@@ -284,19 +292,16 @@ def _model(args: Arguments, hf_args: TrainingArguments, settings: dict[str, Any]
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and args.data.max_seq_length > longest:
         runtime.say(f"warning: --max_seq_length {args.data.max_seq_length} is over the model's {longest} positions")
+    if settings and (asked := asked_in_fp32(model, dtype)):
+        keep_in_fp32(model, asked)
+        runtime.say(f"model: {len(asked)} parameters stay in fp32, as the model asks: {min(asked)}")
+    set_aux_loss(model, args.model.router_aux_loss_coef, runtime.say)
     if args.model.use_lora:
-        model = add_lora(model, args.model)
-    elif args.model.train_attention_params_only:
-        train_only(model, "self_attn")
+        model = add_lora(model, args.model, runtime.say)
+    else:
+        choose_trained(model, args.model)
     if stage == 3:  # noqa: PLR2004
-        listed = has_listed_experts(model)
-        if args.model.make_moe_param_leaf_module or listed:
-            why = (
-                ""
-                if args.model.make_moe_param_leaf_module
-                else " (set for you: experts in a list hang under ZeRO-3 without)"
-            )
-            runtime.say(f"ZeRO-3 leaf modules: {', '.join(make_leaf_modules(model))}{why}")
+        make_leaf_modules(model, args.model.make_moe_param_leaf_module, runtime.say)
     runtime.say(f"model: {model_size(model)}, {dtype}")
     return model
 

@@ -52,6 +52,7 @@ TABLE: dict[str, tuple[Effect, str]] = {
     "epsilon": (_C, "the checkpoint's holds unless allowed"),
     "lora_alpha": (_C, "what the adapter adds is scaled by it"),
     "loss_normalization": (_C, "another loss"),
+    "router_aux_loss_coef": (_C, "another loss"),
     "label_smoothing_factor": (_C, "another loss"),
     "neftune_noise_alpha": (_C, "another loss"),
     "average_tokens_across_devices": (_C, "another loss"),

@@ -1,6 +1,7 @@
 """Load the model, or build a new one; never a random weight where a trained one was asked for."""
 
 from collections.abc import Callable, Collection
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from ..data_tools.tokenizer_files import remote_code_hint, vocabulary_size
 from ..storage.assets import read_json
+from ..storage.safetensors_io import INDEX_NAME, Checkpoint
 from .arguments import ARCHITECTURE, ModelArguments
+from .freeze import patterns
 from .hf_flags import ArgumentsError, nearest
-
-
-class ModelError(ValueError):
-    """The weights on disk are not the model; the message names the tensor."""
+from .loading import ModelError, streamed_loading
 
 
 def load_model(
@@ -41,26 +41,53 @@ def _pretrained(args: ModelArguments, dtype: torch.dtype, say: Callable[[str], N
         say(f"model: there is no folder {path} here; asking the Hub for it")
     options: dict[str, Any] = {"attn_implementation": "flash_attention_2"} if args.use_flash_attn else {}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            trust_remote_code=args.trust_remote_code,
-            cache_dir=args.cache_dir,
-            output_loading_info=True,
-            **options,
-        )
+        _check_files(Path(path))
+        with streamed_loading():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                trust_remote_code=args.trust_remote_code,
+                cache_dir=args.cache_dir,
+                output_loading_info=True,
+                **options,
+            )
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise ArgumentsError(
             f"the model {path} does not load: {error}{remote_code_hint(Path(path), allowed=args.trust_remote_code)}"
         ) from error
     model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"{path}: {len(missing)} weights are not in the checkpoint, the first is {missing[0]}")
-    if unexpected := sorted(info["unexpected_keys"]):
-        say(
-            f"model: {len(unexpected)} tensors of {path} are not used by this model class, the first is {unexpected[0]}"
-        )
+    _check_names(path, "missing", info["missing_keys"], args.allow_missing, say)
+    _check_names(path, "unexpected", info["unexpected_keys"], args.allow_unexpected, say)
     return model
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse a folder whose weight files are cut, missing, or outside of it, before anything is built from them."""
+    if any(folder.glob("*.safetensors")) or (folder / INDEX_NAME).is_file():
+        with Checkpoint(folder):
+            pass
+
+
+def _check_names(path: str, kind: str, names: Collection[str], allowed: str | None, say: Callable[[str], None]) -> None:
+    """Refuse tensors that the checkpoint lacks, or has over, unless their names were allowed; say what was.
+
+    An unexpected tensor comes as ``NAME in FILE``.
+    """
+    wanted = patterns(allowed)
+    good = {name for name in names if any(fnmatchcase(name.partition(" in ")[0], pattern) for pattern in wanted)}
+    if bad := sorted(set(names) - good):
+        what = "are not in the checkpoint" if kind == "missing" else "have no place in this model"
+        raise ModelError(
+            f"{path}: {len(bad)} tensors {what}, the first is {bad[0]}; if that is right, --allow_{kind} "
+            f"'{bad[0].partition(' in ')[0]}' (patterns, comma-separated)"
+        )
+    if good:
+        fate = (
+            "made at random, as they are not in the checkpoint" if kind == "missing" else "of the checkpoint not used"
+        )
+        say(f"model: {len(good)} tensors {fate} (--allow_{kind}), the first is {min(good)}")
 
 
 def _new_model(args: ModelArguments, dtype: torch.dtype, tokenizer: Any, given: Collection[str]) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, TrainingArguments
 from ..data_tools.dataset import PackedDataset
 from ..ds_configs.resolve import zero_stage
 from ..storage.manifest import tool_versions
-from .arguments import ARCHITECTURE, Arguments
+from .arguments import ARCHITECTURE, Arguments, ModelArguments
 from .drift import TABLE
 
 # Fields of a model's config that do not change what it computes, or that saving a checkpoint writes anew.
@@ -34,8 +34,8 @@ def run_shape(
     optimizer = [hf.optim, hf.optim_args, (settings or {}).get("optimizer", {}).get("type")]
     values: dict[str, Any] = {
         "model_config": config,
-        "trained": "adapter" if model.use_lora else "self_attn" if model.train_attention_params_only else "all",
-        "lora": {"rank": model.lora_rank, "target": model.lora_target} if model.use_lora else None,
+        "trained": _trained(model),
+        "lora": _lora(model) if model.use_lora else None,
         "optimizer": " ".join(str(part) for part in optimizer if part),
         "zero_stage": zero_stage(dict(settings)) if settings else None,
         "precision": "bf16" if hf.bf16 else "fp16" if hf.fp16 else "fp32",
@@ -65,6 +65,18 @@ def run_shape(
     return cast(
         "dict[str, Any]", json.loads(json.dumps(values, default=lambda value: getattr(value, "value", str(value))))
     )
+
+
+def _trained(model: ModelArguments) -> str:
+    """Which parameters train, in the words of the flags."""
+    if model.use_lora:
+        return "adapter"
+    only = "*self_attn*" if model.train_attention_params_only else model.train_only
+    return f"{only or 'all'}" + (f" but {model.freeze}" if model.freeze else "")
+
+
+def _lora(model: ModelArguments) -> dict[str, Any]:
+    return {"rank": model.lora_rank, "target": model.lora_target, "experts": model.lora_experts}
 
 
 def _model_config(args: Arguments) -> tuple[str, dict[str, Any]]:

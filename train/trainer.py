@@ -5,8 +5,11 @@ from typing import Any
 from torch import nn
 
 from . import heartbeat
+from .precision import split_groups
 from .renew import FreshSettings, separate_steps
+from .runtime import say
 from .saving import SavingTrainer
+from .schedule import decay_steps
 from .steps import StepTrainer
 from .throughput import Meter, count
 
@@ -24,11 +27,24 @@ class FinetuneTrainer(SavingTrainer, StepTrainer):
     _rate: float | None = None
     _fresh: FreshSettings | None = None
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The optimizer; weights that stay in fp32 under DeepSpeed get groups of their own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        split_groups(optimizer)
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule; DeepSpeed's ZeRO optimizers get the ``defaults`` that schedules with a floor read the peak from."""
         wrapped = getattr(optimizer or self.optimizer, "optimizer", None)
         if wrapped is not None and not hasattr(wrapped, "defaults"):
             wrapped.defaults = {"lr": self.args.learning_rate}
+        args: Any = self.args
+        kwargs, warmup = args.lr_scheduler_kwargs, args.get_warmup_steps(num_training_steps)
+        if chosen := decay_steps(args.lr_scheduler_type, kwargs, num_training_steps, warmup):
+            args.lr_scheduler_kwargs = {**(kwargs or {}), "num_decay_steps": chosen}
+            say(
+                f"schedule: the learning rate falls in the last {chosen} of {num_training_steps} steps (chosen for you)"
+            )
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         self._fresh = FreshSettings(optimizer or self.optimizer, scheduler)
         return scheduler

@@ -6,73 +6,118 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import DENSE, FAMILIES, on_meta
 from finebridge.ds_configs.resolve import FOLDER
 from finebridge.train.hf_flags import ArgumentsError
-from finebridge.train.moe import has_listed_experts, make_leaf_modules, moe_blocks
+from finebridge.train.moe import LeafCheck, experts_of, has_listed_experts, make_leaf_modules, moe_blocks
 from rank_runner import RankRunner
+from torch import nn
 
 pytestmark = pytest.mark.distributed
 BLOCKS = {"hunyuan_v1_moe": "HunYuanMoEV1Moe", "qwen3_moe": "Qwen3MoeSparseMoeBlock"}
 
 
-@pytest.mark.parametrize("model_type", BLOCKS)
-def test_blocks_are_found_and_marked(model_type: str, models: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_blocks_of_every_family_are_found_and_marked(model_type: str) -> None:
     from deepspeed.utils import get_z3_leaf_modules
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(models(model_type))
-    assert list(moe_blocks(model)) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    _, block, count = FAMILIES[model_type]
+    model = on_meta(model_type)
     assert not has_listed_experts(model)
-    assert make_leaf_modules(model) == [BLOCKS[model_type]]
-    assert [type(module).__name__ for module in get_z3_leaf_modules(model)] == [BLOCKS[model_type]] * 2
+    said: list[str] = []
+    make_leaf_modules(model, None, said.append)
+    assert said == [f"ZeRO-3 leaf modules: {count} x {block} (set for you)"]
+    assert [type(module).__name__ for module in get_z3_leaf_modules(model)] == [block] * count
 
 
-def test_a_convolution_beside_a_projection_is_no_block() -> None:
-    from transformers import MambaConfig, MambaForCausalLM
+@pytest.mark.parametrize("model_type", DENSE)
+def test_a_dense_model_has_no_blocks(model_type: str) -> None:
+    model = on_meta(model_type)
+    said: list[str] = []
+    make_leaf_modules(model, None, said.append)
+    assert not said
+    with pytest.raises(ArgumentsError, match="no mixture-of-experts block; leave the flag out"):
+        make_leaf_modules(model, True, said.append)
 
-    config = MambaConfig(vocab_size=32, hidden_size=8, state_size=4, num_hidden_layers=2, intermediate_size=16)
-    assert not moe_blocks(MambaForCausalLM(config))
+
+class Unknown(nn.Module):
+    """A block that no library knows, with its experts in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 4, bias=False)
+        self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
 
 
-def test_experts_in_a_list_are_found() -> None:
-    from torch import nn
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate = nn.Linear(8, 4, bias=False)
-            self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
-
-    model = nn.Sequential(nn.Linear(8, 8), Block())
+def test_experts_in_a_list_need_leaf_modules() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Unknown())
     assert list(moe_blocks(model)) == ["1"]
-    assert has_listed_experts(model)
+    with pytest.raises(ArgumentsError, match="1 keeps its experts in a list"):
+        make_leaf_modules(model, False, print)
+    said: list[str] = []
+    make_leaf_modules(model, True, said.append)
+    assert said == ["ZeRO-3 leaf modules: 1 x Unknown"]
 
 
-def test_a_dense_model_is_refused(models: Callable[[str], Path]) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(models("hunyuan_v1_dense"))
-    assert not moe_blocks(model)
-    with pytest.raises(ArgumentsError, match="no mixture-of-experts block"):
-        make_leaf_modules(model)
+def test_names_of_experts_as_an_adapter_targets_them() -> None:
+    listed = experts_of(nn.Sequential(nn.Linear(8, 8), Unknown()))
+    assert (listed.fused, listed.linear) == ([], [f"1.experts.{number}" for number in range(4)])
+    fused = experts_of(on_meta("mixtral"))
+    assert (fused.fused, fused.linear) == (["experts.down_proj", "experts.gate_up_proj"], [])
 
 
-@pytest.mark.parametrize("leaf", ["true", "false"])
-@pytest.mark.parametrize("model_type", BLOCKS)
+def test_a_block_that_is_no_leaf_stops_the_run() -> None:
+    model = nn.Sequential(Unknown(), Unknown())
+    make_leaf_modules(model, None, print)
+    model[1]._z3_leaf = False
+    with pytest.raises(RuntimeError, match=r"the MoE block 1 \(Unknown\) is no ZeRO-3 leaf module"):
+        LeafCheck().on_train_begin(None, None, None, model=model)  # type: ignore[arg-type]
+
+
+def test_experts_in_a_list_train_while_ranks_starve_experts(
+    ranks: RankRunner,
+    listed_moe: Path,
+    train_file: Path,
+    tmp_path: Path,
+    history: Callable[[Path], list[dict[str, Any]]],
+) -> None:
+    """Remote code in the old layout; rank 0 uses experts 0 and 1 only, rank 1 the others. Hangs or fails without leaf modules."""
+    argv = [*zero3(listed_moe, train_file, tmp_path), "--trust_remote_code", "true"]
+    done = ranks.run(argv, tmp_path / "log", ranks=2, limit=90).check()
+    assert "ZeRO-3 leaf modules: 2 x ListedBlock (set for you)" in done.text
+    losses = [entry["loss"] for entry in history(tmp_path)]
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "checkpoint-3" / "modeling_listed.py").is_file()
+
+
+def zero3(model: Path, train_file: Path, out: Path, **zero: Any) -> list[object]:
+    """Flags of a run whose parameters are all partitioned."""
+    settings = json.loads((FOLDER / "ds_zero3_no_offload.json").read_text())
+    settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, **zero}
+    (out / "ds.json").write_text(json.dumps(settings))
+    return [
+        "--model_name_or_path", model, "--train_data_file", train_file, "--output_dir", out, "--max_steps", 3,
+        "--logging_steps", 1, "--learning_rate", 1e-3, "--per_device_train_batch_size", 2, "--deepspeed", out / "ds.json",
+        "--disable_tqdm", "true",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "leaf"),
+    [
+        ("hunyuan_v1_moe", "true"),
+        ("qwen3_moe", "false"),
+        pytest.param("qwen3_moe", "true", marks=pytest.mark.slow),
+        pytest.param("hunyuan_v1_moe", "false", marks=pytest.mark.slow),
+    ],
+)
 def test_zero3_on_two_ranks(
     model_type: str, leaf: str, ranks: RankRunner, models: Callable[[str], Path], train_file: Path, tmp_path: Path,
     history: Callable[[Path], list[dict[str, Any]]],
 ) -> None:  # fmt: skip
-    settings = json.loads((FOLDER / "ds_zero3_no_offload.json").read_text())
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (tmp_path / "ds.json").write_text(json.dumps(settings))
-    argv = [
-        "--model_name_or_path", models(model_type), "--train_data_file", train_file, "--output_dir", tmp_path,
-        "--max_steps", 3, "--logging_steps", 1, "--learning_rate", 1e-3, "--per_device_train_batch_size", 2,
-        "--deepspeed", tmp_path / "ds.json", "--make_moe_param_leaf_module", leaf, "--disable_tqdm", "true",
-    ]  # fmt: skip
+    argv = [*zero3(models(model_type), train_file, tmp_path), "--make_moe_param_leaf_module", leaf]
     done = ranks.run(argv, tmp_path / "log", ranks=2).check()
-    assert (f"leaf modules: {BLOCKS[model_type]}" in done.text) == (leaf == "true")
+    assert (f"leaf modules: 2 x {BLOCKS[model_type]}" in done.text) == (leaf == "true")
     losses = [entry["loss"] for entry in history(tmp_path)]
     assert losses[-1] < losses[0]
     from transformers import AutoModelForCausalLM

@@ -172,7 +172,7 @@ def test_every_other_flag_of_the_scripts(base: list[str], monkeypatch: pytest.Mo
         ("--bf16 maybe", "--bf16 maybe"),
         ("--think_mode slwo", "choose one of keep, fast, slow, mixed; did you mean slow?"),
         ("--min_lr 0.01 --learning_rate 1e-5 --lr_scheduler_type cosine", "must lie below --learning_rate 1e-05"),
-        ("--min_lr 1e-6 --learning_rate 1e-5 --lr_scheduler_type constant", "constant has no floor"),
+        ("--min_lr 1e-6 --learning_rate 1e-5 --lr_scheduler_type constant", "constant never falls"),
         ("--bf16 --fp16", "exclude each other"),
         ("--use_flash_attn", "flash_attn package is not installed"),
         ("--config_name hunyuan_v1_dense", "exclude each other"),
