@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..storage.assets import carry, is_tokenizer_asset, read_json
 from ..storage.publish import publish
+from ..storage.space import EXIT_DISK_FULL, free_bytes, is_disk_full, parse_size
 
 if TYPE_CHECKING:
     from ..storage.safetensors_io import Checkpoint
@@ -58,7 +59,6 @@ def merge(
 
     from ..storage.hashing import Ledger
     from ..storage.safetensors_io import Checkpoint, ShardWriter
-    from ..storage.space import parse_size
     from .lora_delta import AdapterError, load_adapter
 
     for name, folder in (("base", base), ("adapter", adapter)):
@@ -115,7 +115,7 @@ def merge(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Merge as the command line says; exit code 0, or 2 for bad input."""
+    """Merge as the command line says; exit code 0, 2 for bad input, or 28 when the disk is full."""
     args = parser().parse_args(argv)
     try:
         changes = merge(
@@ -131,6 +131,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        print(
+            f"error: {error}; {free_bytes(args.output_path):,} bytes are free, nothing is left there", file=sys.stderr
+        )
+        return EXIT_DISK_FULL
     smallest, largest = min(changes.values()), max(changes.values())
     print(
         f"merged {len(changes)} weights into {args.output_path} ({args.save_dtype}); "

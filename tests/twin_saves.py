@@ -19,3 +19,11 @@ def main(argv: Sequence[str]) -> int:
 
     SavingTrainer._write_model = both  # pyright: ignore[reportAttributeAccessIssue]
     return sft.main(argv)
+
+
+def small_disk(argv: Sequence[str]) -> int:
+    """``finebridge.train.sft.main`` where only a thousand bytes are free."""
+    from finebridge.train import sft, space
+
+    space.free_bytes = lambda _: 1000
+    return sft.main(argv)

@@ -95,10 +95,10 @@ def test_the_disk_of_one_rank_is_full(
     stage: int, rank: int, at: int, trial: Trial, train: list[object], tmp_path: Path
 ) -> None:
     argv = [*train, *zero(stage, tmp_path), "--max_steps", 2]
-    judge_full(trial(argv, tmp_path, rank=rank, at=at, act="enospc"), tmp_path, rank)
+    assert_full(trial(argv, tmp_path, rank=rank, at=at, act="enospc"), tmp_path, rank)
 
 
-def judge_full(result: dict[str, Any], home: Path, rank: int) -> None:
+def assert_full(result: dict[str, Any], home: Path, rank: int) -> None:
     assert result["codes"] == [28, 28], "\n".join(result["texts"])[-3000:]
     assert result["found"] == "checkpoint-1"
     assert not result["left"]
@@ -126,4 +126,4 @@ def test_every_point_of_every_rank(
             if act == "kill":
                 assert result["codes"][rank] == -9, result
             elif result["codes"] != [0, 0]:
-                judge_full(result, tmp_path, rank)
+                assert_full(result, tmp_path, rank)
