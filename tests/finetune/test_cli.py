@@ -207,5 +207,5 @@ def test_checkpoints_are_verified_without_torch(tmp_path: Path) -> None:
         "import sys; from finebridge.finetune.cli import main; "
         f"assert main(['checkpoint', 'verify', {str(tmp_path)!r}]) == 0; assert 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
