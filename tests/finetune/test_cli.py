@@ -199,3 +199,16 @@ def test_the_users_script_hands_its_words_on(tmp_path: Path, words: list[str], c
     assert done.returncode == code, done.stderr
     assert message in done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_are_verified_without_torch(tmp_path: Path) -> None:
+    from finebridge.storage.publish import publish
+
+    with publish(tmp_path / "checkpoint-1", kind="checkpoint", made_from={}) as folder:
+        (folder / "a").write_text("x")
+    code = (
+        "import sys; from finebridge.finetune.cli import main; "
+        f"assert main(['checkpoint', 'verify', {str(tmp_path)!r}]) == 0; assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -203,7 +203,9 @@ def test_a_run_tells_what_it_does(ranks: RankRunner, models: Models, train_file:
     told = read_record(tmp_path)[-1]
     assert told["data"]["training"]["rows"] == told["data"]["training"]["used"] == 24
 
-    ranks.run([*argv, "--max_steps", 6, "--resume_from_checkpoint", "--allow_drift", "max_steps"], tmp_path / "log2").check()
+    ranks.run(
+        [*argv, "--max_steps", 6, "--resume_from_checkpoint", "--allow_drift", "max_steps"], tmp_path / "log2"
+    ).check()
     assert [launch["outcome"] for launch in read_record(tmp_path)] == ["finished", "finished"]
     (tmp_path / "trainer_state.json").unlink()
     (tmp_path / "report.html").unlink()
