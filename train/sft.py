@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .arguments import parse
+from .hf_flags import ArgumentsError
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 _RANK_0_SPEAKS_WITHIN = 10.0  # seconds; the launcher ends the other ranks when rank 0 has ended
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(error)
     try:
         result = run.trainer.train(resume_from_checkpoint=run.resume_from)
-    except AttentionError as error:
+    except (ArgumentsError, AttentionError) as error:
         return _refuse(error)
     except DivergedError as error:
         runtime.say(f"error: {error}")
