@@ -4,10 +4,12 @@ A model asks by creating a parameter in fp32 (Hunyuan's ``wg``) or by name (``_k
 every parameter, under ZeRO-3 when it is created and else when the engine starts; the names that it keeps are buffers'.
 """
 
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import initialization
 from transformers.core_model_loading import build_glob_alternation
 
 _MARK = "finebridge_fp32"
@@ -20,8 +22,8 @@ def asked_in_fp32(model: Any, dtype: torch.dtype) -> set[str]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device("meta"):
-            twin: Any = type(model)(model.config)
+        with initialization.no_init_weights(), initialization.meta_device_safe_creation_ops(), torch.device("meta"):
+            twin: Any = type(model)(deepcopy(model.config))
     finally:
         torch.set_default_dtype(before)
     created = {name for name, parameter in twin.named_parameters() if parameter.dtype == torch.float32}

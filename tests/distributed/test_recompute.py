@@ -50,16 +50,16 @@ def matrix(
     return losses
 
 
-def check(losses: dict[tuple[Any, ...], list[float]]) -> None:
-    for (base, zero, kind, _), values in losses.items():
-        assert values == pytest.approx(losses[base, zero, kind, "off"], abs=1e-6)
+def differing(losses: dict[tuple[Any, ...], list[float]]) -> list[tuple[Any, ...]]:
+    """The combinations whose losses are not those of the run without gradient checkpointing."""
+    return [case for case, values in losses.items() if values != pytest.approx(losses[(*case[:-1], "off")], abs=1e-6)]
 
 
 def test_checkpointing_with_lora_under_zero3_changes_no_loss(
     ranks: RankRunner, models: Models, listed_moe: Path, train_file: Path, tmp_path: Path, zero: Callable[..., Path]
 ) -> None:
     bases = [models("hunyuan_v1_moe"), listed_moe]
-    check(matrix(ranks, tmp_path, train_file, bases, [zero(3)], ["lora"], ["off", "chosen"]))
+    assert not differing(matrix(ranks, tmp_path, train_file, bases, [zero(3)], ["lora"], ["off", "chosen"]))
 
 
 @pytest.mark.slow
@@ -67,8 +67,12 @@ def test_checkpointing_changes_no_loss(
     ranks: RankRunner, models: Models, listed_moe: Path, train_file: Path, tmp_path: Path, zero: Callable[..., Path]
 ) -> None:
     bases = [models("hunyuan_v1_dense"), models("hunyuan_v1_moe"), listed_moe]
-    check(matrix(ranks, tmp_path / "a", train_file, bases[1:], [zero(2), zero(3)], list(KINDS), list(MODES)))
-    check(matrix(ranks, tmp_path / "b", train_file, bases[:2], [None, zero(2)], ["full", "lora"], list(MODES)))
+    assert not differing(
+        matrix(ranks, tmp_path / "a", train_file, bases[1:], [zero(2), zero(3)], list(KINDS), list(MODES))
+    )
+    assert not differing(
+        matrix(ranks, tmp_path / "b", train_file, bases[:2], [None, zero(2)], ["full", "lora"], list(MODES))
+    )
 
 
 def test_a_mode_that_was_given_stays() -> None:

@@ -47,8 +47,9 @@ def main(argv: Sequence[str]) -> int:
         ours = held(model)
         assert list(stock) == list(ours)
         for name, value in stock.items():
-            assert value.dtype == ours[name].dtype, name
-            assert value.equal(ours[name]), name
+            kept = ours[name].dtype == torch.float32 != value.dtype  # a router that the model wants in fp32
+            assert kept == (dtype != torch.float32 and name.endswith("gate.wg.weight")), name
+            assert value.equal(ours[name].to(value.dtype)), name
         assert all(parameter.numel() == 0 for parameter in model.parameters())
         print(f"alike: {folder.name}, {sum(part.numel() for part in ours.values())} values here")
     del keep

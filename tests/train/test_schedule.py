@@ -1,13 +1,17 @@
 """The learning rate ends at --min_lr, by transformers' own schedulers."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from finebridge.train.hf_flags import ArgumentsError
 from finebridge.train.schedule import decay_steps, schedule
+from rank_runner import RankRunner
 from transformers import get_scheduler
 
+Models = Callable[[str], Path]
 PEAK, FLOOR, STEPS, WARMUP = 1e-5, 1e-6, 20, 4
 
 
@@ -60,3 +64,22 @@ def test_decay_steps_of_the_user_stay() -> None:
 def test_floors_that_make_no_sense(name: str, floor: float, message: str) -> None:
     with pytest.raises(ArgumentsError, match=message):
         schedule(name, floor, PEAK)
+
+
+def test_wsd_through_the_command(ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path) -> None:
+    """The floor is the last rate, the steps of decay are told, and too many are refused in one message."""
+    words = [
+        "--model_name_or_path", models("hunyuan_v1_dense"), "--train_data_file", train_file, "--max_steps", 4,
+        "--per_device_train_batch_size", 2, "--learning_rate", 1e-3, "--min_lr", 1e-4, "--lr_scheduler_type",
+        "warmup_stable_decay", "--disable_tqdm", "true", "--output_dir", tmp_path,
+    ]  # fmt: skip
+    more = ["--lr_scheduler_kwargs", '{"num_decay_steps": 9}']
+    done = ranks.run([*words, "+++", *words, *more], tmp_path / "log", entry="sft_many")
+    assert done.codes == [2]
+    assert "run 0 ended with 0" in done.text
+    assert "schedule: the learning rate falls in the last 1 of 4 steps (chosen for you)" in done.text
+    scheduler = torch.load(tmp_path / "checkpoint-4" / "scheduler.pt", weights_only=True)
+    assert all(rate == pytest.approx(1e-4) for rate in scheduler["_last_lr"])
+    assert (
+        "error: --lr_scheduler_type warmup_stable_decay: 0 steps of warm-up and 9 of decay are more than" in done.text
+    )
