@@ -31,7 +31,9 @@ def at_sample(kind: str, rank: int, number: int) -> None:
 
 
 def _happen(kind: str) -> None:
-    me = os.getpid()
+    from torch.utils.data import get_worker_info
+
+    me = os.getppid() if get_worker_info() else os.getpid()
     if kind == "kill":
         os.kill(me, signal.SIGKILL)
     elif kind == "stop":
