@@ -31,7 +31,9 @@ def at_sample(kind: str, rank: int, number: int) -> None:
 
 
 def _happen(kind: str) -> None:
-    me = os.getpid()
+    from torch.utils.data import get_worker_info
+
+    me = os.getppid() if get_worker_info() else os.getpid()
     if kind == "kill":
         os.kill(me, signal.SIGKILL)
     elif kind == "stop":
@@ -43,7 +45,11 @@ def _happen(kind: str) -> None:
     elif kind == "launcher":
         os.kill(int(os.environ["FINEBRIDGE_LAUNCHER"]), signal.SIGKILL)
     elif kind == "terminate":
+        from finebridge.train.stopping import _Request
+
         os.kill(int(os.environ["FINEBRIDGE_LAUNCHER"]), signal.SIGTERM)
+        while _Request.at is None:  # until it is passed on to this rank
+            time.sleep(0.02)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ class _Line:
     def __init__(self, sock: socket.socket) -> None:
         sock.settimeout(5)
         self.sock, self.rest, self.rank = sock, b"", -1
-        self.opened = time.monotonic()
 
     def send(self, **words: Any) -> None:
         """Send one object. A peer that does not take it is judged by its silence."""
@@ -105,12 +104,18 @@ class Heartbeat:
         return replace(self.mine, still=time.monotonic() - self.since)
 
     def listen(self, host: str) -> tuple[str, int]:
-        """Rank 0 opens a port where the others reach it; the address to connect to."""
-        try:
-            family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-            self.server = socket.create_server(address[:2], family=family, backlog=1024)  # pyright: ignore[reportArgumentType]
-        except OSError:  # the name is not this machine's own, as that of a service in front of it
-            self.server, host = socket.create_server(("", 0), backlog=1024), socket.gethostname()
+        """Rank 0 opens a port where the others reach it, on one machine only from there; the address to connect to.
+
+        On several machines the others reach rank 0 by ``host``, as torch's store does; its own idea of that name's
+        address may be another (127.0.1.1), so it listens on all.
+        """
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(self.world):
+            host = "127.0.0.1"
+            self.server = socket.create_server((host, 0), backlog=1024)
+        elif socket.has_dualstack_ipv6():
+            self.server = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+        else:
+            self.server = socket.create_server(("", 0), backlog=1024)
         return host, int(self.server.getsockname()[1])
 
     def connect(self, host: str, port: int, token: str) -> None:
@@ -204,7 +209,12 @@ class Heartbeat:
             self._end(verdicts.dead(replace(beat, silent=time.monotonic() - at)))
 
     def _end(self, verdict: str) -> None:
-        """Say the verdict once on each machine, keep where this rank was, tell the others, end the process."""
+        """Say the verdict once on each machine, keep where this rank was, tell the others, end the process.
+
+        A rank that the verdict is about because it failed ends by itself, with its traceback.
+        """
+        if self.failing and verdict.startswith(f"rank {self.rank} "):
+            return  # its own error is about to be told in full
         about_0 = verdict.startswith("rank 0 ")
         if os.environ.get("LOCAL_RANK", "0") == "0" or (about_0 and self.rank == 1):
             print(

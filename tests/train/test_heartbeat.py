@@ -1,12 +1,16 @@
 """A rank that is dead, stopped or stuck is named by the others, and all end."""
 
+import contextlib
 import functools
 import re
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from finebridge.train.heartbeat import Heartbeat
 from rank_faults import at_sample
 from rank_runner import RankRunner
 
@@ -19,6 +23,32 @@ def flags(model: Path, data: Path, out: Path, **more: Any) -> list[object]:
         "per_device_train_batch_size": 2, "disable_tqdm": "true", "heartbeat_timeout": 10, "save_strategy": "no",
     } | more  # fmt: skip
     return [word for name, value in values.items() for word in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize("local", ["2", "1"])  # both ranks on this machine, or one on each of two
+def test_a_stranger_is_not_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: str) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    verdicts: list[str] = []
+
+    first, second = (Heartbeat(rank, 2, 60, tmp_path) for rank in range(2))
+    monkeypatch.setattr(first, "_end", verdicts.append)
+    address = first.listen("localhost")
+    first.start("the token")
+    for lie in (b'{"token": "a guess", "rank": 1, "failed": "no"}\n', b"GET / HTTP/1.1\n\n", b"[1]\n", b"x" * 20000):
+        with socket.create_connection(address) as stranger:
+            stranger.settimeout(30)
+            stranger.sendall(lie)
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(1) == b"", "hung up"
+    assert not verdicts
+    second.enter("data", 4)
+    second.connect(*address, "the token")
+    second.peers[0].send(failed="OSError: yes")
+    until = time.monotonic() + 30
+    while not verdicts and time.monotonic() < until:
+        time.sleep(0.02)
+    (verdict,) = verdicts
+    assert re.fullmatch(r"rank 1 \(host .*, process \d+\) failed at step 5, waiting for a batch: OSError: yes", verdict)
 
 
 ZERO3 = {"deepspeed": "ds_zero3_no_offload"}
@@ -51,4 +81,6 @@ def test_the_rank_is_named_and_all_end(
     assert done.codes[1 - rank] == 75, other
     assert f"error: rank {rank} (host" in other
     assert re.search(verdict, other)
+    assert done.codes[rank] == {"kill": -9, "stop": -9, "block": 75, "raise": 1}[kind]
+    assert ("OSError: the disk is gone" in done.texts[rank]) == (kind == "raise"), "its traceback"
     assert "Thread" in (tmp_path / "hang" / f"rank-{1 - rank}.txt").read_text()
