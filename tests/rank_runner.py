@@ -22,6 +22,7 @@ def _rank_main(rank: int, world: int, port: int, argv: Sequence[str], log: str, 
     os.dup2(handle, 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **extra)
+    multiprocessing.set_start_method("fork", force=True)  # workers as in a run: forks of the rank that end with it
     from finebridge.train.sft import main
 
     if "KILL_AT_STEP" in extra:
