@@ -37,6 +37,7 @@ def _rank_main(
     os.dup2(handle, 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **extra)
+    multiprocessing.set_start_method("fork", force=True)  # workers as in a run: forks of the rank that end with it
     if "KILL_AT_STEP" in extra:
         _kill_at(int(extra["KILL_AT_STEP"]))
     code = 1

@@ -109,13 +109,16 @@ def shape(model: Path, data: Path, settings: dict[str, Any] | None = None, token
 
 
 def test_each_flag_that_shapes_a_run(models: Models, train_file: Path) -> None:
+    from transformers import AutoTokenizer
+
     assert len(CHANGES) >= 15
     model = models("hunyuan_v1_dense")
-    then = shape(model, train_file)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    then = shape(model, train_file, tokenizer=tokenizer)
     assert json.loads(json.dumps(then)) == then
     assert then.keys() == TABLE.keys()
     for case, (change, names) in CHANGES.items():
-        now = shape(model, train_file, **change)
+        now = shape(model, train_file, tokenizer=tokenizer, **change)
         assert {drift.name for drift in differences(then, now)} == names, case
 
 
