@@ -1,8 +1,8 @@
 """How gradient checkpointing recomputes: the mode that fits, chosen for the user.
 
-Both of torch's modes give the loss of a run without it in every combination of plain, ZeRO-2 and ZeRO-3 with full training,
-LoRA and LoRA on experts, fused or in a list (``tests/distributed/test_recompute.py``). The newer one, ``use_reentrant`` false,
-needs no input that requires a gradient (LoRA, frozen embeddings) and is what torch develops.
+``use_reentrant`` false gives the loss of a run without it under ZeRO-2 and ZeRO-3 with full training, LoRA and LoRA on experts,
+fused or in a list, and in plain runs (``tests/distributed/test_recompute.py``). It needs no input that requires a gradient (LoRA,
+frozen embeddings) and is what torch develops; the reentrant mode gives the same under ZeRO-2 and ZeRO-3.
 """
 
 from collections.abc import Callable, Mapping
