@@ -7,6 +7,7 @@ could leave locked for ever.
 
 import atexit
 import os
+import signal
 import socket
 import sys
 from typing import Any, NoReturn
@@ -95,6 +96,7 @@ def end(code: int) -> NoReturn:
     A gloo thread that asks for the interpreter lock while it is taken down is ended in the middle of a destructor, and the
     process aborts after all its work (``terminate called without an active exception``).
     """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the code is decided
     atexit._run_exitfuncs()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - trackers finish their uploads there
     sys.stdout.flush()
     sys.stderr.flush()
