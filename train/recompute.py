@@ -2,7 +2,8 @@
 
 ``use_reentrant`` false gives the loss of a run without it under ZeRO-2 and ZeRO-3 with full training, LoRA and LoRA on experts,
 fused or in a list, and in plain runs (``tests/distributed/test_recompute.py``). It needs no input that requires a gradient (LoRA,
-frozen embeddings) and is what torch develops; the reentrant mode gives the same under ZeRO-2 and ZeRO-3.
+frozen embeddings) and is what torch develops; the reentrant mode gives the same under ZeRO-2 and
+ZeRO-3, and fails in plain LoRA runs on several ranks ("mark a variable ready only once").
 """
 
 from collections.abc import Callable, Mapping
