@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from finebridge.data_tools.indexed import IndexedReader
-from finebridge.storage.manifest import describe
+from finebridge.storage.manifest import describe, dump
 from finebridge.train.guards import DivergedError, StepGuard
 from rank_runner import RankRunner
 from safetensors.torch import load_file, save_file
@@ -88,24 +88,26 @@ def flags(model: Path, data: object, out: Path, **more: Any) -> list[object]:
     return [word for name, value in values.items() for word in (f"--{name}", value)]
 
 
-@pytest.mark.parametrize("value", [float("nan"), 1e30])
-def test_spoilt_weights_stop_two_ranks_at_the_first_step(
-    value: float, ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path
-) -> None:
-    """Though nothing is logged before step 50. Both ranks stop and name samples, nothing is saved."""
+def test_two_ranks_stop_at_the_same_step(ranks: RankRunner, models: Models, train_file: Path, tmp_path: Path) -> None:
+    """Activations of 1e30 stop the first step, a rate of 1e30 the second, though nothing is logged before step 50."""
     broken = tmp_path / "broken"
     shutil.copytree(models("hunyuan_v1_dense"), broken)
     tensors = load_file(broken / "model.safetensors")
-    tensors["model.layers.0.mlp.down_proj.weight"][:] = value
-    tensors["model.layers.1.mlp.down_proj.weight"][:] = value
+    for layer in (0, 1):
+        tensors[f"model.layers.{layer}.mlp.down_proj.weight"][:] = 1e30
     tensors["model.layers.1.mlp.gate_proj.weight"] *= 1e10
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    done = ranks.run(flags(broken, train_file, tmp_path / "out"), tmp_path / "log", ranks=2)
-    assert all(done.codes), done.text
-    assert "error: step 1: " in done.text
-    assert f"samples of rank 0: {train_file}:" in done.text
-    assert f"rank 1: {train_file}:" in done.text
-    assert not list((tmp_path / "out").glob("*checkpoint-*"))
+    for base, step, seen, more in (
+        (broken, 1, "the gradient is exactly 0", {}),
+        (models("hunyuan_v1_dense"), 2, "loss is nan", {"learning_rate": 1e30, "lr_scheduler_type": "constant"}),
+    ):
+        out = tmp_path / f"step {step}"
+        done = ranks.run(flags(base, train_file, out, **{"save_steps": 2, **more}), out / "log", ranks=2)
+        assert done.codes == [1, 1], done.text
+        assert f"error: step {step}: {seen}" in done.text
+        assert f"samples of rank 0: {train_file}:" in done.text
+        assert f"rank 1: {train_file}:" in done.text
+        assert not list(out.glob("*checkpoint-*"))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_a_sample_that_cannot_be_trained_on_stops_the_run(
     values.tofile(folder / f"{name}.bin")
     manifest = json.loads((folder / "manifest.json").read_text())
     new = describe(folder, manifest["kind"], manifest["made_from"])
-    (folder / "manifest.json").write_text(json.dumps(new))
+    (folder / "manifest.json").write_text(dump(new))
     done = ranks.run(
         flags(base, folder, tmp_path / "b", save_strategy="no", max_steps=24, dataloader_num_workers=workers),
         tmp_path / "log2",
