@@ -51,29 +51,29 @@ def line(tool: str, lengths: np.ndarray[Any, Any], capacity: int, packs: int, **
 
 def measure_ours(samples: int, capacity: int) -> list[dict[str, Any]]:
     """Packing, and how even ranks are before and after balancing."""
-    from finebridge.data_tools.packing import Window, balanced, pack, shuffled, spread
+    from finebridge.data_tools.batches import Window, deal
+    from finebridge.data_tools.packing import pack, shuffled
 
     lengths = lengths_of(samples, capacity)
     pack(lengths[:100], capacity, 0)  # compiles or loads the kernels
-    spread(pack(lengths[:100], capacity, 0), lengths[:100], 64)
     window = Window(8, 1, 8)
-    balanced(np.arange(64), np.arange(64), window)
+    deal(np.arange(64), np.arange(64), window)
     began, cpu = time.perf_counter(), time.process_time()
     packs = pack(lengths, capacity, 0)
     times = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - began}
     results = [line("finebridge pack", lengths, capacity, len(packs), **times)]
-    packs = spread(packs, lengths, 64)
     cost, order = packs.cost(lengths), shuffled(len(packs), 0)
+    order = order[: len(order) // window.size * window.size]  # whole steps
     began, cpu = time.perf_counter(), time.process_time()
-    even = balanced(order, cost, window)
+    even = deal(order, cost, window).ravel()
     times = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - began}
 
     def slowest(order: np.ndarray[Any, Any]) -> float:
         ranks = cost[order].reshape(-1, window.accumulation, window.ranks).sum(1)
         return float((ranks.max(1) / ranks.mean(1)).mean())
 
-    note = f"slowest rank / mean: {slowest(order):.3f} shuffled, {slowest(even):.3f} balanced"
-    results.append(line("finebridge balanced", lengths, capacity, len(packs), note=note, **times))
+    note = f"slowest rank / mean: {slowest(order):.3f} shuffled, {slowest(even):.3f} dealt by cost"
+    results.append(line("finebridge deal", lengths, capacity, len(packs), note=note, **times))
     return results
 
 
@@ -83,6 +83,7 @@ def measure_reading(capacity: int) -> dict[str, Any]:
     from finebridge.data_tools.dataset import PackedDataset, PreparedDataset
     from finebridge.data_tools.indexed import IndexedWriter
     from finebridge.data_tools.packing import pack, shuffled
+    from finebridge.storage.manifest import MANIFEST_NAME, describe, dump
 
     lengths, rng = lengths_of(READ_SAMPLES, capacity), np.random.default_rng(1)
     with tempfile.TemporaryDirectory(prefix="packing_") as work:
@@ -94,6 +95,7 @@ def measure_reading(capacity: int) -> dict[str, Any]:
         np.save(folder / "rows.npy", np.zeros((len(lengths), 2), np.int64))
         report = {"kind": "chat", "terminators": [], "files": ["made up"]}
         (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+        (folder / MANIFEST_NAME).write_text(dump(describe(folder, "dataset", {})), encoding="utf-8")
         samples = PreparedDataset(folder, capacity)
         data = PackedDataset(samples, pack(samples.lengths, capacity, 0))
         collator = FlatteningCollator(borders=True)

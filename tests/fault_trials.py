@@ -40,16 +40,20 @@ def rank_main(argv: Sequence[str]) -> int:
     return sft.main(argv)
 
 
-def resumes_from(folder: Path, made_from: dict[str, Any], *, deepspeed: bool) -> str:
-    """What the next start goes on from, or why it cannot."""
-    from finebridge.train.checkpoint import find_resume, put_back
+def resumes_from(folder: Path) -> str:
+    """What the next start of the same run goes on from, or why it cannot."""
+    from finebridge.storage.manifest import newest_verified, read
+    from finebridge.train.checkpoint import put_back
+    from finebridge.train.resume import find_resume
 
     try:
         put_back(folder)
-        found = find_resume(True, folder, made_from, lambda _: None, deepspeed=deepspeed)
+        whole, _ = newest_verified(folder)
+        run = read(whole)["made_from"]["run"]
+        found = find_resume(True, folder, run, frozenset(), lambda _: None)
     except Exception as error:  # noqa: BLE001 - the test is about whatever comes
         return f"{type(error).__name__}: {error}"
-    return Path(found).name if found else "nothing"
+    return found.folder.name if found else "nothing"
 
 
 class Solo:
@@ -74,7 +78,7 @@ class Solo:
             os._exit(self._save(folder, told, at, act))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         left = sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
-        found = resumes_from(folder, self.trainer.made_from, deepspeed=False)
+        found = resumes_from(folder)
         after = sorted(path.name for path in folder.iterdir() if path.name.startswith(".checkpoint"))
         return {"at": at, "code": code, "text": told.read_text(), "found": found, "left": left, "after": after}
 
@@ -106,7 +110,7 @@ def of_ranks(argv: list[str], home: Path, rank: int | str, at: int, act: str, ru
     )
     left = sorted(path.name for path in folder.iterdir() if path.name.startswith(".checkpoint"))
     points = [int(file.read_text()) for file in sorted(home.glob("points.*"))]
-    found = resumes_from(folder, {"order": {}}, deepspeed="--deepspeed" in argv)
+    found = resumes_from(folder)
     return {
         "at": at,
         "rank": rank,

@@ -12,6 +12,7 @@ from finebridge.data_tools.dataset import PackedDataset, PreparedDataset
 from finebridge.data_tools.indexed import IndexedWriter
 from finebridge.data_tools.packing import Packs, pack, shuffled
 from finebridge.data_tools.schema import DataError
+from finebridge.storage.publish import publish
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,15 +107,16 @@ def test_what_cannot_be_packed_is_an_error(lengths: list[int], message: str) -> 
         pack(np.array(lengths, dtype=np.int64), 8, 0)
 
 
-def prepared(folder: Path, lengths: list[int]) -> PreparedDataset:
+def prepared(parent: Path, lengths: list[int]) -> PreparedDataset:
     rng = np.random.default_rng(0)
-    with IndexedWriter(folder / "text_document") as tokens, IndexedWriter(folder / "spans_document") as spans:
-        for length in lengths:
-            tokens.add(rng.integers(0, 90, length, dtype=np.int32))
-            spans.add(np.array([0, 1, length // 2, length], dtype=np.int32))
-    np.save(folder / "rows.npy", np.zeros((len(lengths), 2), np.int64))
-    (folder / "report.json").write_text(json.dumps({"kind": "chat", "terminators": [2], "files": ["a.jsonl"]}))
-    return PreparedDataset(folder, 40, over_long="truncate", say=lambda _: None)
+    with publish(parent / "data", kind="dataset", made_from={}) as folder:
+        with IndexedWriter(folder / "text_document") as tokens, IndexedWriter(folder / "spans_document") as spans:
+            for length in lengths:
+                tokens.add(rng.integers(0, 90, length, dtype=np.int32))
+                spans.add(np.array([0, 1, length // 2, length], dtype=np.int32))
+        np.save(folder / "rows.npy", np.zeros((len(lengths), 2), np.int64))
+        (folder / "report.json").write_text(json.dumps({"kind": "chat", "terminators": [2], "files": ["a.jsonl"]}))
+    return PreparedDataset(parent / "data", 40, over_long="truncate", say=lambda _: None)
 
 
 def test_a_packed_batch_is_its_samples_side_by_side(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def test_each_rank_holds_what_stock_loading_gives(
     tensors[name][-1, -1] = float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     folders = [models("hunyuan_v1_dense"), models("hunyuan_v1_moe"), models("qwen3_moe")]
-    done = ranks.run([dtype, *folders, broken], tmp_path / "log", ranks=2, entry="zero3_loading").check()
+    done = ranks.run([dtype, *folders, broken], tmp_path / "log", ranks=2, entry="zero3_loading:main").check()
     total = sum(p.numel() for p in load_file(folders[0] / "model.safetensors").values())
     for text in done.texts:
         assert all(f"alike: {folder.name}" in text for folder in folders)

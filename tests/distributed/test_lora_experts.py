@@ -58,7 +58,7 @@ def test_adapters_are_whole_and_load_again(
             "--disable_tqdm", "true", "--prepared_data_dir", tmp_path / "prepared", "--use_lora", "true", "--lora_rank", 4,
             "--lora_experts", "true", "--deepspeed", zero(stage),
         ]  # fmt: skip
-    done = ranks.run(words[1:], tmp_path / "log", ranks=2, entry="sft_many").check()
+    done = ranks.run(words[1:], tmp_path / "log", ranks=2, entry="sft_many:main").check()
     assert done.text.count("LoRA on experts: experts.down_proj, experts.gate_up_proj") == 2
     losses = [[entry["loss"] for entry in history(tmp_path / stage)] for stage in "23"]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)

@@ -37,7 +37,7 @@ def check_stages(
     """Train with each of these settings; all save the same, with routers in fp32."""
     runs = [flags(base, train_file, tmp_path / name, settings) for name, settings in kinds.items()]
     words = [word for run in runs for word in ("+++", *run)][1:]
-    done = ranks.run(words, tmp_path / "log", ranks=2, entry="sft_many", limit=400).check()
+    done = ranks.run(words, tmp_path / "log", ranks=2, entry="sft_many:main", limit=400).check()
     told = "model: 2 parameters stay in fp32, as the model asks: model.layers.0.mlp.gate.wg.weight"
     assert done.text.count(told) == len(kinds)
     saved = {name: load_file(tmp_path / name / "checkpoint-4" / "model.safetensors") for name in kinds}

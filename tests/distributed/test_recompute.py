@@ -38,7 +38,7 @@ def matrix(
             "--disable_tqdm", "true", "--save_strategy", "no", "--prepared_data_dir", folder / "prepared",
             "--trust_remote_code", "true", *KINDS[kind], *MODES[mode], *(("--deepspeed", zero) if zero else ()),
         ]  # fmt: skip
-    done = ranks.run(words[1:], folder / "log", ranks=2, entry="sft_many", limit=900).check()
+    done = ranks.run(words[1:], folder / "log", ranks=2, entry="sft_many:main", limit=900).check()
     told = done.text.count("gradient checkpointing: use_reentrant false (chosen for you")
     assert told == sum(mode == "chosen" for *_, mode in cases)
     losses: dict[tuple[Any, ...], list[float]] = {}

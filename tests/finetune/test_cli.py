@@ -7,6 +7,7 @@ from pathlib import Path
 import finebridge
 import pytest
 from finebridge.finetune.cli import main
+from finebridge.finetune.launch import STOP_GRACE
 
 ROOT = Path(finebridge.__file__).parent
 
@@ -150,10 +151,11 @@ def test_how_many_ranks_start_and_with_what(
     (run_folder / "r.yaml").write_text("seed: 3\nbf16: true\n")
     assert main(["r.yaml", "seed=4", *words, *GOOD]) == 7, "the ranks' exit code is the command's"
     argv = ["--seed=4", "--bf16=true", "--model_name_or_path=m", "--train_data_file=d.jsonl"]
-    ((module, words_of_the_ranks, count),) = started
+    ((module, words_of_the_ranks, count, grace),) = started
     assert module == "finebridge.train.sft"
     assert sorted(words_of_the_ranks) == sorted(argv)  # type: ignore[call-overload]
     assert count == processes
+    assert grace == STOP_GRACE
 
 
 def test_data_without_its_verb_says_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,6 +166,7 @@ def test_checking_a_command_line_imports_no_torch(run_folder: Path) -> None:
     code = f"""
 import sys
 from finebridge.finetune.cli import main
+from finebridge.finetune.launch import STOP_GRACE
 codes = [main(["--help"]), main(["sft", "--help"]), main({[*GOOD, "--learning_rte", "1"]!r})]
 heavy = {{"torch", "transformers", "deepspeed", "peft"}} & set(sys.modules)
 sys.exit(f"{{codes}} {{heavy}}" if codes != [0, 0, 2] or heavy else 0)

@@ -57,7 +57,7 @@ def test_one_gradient_for_every_split(how: str, step: Callable[..., tuple[float,
 def test_the_rules_are_three(step: Callable[..., tuple[float, torch.Tensor]]) -> None:
     steps = {how: step(1, 4, 2, loss_normalization=how) for how in ("token", "sequence", "batch")}
     assert steps["batch"][0] == pytest.approx(steps["sequence"][0], rel=1e-6), "each micro-batch is one sample here"
-    assert float((steps["token"][1] - steps["sequence"][1]).norm() / steps["token"][1].norm()) > 0.05
+    assert float((steps["token"][1] - steps["sequence"][1]).norm() / steps["token"][1].norm()) > 0.01
 
 
 def test_packs_have_the_gradient_of_their_samples(step: Callable[..., tuple[float, torch.Tensor]]) -> None:

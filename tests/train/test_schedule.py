@@ -74,7 +74,7 @@ def test_wsd_through_the_command(ranks: RankRunner, models: Models, train_file: 
         "warmup_stable_decay", "--disable_tqdm", "true", "--output_dir", tmp_path,
     ]  # fmt: skip
     more = ["--lr_scheduler_kwargs", '{"num_decay_steps": 9}']
-    done = ranks.run([*words, "+++", *words, *more], tmp_path / "log", entry="sft_many")
+    done = ranks.run([*words, "+++", *words, *more], tmp_path / "log", entry="sft_many:main")
     assert done.codes == [2]
     assert "run 0 ended with 0" in done.text
     assert "schedule: the learning rate falls in the last 1 of 4 steps (chosen for you)" in done.text
