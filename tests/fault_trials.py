@@ -35,6 +35,7 @@ def rank_main(argv: Sequence[str]) -> int:
         if self.state.global_step == 2:
             points = ctypes.CDLL(None).fault_points()
             Path(folder).with_name(f"points.{os.environ['RANK']}").write_text(str(points))
+            arm(folder, 0, act)  # the sweep is of the save alone
 
     SavingTrainer._save_checkpoint = save
     return sft.main(argv)
