@@ -103,16 +103,6 @@ def assemble(args: Arguments) -> Run:
     _stop_at(model, train_data.terminators, tokenizer)
     if hf_args.ddp_find_unused_parameters is None:  # read without DeepSpeed; looking costs a pass over the graph a step
         hf_args.ddp_find_unused_parameters = has_listed_experts(model)
-    callbacks: list[TrainerCallback] = [SpaceCheck(args.hf.get("save_total_limit"))]
-    if args.model.early_stopping_patience:
-        callbacks.append(EarlyStoppingCallback(args.model.early_stopping_patience, args.model.early_stopping_threshold))
-    if zero_stage(settings or {}) == 3 and args.model.make_moe_param_leaf_module is not False:  # noqa: PLR2004
-        callbacks.append(LeafCheck())
-    if args.shares_rows:
-        check_trainable(model, hf_args.device, runtime.say)
-        cure = "leave --packing out" if args.data.packing else "give --cross_document_attention true"
-        callbacks.append(IsolationProof(cure))
-    callbacks += [SaveLastStep(), StopWhenAsked(), heartbeat.Phases()]  # after what may stop the run
     trainer = FinetuneTrainer(
         model=model,
         args=hf_args,
@@ -120,7 +110,7 @@ def assemble(args: Arguments) -> Run:
         eval_dataset=eval_data,  # pyright: ignore[reportArgumentType]
         data_collator=_collator(args, model, tokenizer),
         processing_class=tokenizer,
-        callbacks=callbacks,
+        callbacks=_callbacks(args, hf_args, zero_stage(settings or {}), model),
         guard=StepGuard(args.model.loss_spike_policy, args.model.loss_spike_factor, runtime.say, fp16=hf_args.fp16),
         normalization=args.model.loss_normalization,
     )
@@ -138,6 +128,21 @@ def assemble(args: Arguments) -> Run:
         "data": {use: about_data(data) for use, data in (("training", train_data), ("evaluation", eval_data)) if data},
     }
     return Run(trainer, str(resume.folder) if resume else None, progress, about)
+
+
+def _callbacks(args: Arguments, hf_args: TrainingArguments, stage: int, model: Any) -> list[TrainerCallback]:
+    """What is done at steps beside training, in this order."""
+    callbacks: list[TrainerCallback] = [SpaceCheck(args.hf.get("save_total_limit"))]
+    if args.model.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(args.model.early_stopping_patience, args.model.early_stopping_threshold))
+    if stage == 3 and args.model.make_moe_param_leaf_module is not False:  # noqa: PLR2004
+        callbacks.append(LeafCheck())
+    if args.shares_rows:
+        check_trainable(model, hf_args.device, runtime.say)
+        cure = "leave --packing out" if args.data.packing else "give --cross_document_attention true"
+        callbacks.append(IsolationProof(cure))
+    callbacks += [SaveLastStep(), StopWhenAsked(), heartbeat.Phases()]  # after what may stop the run
+    return callbacks
 
 
 def _check_loader(hf_args: TrainingArguments) -> None:
