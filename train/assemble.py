@@ -146,9 +146,10 @@ def _callbacks(args: Arguments, hf_args: TrainingArguments, stage: int, model: A
 
 
 def _check_loader(hf_args: TrainingArguments) -> None:
-    """Refuse what only the Trainer's own loaders know. Raises ArgumentsError."""
-    if hf_args.n_gpu > 1:
-        raise ArgumentsError("one process a GPU is needed: start with a launcher, for example bash train/train.sh")
+    """Refuse what only the Trainer's own loaders know, and keep one process to one GPU. Raises ArgumentsError."""
+    if hf_args.n_gpu > 1:  # else the Trainer would wrap the model in DataParallel, which splits batches
+        runtime.say(f"devices: one process uses one of {hf_args.n_gpu} GPUs; --nproc_per_node {hf_args.n_gpu} uses all")
+        hf_args._n_gpu = 1  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - there is no flag for it
     told: Any = hf_args.accelerator_config
     if told.split_batches or told.dispatch_batches:
         raise ArgumentsError(
