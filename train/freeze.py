@@ -5,8 +5,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from .arguments import ModelArguments
 from .hf_flags import ArgumentsError
+from .model_arguments import ModelArguments
 
 ATTENTION = "*self_attn*"  # what --train_attention_params_only trains; the filter of the Hunyuan scripts
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from statistics import median
 
-from .arguments import SpikePolicy
+from .model_arguments import SpikePolicy
 
 _HISTORY, _ENOUGH = 50, 20  # steps that a spike is compared with, and how many there must be
 _ZERO_STEPS = 10

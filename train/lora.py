@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from .arguments import ADAPTER_CONFIG, ModelArguments
 from .hf_flags import ArgumentsError
+from .model_arguments import ADAPTER_CONFIG, ModelArguments
 from .moe import Experts, experts_of
 
 

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional
 
 from ..data_tools.dataset import IGNORE_INDEX
-from .arguments import Normalization
+from .model_arguments import Normalization
 
 
 def share(inputs: Mapping[str, Any], how: Normalization) -> torch.Tensor:

@@ -11,10 +11,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from ..data_tools.tokenizer_files import remote_code_hint, vocabulary_size
 from ..storage.assets import read_json
 from ..storage.safetensors_io import INDEX_NAME, Checkpoint
-from .arguments import ARCHITECTURE, ModelArguments
 from .freeze import patterns
 from .hf_flags import ArgumentsError, nearest
 from .loading import ModelError, streamed_loading
+from .model_arguments import ARCHITECTURE, ModelArguments
 
 
 def load_model(

@@ -21,8 +21,9 @@ from urllib.parse import urlsplit
 from ..data_tools.arguments import DataArguments
 from ..storage.manifest import tool_versions
 from ..storage.publish import write_text
-from .arguments import HF_DEFAULTS, Arguments, ModelArguments
+from .arguments import HF_DEFAULTS, Arguments
 from .hf_flags import hf_flags, hf_value
+from .model_arguments import ModelArguments
 
 RECORD_NAME = "run.json"
 MASK = "***"

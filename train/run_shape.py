@@ -10,8 +10,9 @@ from transformers import AutoConfig, TrainingArguments
 from ..data_tools.dataset import PackedDataset
 from ..ds_configs.resolve import zero_stage
 from ..storage.manifest import tool_versions
-from .arguments import ARCHITECTURE, Arguments, ModelArguments
+from .arguments import Arguments
 from .drift import TABLE
+from .model_arguments import ARCHITECTURE, ModelArguments
 
 # Fields of a model's config that do not change what it computes, or that saving a checkpoint writes anew.
 _NO_MODEL = frozenset({

@@ -15,9 +15,9 @@ from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, seed_worker
 from ..data_tools.batches import CheckedSamples, Order, StepBatches, Window, epoch_order
 from ..data_tools.dataset import Samples
 from . import heartbeat, runtime
-from .arguments import Normalization
 from .guards import DivergedError, StepGuard
 from .losses import evaluation_sums, share, summed_loss
+from .model_arguments import Normalization
 from .stopping import EvaluationCut, stopped
 
 _SHOWN = 3

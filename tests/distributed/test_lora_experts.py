@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from families import tiny
-from finebridge.train.arguments import ModelArguments
 from finebridge.train.hf_flags import ArgumentsError
 from finebridge.train.lora import add_lora
+from finebridge.train.model_arguments import ModelArguments
 from finebridge.train.moe import leaf_summary, make_leaf_modules
 from peft import PeftModel
 from rank_runner import RankRunner

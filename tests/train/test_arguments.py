@@ -10,8 +10,9 @@ import pytest
 from finebridge.data_tools.arguments import DataArguments
 from finebridge.data_tools.schema import DataError
 from finebridge.ds_configs.resolve import DeepSpeedConfigError
-from finebridge.train.arguments import ModelArguments, build, parse, read_flags
+from finebridge.train.arguments import build, parse, read_flags
 from finebridge.train.hf_flags import ArgumentsError, hf_flags
+from finebridge.train.model_arguments import ModelArguments
 from finebridge.train.schedule import schedule
 
 FROZEN = Path(__file__).parents[1] / "house" / "flags.json"

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finebridge.train.arguments import ModelArguments
 from finebridge.train.freeze import choose_trained
 from finebridge.train.hf_flags import ArgumentsError
+from finebridge.train.model_arguments import ModelArguments
 from torch import nn
 
 

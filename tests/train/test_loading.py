@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from families import DENSE, FAMILIES, tiny
-from finebridge.train.arguments import ModelArguments
 from finebridge.train.hf_flags import ArgumentsError
 from finebridge.train.loading import ModelError
 from finebridge.train.model import load_model
+from finebridge.train.model_arguments import ModelArguments
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

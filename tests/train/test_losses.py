@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from finebridge.data_tools.collator import FlatteningCollator, PaddingCollator
-from finebridge.train.arguments import Normalization
 from finebridge.train.losses import evaluation_sums, share, summed_loss, token_losses
+from finebridge.train.model_arguments import Normalization
 from torch import nn
 
 NORMALIZATIONS = get_args(Normalization)

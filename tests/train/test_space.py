@@ -67,8 +67,8 @@ def test_the_estimate_is_near_the_truth(
     dtype = torch.bfloat16 if "--bf16" in more else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     if "--use_lora" in more:
-        from finebridge.train.arguments import ModelArguments
         from finebridge.train.lora import add_lora
+        from finebridge.train.model_arguments import ModelArguments
 
         model = add_lora(model, ModelArguments(model_name_or_path=str(base), use_lora=True))
     monkeypatch.setattr(space, "_BESIDE", 0)
