@@ -10,12 +10,14 @@ import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import Any, Self
 
 import xxhash
 
 NEW = "xxh3_128"
+_AT_ONCE = 32 * 2**20  # bytes after which the device is asked to take them while more is written
 _ALGORITHMS: dict[str, Callable[[], Any]] = {NEW: xxhash.xxh3_128, "sha256": hashlib.sha256}
 
 
@@ -52,16 +54,19 @@ class HashingFile:
         self.path = path
         self.error: OSError | None = None
         self._digest = _ALGORITHMS[NEW]()
-        self._size = 0
+        self._size = self._sent = 0  # bytes written, and of them those that the device was asked to take
+        self._syncing: Thread | None = None
 
     def __enter__(self) -> Self:
-        self._stream = self.path.open("wb")
+        self._stream = self.path.open("wb", buffering=0)
         return self
 
     def write(self, data: Any) -> int:
         """Append bytes (any buffer of bytes); how many."""
         try:
-            self._stream.write(data)
+            rest = memoryview(data).cast("B")
+            while rest:
+                rest = rest[self._stream.write(rest) or 0 :]
         except OSError as error:
             error.filename = str(self.path)
             self.error = error
@@ -69,11 +74,22 @@ class HashingFile:
         self._digest.update(data)
         size = len(data)
         self._size += size
+        if self._size - self._sent > _AT_ONCE and not (self._syncing and self._syncing.is_alive()):
+            self._sent = self._size
+            self._syncing = Thread(target=self._sync, daemon=True)
+            self._syncing.start()
         return size
 
     def flush(self) -> None:
-        """Hand what is buffered to the system."""
-        self._stream.flush()
+        """Nothing is buffered here."""
+
+    def _sync(self) -> None:
+        """Have the device take what is written so far, while more is written."""
+        try:
+            os.fdatasync(self._stream.fileno())
+        except OSError as error:  # the system tells it once, so the last fsync may not hear of it
+            error.filename = str(self.path)
+            self.error = error
 
     def entry(self) -> dict[str, Any]:
         """The manifest's entry of what was written."""
@@ -83,8 +99,11 @@ class HashingFile:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         try:
+            if self._syncing:
+                self._syncing.join()
             if kind is None:
-                self._stream.flush()
+                if self.error:
+                    raise self.error
                 os.fsync(self._stream.fileno())
         finally:
             self._stream.close()
