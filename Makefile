@@ -18,7 +18,7 @@ test-slow:  ## everything that runs without a GPU
 bench:  ## every claim of speed, results as CSV in benchmarks/
 	$(PYTHON) benchmarks/load_memory.py
 	$(PYTHON) benchmarks/packing.py $(if $(TRL_PYTHON),--trl_python $(TRL_PYTHON))
-	$(PYTHON) benchmarks/save_cost.py --tokenizer $(TOKENIZER)
+	$(PYTHON) benchmarks/save_cost.py --tokenizer finetune/example_data
 	$(PYTHON) benchmarks/data_build.py --tokenizer $(TOKENIZER) $(if $(TRL_PYTHON),--trl_python $(TRL_PYTHON))
 
 .PHONY: check test test-slow bench
