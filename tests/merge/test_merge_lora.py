@@ -51,10 +51,10 @@ def test_merged_logits_are_pefts(
     adapter = make_adapter(**settings)
     truth = peft_logits(base, adapter)
     assert (truth - logits(load(base))).abs().max() > 0.01, "the adapter must matter"
-    changes = merge(base, adapter, tmp_path / "out")
+    sums = merge(base, [adapter], tmp_path / "out").sums
     assert (logits(load(tmp_path / "out")) - truth).abs().max() < 1e-5
-    assert len(changes) * 2 == sum(".lora_" in name for name in load_file(adapter / "adapter_model.safetensors"))
-    assert all(change > 0 for change in changes.values())
+    assert len(sums) * 2 == sum(".lora_" in name for name in load_file(adapter / "adapter_model.safetensors"))
+    assert all(item.relative > 0 and item.kept == 1 for item in sums.values())
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_every_tensor_is_the_fp32_sum_rounded_once(
     base: Path, make_adapter: MakeAdapter, tmp_path: Path, save_dtype: str, settings: dict[str, Any], scale: float
 ) -> None:
     adapter = make_adapter(**settings)
-    merge(base, adapter, tmp_path / "out", save_dtype)
+    merge(base, [adapter], tmp_path / "out", save_dtype)
     got, wanted = tensors(tmp_path / "out"), by_hand(base, adapter, scale)
     assert list(got) == list(tensors(base))
     for name, value in wanted.items():
@@ -75,8 +75,8 @@ def test_every_tensor_is_the_fp32_sum_rounded_once(
 def test_a_bf16_base_is_summed_in_fp32(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", dtype=torch.bfloat16)
     adapter = make_adapter(base)
-    merge(base, adapter, tmp_path / "bf16", "bf16")
-    merge(base, adapter, tmp_path / "fp32", "fp32")
+    merge(base, [adapter], tmp_path / "bf16", "bf16")
+    merge(base, [adapter], tmp_path / "fp32", "fp32")
     stored, wanted = tensors(base), by_hand(base, adapter, 2.0)
     got, fine = tensors(tmp_path / "bf16"), tensors(tmp_path / "fp32")
     for name, value in wanted.items():
@@ -87,7 +87,7 @@ def test_a_bf16_base_is_summed_in_fp32(make_adapter: MakeAdapter, tmp_path: Path
 
 
 def test_relative_changes_are_those_of_the_weights(base: Path, adapter: Path, tmp_path: Path) -> None:
-    changes = merge(base, adapter, tmp_path / "out")
+    changes = merge(base, [adapter], tmp_path / "out")
     before, after = tensors(base), tensors(tmp_path / "out")
     assert set(changes) == {name for name in before if not torch.equal(before[name], after[name])}
     for name, change in changes.items():
@@ -95,7 +95,7 @@ def test_relative_changes_are_those_of_the_weights(base: Path, adapter: Path, tm
 
 
 def test_the_output_loads_whole_and_verifies(base: Path, adapter: Path, tmp_path: Path) -> None:
-    merge(base, adapter, tmp_path / "out", "bf16")
+    merge(base, [adapter], tmp_path / "out", "bf16")
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.dtype == torch.bfloat16
@@ -114,7 +114,7 @@ def test_the_config_says_the_dtype_and_keeps_the_rest(
     config = json.loads((own / "config.json").read_text())
     del config["dtype"]
     (own / "config.json").write_text(json.dumps(config | {"torch_dtype": "float16", "ours": "ä"}))
-    merge(own, adapter, tmp_path / "out", save_dtype)
+    merge(own, [adapter], tmp_path / "out", save_dtype)
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config | {
         "dtype": DTYPES[save_dtype],
         "ours": "ä",
@@ -130,8 +130,8 @@ def test_fp32_is_the_default(base: Path, adapter: Path, tmp_path: Path) -> None:
 def test_sharded_in_and_out_is_the_same_merge(base: Path, adapter: Path, tmp_path: Path) -> None:
     shards = save_base(tmp_path / "sharded", shards="20KB")
     assert len(list(shards.glob("model-*.safetensors"))) > 3
-    merge(base, adapter, tmp_path / "one")
-    merge(shards, adapter, tmp_path / "many", max_shard_size="20KB")
+    merge(base, [adapter], tmp_path / "one")
+    merge(shards, [adapter], tmp_path / "many", max_shard_size="20KB")
     assert [path.name for path in (tmp_path / "one").glob("*.safetensors*")] == ["model.safetensors"]
     assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 3
     one, many = tensors(tmp_path / "one"), tensors(tmp_path / "many")
@@ -148,14 +148,14 @@ def test_a_base_that_transformers_saved_twice_is_read_as_transformers_reads_it(
     load(base).save_pretrained(both)
     assert (both / "model.safetensors.index.json").is_file()
     truth = peft_logits(both, adapter)
-    merge(both, adapter, tmp_path / "out")
+    merge(both, [adapter], tmp_path / "out")
     assert (logits(load(tmp_path / "out")) - truth).abs().max() < 1e-5
 
 
 def test_a_tied_base_stays_tied(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", tied=True)
     adapter = make_adapter(base)
-    merge(base, adapter, tmp_path / "out")
+    merge(base, [adapter], tmp_path / "out")
     assert "lm_head.weight" not in tensors(tmp_path / "out")
     assert (logits(load(tmp_path / "out")) - peft_logits(base, adapter)).abs().max() < 1e-5
 
@@ -164,7 +164,7 @@ def test_integer_buffers_are_carried_as_they_are(base: Path, adapter: Path, tmp_
     own = tmp_path / "base"
     shutil.copytree(base, own)
     save_file(tensors(base) | {"model.counts": torch.arange(3)}, own / "model.safetensors")
-    merge(own, adapter, tmp_path / "out", "bf16")
+    merge(own, [adapter], tmp_path / "out", "bf16")
     assert torch.equal(tensors(tmp_path / "out")["model.counts"], torch.arange(3))
 
 
@@ -189,12 +189,12 @@ def test_the_adapters_tokenizer_wins_and_the_bases_other_files_are_carried(
     shutil.copytree(adapter, trained)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "modeling_x.py", "LICENSE"):
         (own / name).write_text("{}" if name.endswith("config.json") else f"base {name}")
-    merge(own, trained, tmp_path / "out_of_base")
+    merge(own, [trained], tmp_path / "out_of_base")
     assert (tmp_path / "out_of_base" / "tokenizer.json").read_text() == "base tokenizer.json"
     for name in ("tokenizer.json", "chat_template.jinja", "LICENSE", "rng_state.pth", "training_args.bin"):
         (trained / name).write_text(f"adapter {name}")
     (trained / "tokenizer_config.json").write_text("{}")
-    merge(own, trained, tmp_path / "out")
+    merge(own, [trained], tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
         "LICENSE", "chat_template.jinja", "config.json", "generation_config.json", "manifest.json", "model.safetensors",
@@ -218,7 +218,7 @@ def test_the_adapters_chat_template_wins_wherever_it_is_kept(base: Path, adapter
     config = json.loads((example / "tokenizer_config.json").read_text()) | {"chat_template": "the adapter's"}
     (trained / "tokenizer_config.json").write_text(json.dumps(config))
     assert AutoTokenizer.from_pretrained(trained).chat_template == "the adapter's"
-    merge(own, trained, tmp_path / "out")
+    merge(own, [trained], tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "the adapter's"
 
 

@@ -24,7 +24,7 @@ KEY = f"base_model.model.{Q0}.lora_A.weight"
 def assert_refused(base: Path, adapter: Path, tmp_path: Path, message: str, **settings: Any) -> None:
     folder = tmp_path / "new"
     with pytest.raises(AdapterError, match=message):
-        merge(base, adapter, folder / "out", **settings)
+        merge(base, [adapter], folder / "out", **settings)
     assert not folder.exists() or list(folder.iterdir()) == []
 
 
@@ -35,7 +35,7 @@ def test_fp16_overflow_is_an_error_and_leaves_no_output(base: Path, adapter: Pat
     values["model.norm.weight"][3] = 1e5
     save_file(values, own / "model.safetensors", metadata={"format": "pt"})
     assert_refused(own, adapter, tmp_path, r"model\.norm\.weight: .*overflows fp16; use bf16", save_dtype="fp16")
-    merge(own, adapter, tmp_path / "out", "bf16")
+    merge(own, [adapter], tmp_path / "out", "bf16")
     assert tensors(tmp_path / "out")["model.norm.weight"][3] == torch.tensor(1e5).bfloat16()
 
 
@@ -124,7 +124,7 @@ def test_no_adapter_is_merged_to_other_numbers_than_pefts(
     adapter = make_adapter(**settings)
     truth = peft_logits(base, adapter)
     try:
-        merge(base, adapter, tmp_path / "out")
+        merge(base, [adapter], tmp_path / "out")
     except AdapterError as error:
         assert next(iter(settings)) in str(error)  # noqa: PT017 - either outcome is right
     else:
@@ -142,7 +142,7 @@ def test_an_adapter_of_a_tied_head_is_refused(make_adapter: MakeAdapter, tmp_pat
     if tied:
         assert_refused(base, adapter, tmp_path, r"lm_head\.weight: the base ties its embeddings")
     else:
-        assert "lm_head.weight" in merge(base, adapter, tmp_path / "out")
+        assert "lm_head.weight" in merge(base, [adapter], tmp_path / "out")
         assert (logits(load(tmp_path / "out")) - peft_logits(base, adapter)).abs().max() < 1e-5
 
 
