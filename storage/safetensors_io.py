@@ -7,7 +7,7 @@ Reads one file or a sharded checkpoint with its index; writes shards in order wi
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -287,19 +287,35 @@ def _shard_names(folder: Path) -> list[str]:
     """The weight files of a checkpoint in the index's order; a single file wins over an index, as in transformers."""
     if (folder / SINGLE_NAME).is_file():
         return [SINGLE_NAME]
-    index_path = folder / INDEX_NAME
-    if index_path.is_file():
-        weight_map: dict[str, str] = read_json(index_path).get("weight_map", {})
-        names = list(dict.fromkeys(weight_map.values()))
-        for name in names:
-            if Path(name).name != name:
-                raise ValueError(f"{index_path}: weight_map points outside the folder: {name!r}")
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder / name}: listed in {INDEX_NAME} but missing")
-        stored = {key for name in names for key in safetensors_header(folder / name)}
-        if lost := sorted(set(weight_map) - stored):
-            raise ValueError(f"{index_path}: {len(lost)} tensors are in no file, the first is {lost[0]}")
-        return names
+    if (folder / INDEX_NAME).is_file():
+        return indexed_files(folder / INDEX_NAME, safetensors_header)
     kinds = sorted({path.suffix for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")})
     hint = f" (found {', '.join(kinds)}; load and save the model once with safetensors)" if kinds else ""
     raise FileNotFoundError(f"{folder}: no {SINGLE_NAME} and no {INDEX_NAME}{hint}")
+
+
+def indexed_files(index: Path, tensors_of: Callable[[Path], Collection[str]]) -> list[str]:
+    """Names of the weight files of an index, in its order; ``tensors_of`` tells the names of the tensors in a file.
+
+    Raises FileNotFoundError for a missing file, ValueError when the index points outside its folder, lists a tensor that
+    no file holds, or does not list one that a file holds.
+    """
+    weight_map: Any = read_json(index).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
+        raise ValueError(f"{index}: no weight_map that names the file of every tensor")
+    names: list[str] = list(dict.fromkeys(weight_map.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{index}: weight_map points outside the folder: {name!r}")
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{index.parent / name}: listed in {index.name} but missing")
+    stored = {key: name for name in names for key in tensors_of(index.parent / name)}
+    if lost := sorted(weight_map.keys() - stored):
+        raise ValueError(f"{index}: {len(lost)} tensors are in no file, the first is {lost[0]}")
+    if extra := sorted(stored.keys() - weight_map):
+        raise ValueError(f"{index.parent / stored[extra[0]]}: tensor {extra[0]} is not listed in {index.name}")
+    return names

@@ -33,6 +33,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from ..storage.manifest import safetensors_header
+from ..storage.safe_load import load_tensors
 from .precision import asked_in_fp32
 
 
@@ -105,7 +106,7 @@ class Files:
                 self._open[path] = safe_open(path, framework="pt").__enter__()
             return self._open[path].get_tensor(name)
         if path not in self._open:
-            self._open[path] = _pickled(path)
+            self._open[path] = load_tensors(path)
         return self._open[path][name]
 
     def done(self, name: str) -> None:
@@ -120,21 +121,7 @@ class Files:
     def _names(self, path: Path) -> list[str]:
         if path.suffix == ".safetensors":
             return list(safetensors_header(path))
-        return list(_pickled(path))
-
-
-def _pickled(path: Path) -> dict[str, torch.Tensor]:
-    """A ``.bin`` file, by torch's reader that builds tensors only. Raises ModelError when it holds anything else."""
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # noqa: BLE001 - torch raises many kinds for a broken or hostile file
-        raise ModelError(
-            f"{path}: not read, as it holds more than tensors or is broken ({str(error).splitlines()[0]}); ask its makers for "
-            "safetensors"
-        ) from None
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise ModelError(f"{path}: a dictionary of tensors is expected")
-    return loaded
+        return list(load_tensors(path, content=False))
 
 
 class _Loader:

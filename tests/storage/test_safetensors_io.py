@@ -140,6 +140,20 @@ def test_an_index_that_names_a_missing_tensor_is_refused(tmp_path: Path) -> None
         Checkpoint(tmp_path / "x")
 
 
+def test_a_tensor_that_the_index_does_not_list_is_refused(tmp_path: Path) -> None:
+    weight_map = sharded(tmp_path / "x")
+    save_file({"b": torch.ones(2), "left": torch.ones(2)}, tmp_path / "x" / weight_map["b"])
+    with pytest.raises(ValueError, match=rf"00002-of-00002.*tensor left is not listed in {INDEX}"):
+        Checkpoint(tmp_path / "x")
+
+
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
+def test_an_index_without_a_map_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(ValueError, match=f"{INDEX}: no weight_map"):
+        Checkpoint(tmp_path)
+
+
 def test_an_index_that_is_not_json_is_named(tmp_path: Path) -> None:
     sharded(tmp_path / "x")
     (tmp_path / "x" / INDEX).write_text("{")
