@@ -65,8 +65,14 @@ class Adapter:
         self.folder = folder
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
+                old = (folder / "adapter_model.bin").is_file()
                 raise AdapterError(
-                    f"{folder / name}: missing; --adapter_model_path takes the folder that PEFT or finebridge saved"
+                    f"{folder / name}: missing; "
+                    + (
+                        "adapter_model.bin is of an old PEFT, load and save it once with a new one"
+                        if old
+                        else "--adapter_model_path takes the folder that PEFT or finebridge saved"
+                    )
                 )
         self.config = read_json(folder / CONFIG)
         self._check_settings()

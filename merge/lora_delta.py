@@ -6,7 +6,7 @@ vector has one column, the experts of a block are parts of one matrix that lie b
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -84,12 +84,11 @@ class Replacement:
         if transposed or cols.stop - cols.start != self.shape[1]:
             raise AdapterError(f"{self.source}: this weight was trained whole, but the base holds it in parts of rows")
         first = rows.start * self.shape[1]
-        read = self.read
-        return replace(
-            self,
-            shape=(rows.stop - rows.start, self.shape[1]),
-            read=lambda start, stop: read(first + start, first + stop),
-        )
+
+        def read(start: int, stop: int) -> torch.Tensor:
+            return self.read(first + start, first + stop)
+
+        return Replacement(self.source, (rows.stop - rows.start, self.shape[1]), read)
 
 
 @dataclass(frozen=True, slots=True)

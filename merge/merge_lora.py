@@ -89,7 +89,7 @@ def merge(
     import torch
 
     from ..storage.hashing import Ledger
-    from ..storage.safetensors_io import Checkpoint
+    from ..storage.safe_load import open_weights
     from .adapter import Adapter
     from .plan import Planner
     from .proof import Proof
@@ -107,7 +107,7 @@ def merge(
     }  # fmt: skip
     written: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
-        weight_files = stack.enter_context(Checkpoint(base))
+        weight_files = stack.enter_context(open_weights(base))
         loaded = [stack.enter_context(Adapter(adapter)) for adapter in adapters]
         dtype: torch.dtype = getattr(torch, DTYPES[save_dtype])
         plan = Planner(weight_files, config, dtype, trust_remote_code=trust_remote_code).plan(loaded, factors)

@@ -114,10 +114,22 @@ class Placement:
         PEFT asks the module the same (``ParamWrapper.update_layer`` of ``peft/tuners/lora/layer.py``). Raises
         PlacementError when the model has no such module.
         """
-        for memory in self._models():
-            if module in memory.modules:
-                return bool(getattr(memory.modules[module], "is_transposed", False))
-        raise PlacementError(f"{module}: the model class of the base has no such module")
+        return bool(getattr(self._module(module), "is_transposed", False))
+
+    def parameters(self, module: str) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of a module's own parameters, in the order in which its class makes them.
+
+        Raises PlacementError when the model has no such module.
+        """
+        own = self._module(module).named_parameters(recurse=False)
+        return [(name, tuple(parameter.shape)) for name, parameter in own]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape in memory of the parameter ``name``. Raises PlacementError when the model has none of that name."""
+        memory = self._owner(name)
+        if memory is None:
+            raise PlacementError(f"{name}: the model class of the base has no such parameter")
+        return memory.shapes[name]
 
     def tied(self) -> list[tuple[str, str]]:
         """Pairs (output embedding's weight, input embedding's weight) that are one tensor, by the config and the class."""
@@ -138,6 +150,12 @@ class Placement:
         from .memory_model import build
 
         return build(self.base, self._names, causal=causal, trust_remote_code=self._trust)
+
+    def _module(self, name: str) -> Any:
+        for memory in self._models():
+            if name in memory.modules:
+                return memory.modules[name]
+        raise PlacementError(f"{name}: the model class of the base has no such module")
 
     def _owner(self, name: str) -> "MemoryModel | None":
         return next((memory for memory in self._models() if name in memory.shapes), None)

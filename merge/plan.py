@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..storage.safetensors_io import Checkpoint, Spec
+from ..storage.safe_load import Weights
+from ..storage.safetensors_io import Spec
 from .adapter import Adapter
 from .lora_delta import AdapterError, Change, LowRank, Placed
 from .placement import Part, Placement, PlacementError
@@ -57,7 +58,12 @@ class Planner:
     """Places the changes of adapters on the tensors of one base."""
 
     def __init__(
-        self, base: Checkpoint, config: dict[str, Any], dtype: torch.dtype, *, trust_remote_code: bool = False
+        self,
+        base: Weights,
+        config: dict[str, Any],
+        dtype: torch.dtype,
+        *,
+        trust_remote_code: bool = False,
     ) -> None:
         self.base = base
         self.config = config
@@ -111,15 +117,18 @@ class Planner:
 
     def _untie(self, changes: Sequence[dict[str, Wanted]]) -> bool:
         """Give a tied head a tensor of its own, which starts as the embedding, unless all adapters change both as one."""
+        parted = False
         for head, embedding in self._head.items():
             if all(_same(wanted.get(head), wanted.get(embedding)) for wanted in changes):
                 for wanted in changes:
                     wanted.pop(head, None)
+                self.outputs.pop(head, None)  # some files hold both of a tied pair
                 continue
+            parted = True
             spec = self.outputs[embedding].spec
             self.outputs[head] = Output(spec._replace(name=head), embedding)
             self.said.append(f"{head} is stored beside {embedding} now: they were one tensor, the adapter parts them")
-        return any(head in self.outputs for head in self._head)
+        return parted
 
     # ---- one adapter
 
@@ -166,6 +175,7 @@ class Planner:
     def _place(self, wanted: Wanted, weight: float, number: int) -> None:
         """Put a change on the tensors on disk that hold its parameter. Raises AdapterError, PlacementError."""
         name, shape, experts = wanted
+        places: list[tuple[str, Change, int, int]]
         if name in self.outputs and self.outputs[name].spec.shape == shape:
             places = [(name, change, index * change.shape[0], 0) for index, change in enumerate(experts)]
         elif name not in self.outputs and (found := self.placement.fused(name)):
@@ -252,7 +262,7 @@ def _experts(change: Change, shape: tuple[int, ...]) -> list[Change]:
     ]
 
 
-def _own_dtype(base: Checkpoint) -> torch.dtype:
+def _own_dtype(base: Weights) -> torch.dtype:
     """The floating-point type that most of a model's bytes have."""
     sizes: dict[torch.dtype, int] = {}
     for name, dtype in base.dtypes.items():

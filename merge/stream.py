@@ -9,22 +9,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from ..storage.hashing import HashingFile, Ledger
+from ..storage.safe_load import Weights
 from ..storage.safetensors_io import Spec, bytes_of, plan_shards, write_header, write_index
 from .adapter import matrix
 from .lora_delta import AdapterError, merged_rows
 from .plan import BLOCK, Output
 from .proof import Proof, Sums
-
-
-class Source(Protocol):
-    """The tensors of a base."""
-
-    def read(self, key: str, start: int, stop: int) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +33,14 @@ class Block:
 
 
 def write_plan(
-    folder: Path, outputs: Sequence[Output], base: Source, proof: Proof, ledger: Ledger, *, max_bytes: int, workers: int
+    folder: Path,
+    outputs: Sequence[Output],
+    base: Weights,
+    proof: Proof,
+    ledger: Ledger,
+    *,
+    max_bytes: int,
+    workers: int,
 ) -> None:
     """Write all outputs as safetensors shards of at most ``max_bytes``, measuring into ``proof``.
 
@@ -76,7 +78,7 @@ def _blocks(output: Output) -> Iterator[Block]:
         yield Block(output, first, min(first + step, rows), width)
 
 
-def _merged(base: Source, block: Block) -> tuple[torch.Tensor, Sums | None]:
+def _merged(base: Weights, block: Block) -> tuple[torch.Tensor, Sums | None]:
     """A block as it is stored, and its sums when an adapter changes it."""
     output, dtype = block.output, block.output.spec.dtype
     stored = base.read(output.source, block.first * block.width, block.last * block.width)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -79,7 +79,7 @@ def _live(model: Any, adapters: Sequence[Path], weights: Sequence[float]) -> Any
         live.load_adapter(folder, adapter_name=name)
     if live.modules_to_save and (len(adapters) > 1 or weights[0] != 1):
         raise ValueError("--verify: PEFT has no live model of several adapters, or a weighted one, with whole modules")
-    live.base_model.set_adapter(names)
+    cast("Any", live.base_model).set_adapter(names)
     for module in live.modules():
         if isinstance(module, LoraLayer):
             for name, weight in zip(names, weights, strict=True):

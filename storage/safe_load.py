@@ -27,7 +27,7 @@ class UnsafeFileError(ValueError):
     """A ``.bin`` file is broken or holds more than tensors by name; the message names the file."""
 
 
-def open_weights(folder: Path) -> "Checkpoint | BinCheckpoint":
+def open_weights(folder: Path) -> "Weights":
     """The weights of a model's folder. Of both kinds safetensors wins, as in transformers.
 
     Raises FileNotFoundError when there are none, ValueError when files or index are wrong.
@@ -100,6 +100,9 @@ class BinCheckpoint:
         row = tensor.numel() // len(tensor)
         first = start // row  # only the rows in question are copied when the tensor is stored in another order
         return tensor[first : -(-stop // row)].reshape(-1)[start - first * row : stop - first * row]
+
+
+Weights = Checkpoint | BinCheckpoint  # what open_weights gives
 
 
 def _open_all(folder: Path) -> dict[Path, Tensors]:

@@ -93,7 +93,7 @@ class Checkpoint:
             if name not in self._streams:
                 self._streams[name] = os.open(self.folder / name, os.O_RDONLY)
         data = torch.empty(stop - start, dtype=dtype)
-        rest = memoryview(data.view(torch.uint8).numpy())
+        rest = data.view(torch.uint8).numpy().data
         place = self._starts[key] + start * dtype.itemsize
         while rest:
             got = os.preadv(self._streams[name], [rest], place)
