@@ -134,9 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if not is_disk_full(error):
             raise
-        print(
-            f"error: {error}; {free_bytes(args.output_path):,} bytes are free, nothing is left there", file=sys.stderr
-        )
+        free = f"{free_bytes(args.output_path):,} bytes are free"
+        print(f"error: --output_path {args.output_path}: {error}; {free}, nothing is left there", file=sys.stderr)
         return EXIT_DISK_FULL
     smallest, largest = min(changes.values()), max(changes.values())
     print(
