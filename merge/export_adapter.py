@@ -8,8 +8,8 @@ PEFT stores LoRA on all experts of a block in two stacked pairs (``target_parame
 - the stacked pairs, the first matrix under ``experts.base_layer`` and the second under ``experts``; both must be there.
   Model classes with ``is_3d_moe_weight``, whose files hold fused experts, take this one.
 
-So the base's files tell which is written. ``vllm serve --enable-mixed-moe-lora-format`` takes either. vLLM knows one scale
-an adapter, ``lora_alpha / r`` of the config (``vllm/lora/peft_helper.py``): other ones are multiplied into lora_B.
+So the base's files tell which is written; ``vllm serve --enable-mixed-moe-lora-format`` takes either, told which. vLLM knows
+one scale an adapter, ``lora_alpha / r`` of the config (``vllm/lora/peft_helper.py``): others are multiplied into lora_B.
 """
 
 import json
@@ -46,7 +46,8 @@ def export_adapter(
     """Write ``adapter``, made for ``base``, to the new folder ``output`` in vLLM's form; it appears whole or not at all.
 
     What is no LoRA on fused experts is copied; ``say`` is told what was changed and what vLLM will refuse. Raises
-    AdapterError (a tensor has no place, a form that vLLM has not), FileExistsError, FileNotFoundError, ValueError.
+    AdapterError or PlacementError (a tensor has no place, a form that vLLM has not), FileExistsError,
+    FileNotFoundError, ValueError.
     """
     for name, folder in (("base", base), ("adapter", adapter)):
         if output.resolve() in (folder.resolve(), *folder.resolve().parents):
@@ -119,8 +120,9 @@ class _Export:
         if self._leaves:
             modules = sorted(self._modules) if isinstance(modules, str) else modules
             config["target_modules"] = sorted({*modules, *self._leaves})
-        kept = {name for name in old.get("target_parameters") or [] if name.rpartition(".")[2] not in self._apart}
-        config["target_parameters"] = sorted(kept | self._stacks) or None
+        if self._apart or self._stacks:
+            kept = {name for name in old["target_parameters"] if name.rpartition(".")[2] not in self._apart}
+            config["target_parameters"] = sorted(kept | self._stacks) or None
         return config
 
     # ---- experts
@@ -195,17 +197,16 @@ class _Export:
         if not found:
             self.tensors[key] = value
             return
-        rank_of = {"A.weight": 0, "embedding_A": 0, "B.weight": 1, "embedding_B": 1}
-        if kind in rank_of:
-            rank = value.shape[rank_of[kind]]
+        kind = kind.removesuffix(".weight")
+        if kind in ("A", "B", "embedding_A", "embedding_B"):
+            rank = value.shape[0] if kind.endswith("A") else value.shape[1]
             self._modules[module] = None
             self._note(re.escape(module), rank)
-            if kind.startswith(("B", "embedding_B")):
+            if kind.endswith("B"):
                 value = self._fold(value, self.adapter.scale(module, rank))
         elif kind == "B.bias":
-            value = self._fold(
-                value, self.adapter.scale(module, self.adapter.factors[module, 0].kinds["A.weight"].shape[0])
-            )
+            rank = self.adapter.factors[module, 0].kinds["A.weight"].shape[0]
+            value = self._fold(value, self.adapter.scale(module, rank))
         self.tensors[key] = value
 
     def _put(self, module: str, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:

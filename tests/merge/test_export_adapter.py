@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load, peft_logits
 from families import tiny
 from finebridge.merge.export_adapter import export_adapter
 from finebridge.merge.lora_delta import AdapterError
+from finebridge.merge.placement import PlacementError
 from finebridge.storage.manifest import verify
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig
+
+from .conftest import load, peft_logits
 
 EXPERTS, HIDDEN, INNER = 4, 32, 16
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -41,7 +43,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             return made[kind]
         family, _, fused = kind.partition(" ")
         folder = made[kind] = tmp_path_factory.mktemp("base")
-        small = {"intermediate_size": INNER} if family == "mixtral" else {}
+        small = {"intermediate_size": INNER} if family in ("mixtral", "hunyuan_v1_moe") else {}
         model = gpt_oss() if family == "gpt_oss" else tiny(family, **small)
         model.save_pretrained(folder)
         if fused:
@@ -233,6 +235,17 @@ def test_an_adapter_in_bf16_keeps_its_bits(bases: Callable[[str], Path], make: M
     assert torch.equal(after[f"{block}.2.gate_proj.lora_A.weight"], before[f"{block}.base_layer.lora_A.weight"][8:12])
 
 
+def test_targets_given_as_a_pattern(bases: Callable[[str], Path], make: Make, tmp_path: Path) -> None:
+    base, adapter = bases("qwen3_moe"), make("qwen3_moe")
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": r".*self_attn\.[qv]_proj"}))
+    export_adapter(adapter, base, tmp_path / "out", say=lambda _: None)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    copied = [f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ATTENTION]
+    assert config["target_modules"] == ["down_proj", "gate_proj", *copied, "up_proj"]
+    torch.testing.assert_close(peft_logits(base, tmp_path / "out"), peft_logits(base, adapter), atol=2e-5, rtol=0)
+
+
 def test_other_tensors_are_copied_and_what_vllm_refuses_is_told(
     bases: Callable[[str], Path], make: Make, tmp_path: Path
 ) -> None:
@@ -285,5 +298,7 @@ def test_what_cannot_be_exported(bases: Callable[[str], Path], make: Make, tmp_p
     export_adapter(adapter, base, out, say=lambda _: None)
     with pytest.raises(FileExistsError):
         export_adapter(adapter, base, out, say=lambda _: None)
-    with pytest.raises(AdapterError, match="experts"):
+    with pytest.raises(
+        PlacementError, match=r"layers\.0\.mlp\.experts: the model class of the base has no such module"
+    ):
         export_adapter(adapter, bases("llama"), tmp_path / "other", say=lambda _: None)
