@@ -101,14 +101,21 @@ class Placed:
     weight: float
     adapter: int
 
+    def covers(self, first: int, last: int, width: int) -> bool:
+        """Whether it reaches over rows ``first`` to ``last`` of a tensor of ``width`` columns, whole."""
+        height, cols = self.change.shape
+        return self.top <= first and last <= self.top + height and self.left == 0 and cols == width
+
 
 def merged_rows(value: torch.Tensor, first: int, placed: Sequence[Placed], *, sole: bool) -> torch.Tensor:
     """Rows ``first`` and following of a tensor, fp32 [rows, cols], with all changes: base + sum of weight * change.
 
     ``sole``: the changes are one adapter's, so that they do not overlap and a weight of 1 needs no subtraction.
     """
-    result = value.clone()
     last = first + value.shape[0]
+    if sole and len(placed) == 1 and placed[0].weight == 1 and placed[0].covers(first, last, value.shape[1]):
+        return placed[0].change.of(value, slice(first - placed[0].top, last - placed[0].top))
+    result = value.clone()
     for item in placed:
         height, width = item.change.shape
         top, bottom = max(first, item.top), min(last, item.top + height)

@@ -154,9 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if not is_disk_full(error):
             raise
-        print(
-            f"error: {error}; {free_bytes(args.output_path):,} bytes are free, nothing is left there", file=sys.stderr
-        )
+        free = f"{free_bytes(args.output_path):,} bytes are free"
+        print(f"error: --output_path {args.output_path}: {error}; {free}, nothing is left there", file=sys.stderr)
         return EXIT_DISK_FULL
     print(f"merged {len(proof.sums)} weights into {args.output_path} ({args.save_dtype})")
     for line in proof.lines(args.save_dtype):

@@ -17,9 +17,8 @@ from .adapter import Adapter
 from .lora_delta import AdapterError, Change, LowRank, Placed
 from .placement import Part, Placement, PlacementError
 
-BLOCK = (
-    2**20
-)  # elements of a weight that are handled at once: they and what is made of them stay in the processor's cache
+# Elements of a weight that are handled at once: they and what is made of them stay in the processor's cache.
+BLOCK = 2**18
 _STACK = 3  # dimensions of the weights of all experts in one tensor
 
 

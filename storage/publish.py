@@ -72,7 +72,7 @@ def commit(
 
     ``written`` are the entries of files that were hashed and fsynced while they were written (``hashing.Ledger``).
     Raises FileExistsError when ``target`` exists and ``replace`` is false. With ``replace`` the old artifact is moved
-    aside first and removed only after the new one stands; when the last rename fails it is moved back.
+    aside first and removed only after the new one stands on the device; when that fails it is moved back.
     """
     written = written or {}
     manifest = describe(staging, kind, made_from, written)
@@ -84,20 +84,22 @@ def commit(
     for folder in sorted((p for p in staging.rglob("*") if p.is_dir()), reverse=True):
         fsync_path(folder)
     write_text(staging / MANIFEST_NAME, dump(manifest))
-    if not target.exists():
-        staging.rename(target)
-    elif not replace:
+    old = _temporary(target, _OLD) if target.exists() else None
+    if old and not replace:
         raise FileExistsError(f"{target} exists already")
-    else:
-        old = _temporary(target, _OLD)
+    if old:
         target.rename(old)
-        try:
-            staging.rename(target)
-        except BaseException:
+    try:
+        staging.rename(target)
+        fsync_path(target.parent)
+    except BaseException:
+        if not staging.exists():
+            target.rename(staging)
+        if old:
             old.rename(target)
-            raise
+        raise
+    if old:
         shutil.rmtree(old, ignore_errors=True)
-    fsync_path(target.parent)
 
 
 def remove(target: Path) -> None:

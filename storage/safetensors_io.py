@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -206,7 +206,8 @@ class ShardWriter:
 
     A checkpoint that fits into one shard becomes ``model.safetensors`` without an index. A single tensor larger than
     ``max_bytes`` gets a shard of its own. Of several ranks that are given the same tensors in the same order each writes
-    every ``world``-th shard, in the background, while the next one is gathered; in memory is one shard of its own.
+    every ``world``-th shard, in the background, while the next one is gathered; in memory is one shard of its own. With a
+    patient ledger the last one may still be under way after ``close``.
     """
 
     def __init__(self, folder: Path, max_bytes: int, ledger: Ledger, *, rank: int = 0, world: int = 1) -> None:
@@ -220,8 +221,6 @@ class ShardWriter:
         self._shards: list[list[str]] = []
         self._seen: set[str] = set()
         self._total = 0
-        self._thread = ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
 
     def add(self, key: str, tensor: torch.Tensor) -> None:
         """Take one tensor; earlier ones are written out when the shard is full.
@@ -236,7 +235,7 @@ class ShardWriter:
         if self._names and self._bytes + size > self.max_bytes:
             self._flush()
         if self._is_mine(len(self._shards)):
-            self._wait()
+            self._ledger.settle()
             self._pending[key] = tensor.detach().cpu()
         self._names.append(key)
         self._bytes += size
@@ -246,8 +245,11 @@ class ShardWriter:
         """Write what is pending, give the shards their final names and, on rank 0, write the index."""
         if self._names or not self._shards:
             self._flush()
-        self._wait()
-        self._thread.shutdown()
+        self._ledger.later(self._complete)
+        if not self._ledger.patient:
+            self._ledger.settle()
+
+    def _complete(self) -> None:
         count = len(self._shards)
         weight_map: dict[str, str] = {}
         for number, keys in enumerate(self._shards):
@@ -268,19 +270,13 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._is_mine(len(self._shards)):
-            self._writing = self._thread.submit(self._write, self._shard_path(len(self._shards)), self._pending)
+            self._ledger.later(partial(self._write, self._shard_path(len(self._shards)), self._pending))
             self._pending = {}
         self._shards.append(self._names)
         self._names, self._bytes = [], 0
 
     def _write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         self._ledger.write(path, lambda stream: write_tensors(stream, tensors))
-
-    def _wait(self) -> None:
-        """Until the last shard of this rank is on disk; raises what stopped it."""
-        if self._writing:
-            self._writing.result()
-            self._writing = None
 
 
 def _shard_names(folder: Path) -> list[str]:

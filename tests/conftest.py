@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +202,46 @@ def history() -> Callable[[Path], list[dict[str, Any]]]:
         return [entry for entry in state["log_history"] if "loss" in entry]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def injector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """faults/inject.c, compiled."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("the fault injector needs Linux and a C compiler")
+    library = tmp_path_factory.mktemp("inject") / "inject.so"
+    source = ROOT / "tests" / "faults" / "inject.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+@pytest.fixture(scope="session")
+def trials(injector: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Callable[..., Any]]]:
+    """``trials("script.py")`` starts a script of this folder under the injector; what it gives asks it, by JSON lines."""
+    children: list[subprocess.Popen[str]] = []
+
+    def start(script: str) -> Callable[..., Any]:
+        log = tmp_path_factory.mktemp("trials") / "log"
+        with log.open("w") as stream:
+            child = subprocess.Popen(
+                [sys.executable, str(ROOT / "tests" / script)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True,
+                env={**os.environ, "LD_PRELOAD": str(injector)},
+            )  # fmt: skip
+        children.append(child)
+        assert child.stdin is not None
+        assert child.stdout is not None
+
+        def ask(**request: Any) -> Any:
+            print(json.dumps(request), file=child.stdin, flush=True)
+            answer = child.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
+            assert answer, log.read_text()[-3000:]
+            return json.loads(answer)
+
+        return ask
+
+    yield start
+    for child in children:
+        child.stdin.close()  # pyright: ignore[reportOptionalMemberAccess]
+        child.wait(30)

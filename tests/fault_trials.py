@@ -125,7 +125,6 @@ def of_ranks(argv: list[str], home: Path, rank: int | str, at: int, act: str, ru
 
 def serve() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # what training prints is no answer
-    sys.path.insert(0, str(Path(__file__).parent))
     from rank_runner import RankRunner
 
     runner, solos = RankRunner(), dict[str, Solo]()

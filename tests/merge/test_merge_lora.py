@@ -87,11 +87,51 @@ def test_a_bf16_base_is_summed_in_fp32(make_adapter: MakeAdapter, tmp_path: Path
 
 
 def test_relative_changes_are_those_of_the_weights(base: Path, adapter: Path, tmp_path: Path) -> None:
-    changes = merge(base, [adapter], tmp_path / "out")
+    sums = merge(base, [adapter], tmp_path / "out").sums
     before, after = tensors(base), tensors(tmp_path / "out")
-    assert set(changes) == {name for name in before if not torch.equal(before[name], after[name])}
-    for name, change in changes.items():
-        assert change == pytest.approx(float((after[name] - before[name]).norm() / before[name].norm()), rel=1e-4)
+    assert set(sums) == {name for name in before if not torch.equal(before[name], after[name])}
+    told = verify(tmp_path / "out")["made_from"]["changes"]
+    for name, item in sums.items():
+        assert item.relative == pytest.approx(
+            float((after[name] - before[name]).norm() / before[name].norm()), rel=1e-4
+        )
+        assert told[name] == {"relative": item.relative, "kept": 1}
+
+
+@pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-3])
+def test_what_rounding_keeps_is_measured(
+    make_adapter: MakeAdapter, tmp_path: Path, spread: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_base(tmp_path / "base", dtype=torch.bfloat16)
+    adapter = make_adapter(base)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    small = {key: value * spread if "lora_B" in key else value for key, value in factors.items()}
+    save_file(small, adapter / "adapter_model.safetensors")
+    assert main(arguments(base, adapter, tmp_path / "out", "--save_dtype", "bf16")) == 0
+    said = capsys.readouterr()
+    merged, rounded, exact = verify(tmp_path / "out"), tensors(tmp_path / "out"), by_hand(base, adapter, 2.0)
+    worst = 1.0
+    for name, told in merged["made_from"]["changes"].items():
+        change, lost = exact[name] - tensors(base)[name].float(), exact[name] - rounded[name].float()
+        assert told["kept"] == pytest.approx(max(0.0, 1 - float(lost.norm() / change.norm())), abs=1e-4)
+        worst = min(worst, told["kept"])
+    assert f"least {worst:.2%}" in said.out
+    assert ("keeps less than 99%" in said.err) is (worst < 0.99)
+    assert (worst < 0.9) is (spread < 1e-2)
+
+
+def test_a_change_that_rounding_takes_whole_is_refused(
+    make_adapter: MakeAdapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_base(tmp_path / "base", dtype=torch.bfloat16)
+    ones = {name: torch.ones_like(value) for name, value in tensors(base).items()}
+    save_file(ones, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = make_adapter(base)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    save_file({key: value * 1e-2 for key, value in factors.items()}, adapter / "adapter_model.safetensors")
+    assert main(arguments(base, adapter, tmp_path / "out", "--save_dtype", "bf16")) == 2
+    assert "nothing of it is left; use fp32" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_output_loads_whole_and_verifies(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -101,7 +141,9 @@ def test_the_output_loads_whole_and_verifies(base: Path, adapter: Path, tmp_path
     assert model.dtype == torch.bfloat16
     manifest = verify(tmp_path / "out")
     assert manifest["kind"] == "merged"
-    assert manifest["made_from"] == {"base": str(base), "adapter": str(adapter), "save_dtype": "bf16"}
+    made_from = manifest["made_from"]
+    assert made_from.pop("changes")
+    assert made_from == {"base": str(base), "adapters": {str(adapter): 1.0}, "save_dtype": "bf16"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -173,12 +215,13 @@ def test_what_was_merged_is_said_and_an_untrained_adapter_too(
 ) -> None:
     assert main(arguments(base, adapter, tmp_path / "out")) == 0
     said = capsys.readouterr()
-    assert f"merged 6 weights into {tmp_path / 'out'} (fp32); relative change " in said.out
+    assert f"merged 6 weights into {tmp_path / 'out'} (fp32)\nchange |dW|/|W|: median " in said.out
+    assert "kept by fp32: 100.00% of the change" in said.out
     assert "warning" not in said.err
     untrained = edited(lambda t: [value.zero_() for key, value in t.items() if "lora_B" in key])
-    assert main(arguments(base, untrained, tmp_path / "same")) == 0
+    assert main(arguments(base, untrained, tmp_path / "same")) == 2
     assert "the adapter changes nothing: every lora_B is zero" in capsys.readouterr().err
-    assert all(torch.equal(value, tensors(base)[name]) for name, value in tensors(tmp_path / "same").items())
+    assert not (tmp_path / "same").exists()
 
 
 def test_the_adapters_tokenizer_wins_and_the_bases_other_files_are_carried(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from finebridge.storage.manifest import ManifestError, newest_verified, steps, verify
-from finebridge.storage.publish import commit, publish, stage, write_text
+from finebridge.storage.publish import commit, fsync_path, publish, stage, write_text
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -142,6 +142,28 @@ def test_a_replacement_whose_last_rename_fails_keeps_the_old(start: Start, tmp_p
     verify(target)
     assert (target / "a.txt").read_text() == "old"
     assert names(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_rename_that_the_device_does_not_take_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replace: bool
+) -> None:
+    target = make(tmp_path / "out") if replace else tmp_path / "out"
+    seen: list[list[str]] = []
+
+    def no_space(path: Path) -> None:
+        if path == tmp_path:
+            seen.append(names(tmp_path))
+            raise OSError(28, "No space left on device")
+        fsync_path(path)
+
+    monkeypatch.setattr("finebridge.storage.publish.fsync_path", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        make(target, "new", replace=replace)
+    assert len(seen[0]) == 1 + replace, "the old one is still there while it is not known that the new one will last"
+    assert names(tmp_path) == ["out"] * replace
+    if replace:
+        assert verify(target)["made_from"] == {"from": "old"}
 
 
 def test_a_replacement_killed_at_its_last_rename_loses_and_leaks_nothing(start: Start, tmp_path: Path) -> None:

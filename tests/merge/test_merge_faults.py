@@ -1,0 +1,87 @@
+"""A merge that is killed or meets a full disk at any of its write points: the output is whole or absent, never half."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finebridge.storage.hashing import file_entry
+
+from .conftest import MakeAdapter, save_base
+
+Trial = Callable[..., dict[str, Any]]
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory, make_adapter: MakeAdapter) -> list[Path]:
+    """A sharded base with files of all kinds beside it, and an adapter."""
+    base = save_base(tmp_path_factory.mktemp("faults") / "base", shards="30KB")
+    for name in ("tokenizer.json", "tokenizer_config.json", "modeling_x.py"):
+        (base / name).write_text("{}")
+    return [base, make_adapter(base)]
+
+
+@pytest.fixture(scope="module")
+def ask(trials: Callable[[str], Trial], sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    """``ask(at=, act=, overwrite=)``: one merge under a fault, and one after it without."""
+    inputs = ["--base_model_path", sources[0], "--adapter_model_path", sources[1], "--max_shard_size", "20KB"]
+    known = {"inputs": list(map(str, inputs)), "home": str(tmp_path_factory.mktemp("merges"))}
+    return partial(trials("merge_trials.py"), **known)
+
+
+@pytest.fixture
+def trial(ask: Trial, sources: list[Path]) -> Iterator[Trial]:
+    """``ask``; afterwards base and adapter must be what they were."""
+    before = entries(sources)
+    yield ask
+    assert entries(sources) == before, "a merge only reads its sources"
+
+
+def entries(folders: list[Path]) -> dict[Path, Any]:
+    return {path: file_entry(path) for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def points_of(trial: Trial, act: str, *, overwrite: bool) -> int:
+    whole = trial(at=0, act=act, overwrite=overwrite)
+    assert (whole["code"], whole["found"], whole["left"]) == (0, "new", [])
+    assert whole["points"] > 40
+    return whole["points"]
+
+
+SWEEPS = [(False, 7), (True, 11), pytest.param(False, 1, marks=slow), pytest.param(True, 1, marks=slow)]
+
+
+@pytest.mark.parametrize(("overwrite", "stride"), SWEEPS)
+def test_a_merge_killed_anywhere(trial: Trial, overwrite: bool, stride: int) -> None:
+    points = points_of(trial, "kill", overwrite=overwrite)
+    results = [trial(at=at, act="kill", overwrite=overwrite) for at in [*range(1, points, stride), points]]
+    assert {result["code"] for result in results} == {-9}
+    for result in results:
+        assert result["found"] in (("old", "new", "absent") if overwrite else ("new", "absent")), result
+        if result["found"] == "new" and not overwrite:
+            assert result["again"] == 2, "it stands, and is never written over in silence"
+        else:
+            assert (result["again"], result["then"], result["then_left"]) == (0, "new", []), result
+    found = {result["found"] for result in results}
+    assert found >= ({"old", "new"} if overwrite else {"absent", "new"})
+
+
+@pytest.mark.parametrize(("overwrite", "stride"), SWEEPS)
+def test_a_disk_full_from_any_point_on(trial: Trial, overwrite: bool, stride: int) -> None:
+    points = points_of(trial, "enospc", overwrite=overwrite)
+    results = [trial(at=at, act="enospc", overwrite=overwrite) for at in range(1, points + 1, stride)]
+    full = [result for result in results if result["code"] == 28]
+    assert len(full) > len(results) // 2
+    for result in results:
+        assert result["code"] in (0, 28), result
+        assert not result["left"], "what was begun is removed by the merge itself"
+        assert result["found"] == ("new" if result["code"] == 0 else "old" if overwrite else "absent"), result
+    for result in full:
+        errors = [line for line in result["text"].splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, result
+        assert "/trial/models/out: " in errors[0], "the place is named"
+        assert "bytes are free" in errors[0]
+        assert "Traceback" not in result["text"]
+        assert (result["again"], result["then"]) == (0, "new"), "with room again it succeeds"

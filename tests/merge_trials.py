@@ -1,0 +1,101 @@
+"""Merges that are killed or run out of disk at one chosen point; a process of its own with ``faults/inject.c`` preloaded.
+
+Reads one request a line (JSON) and answers each with a line. A trial is the command's ``main`` in a fork of this process,
+which has merged once, so that everything is imported.
+"""
+
+import ctypes
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from fault_trials import arm
+
+
+def in_fork(argv: list[str], told: Path, folder: str = "", at: int = 0, act: str = "kill") -> tuple[int, str, int]:
+    """Exit code, what was printed, and the number of points that were met (unless killed)."""
+    from finebridge.merge.merge_lora import main
+
+    points = told.with_suffix(".points")
+    points.write_text("-1")
+    child = os.fork()
+    if child == 0:
+        with told.open("w") as stream:
+            sys.stdout = sys.stderr = stream
+            arm(folder, at, act)
+            try:
+                code = main(argv)
+            except BaseException as error:  # noqa: BLE001 - the test reads it
+                print(f"Traceback: {type(error).__name__}: {error}")
+                code = 1
+            arm("/nowhere", 0, act) if at else points.write_text(str(ctypes.CDLL(None).fault_points()))
+        os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code, told.read_text(), int(points.read_text())
+
+
+def state(output: Path, sizes: dict[str, Any]) -> str:
+    """Which of the known merges ``output`` is, ``absent``, or what is wrong with it."""
+    from finebridge.storage.manifest import ManifestError, verify
+
+    if not output.exists():
+        return "absent"
+    try:
+        files = verify(output)["files"]
+    except ManifestError as error:
+        return str(error)
+    return next((name for name, known in sizes.items() if known == files), "another")
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+class Merges:
+    """The right merges, made without a fault: ``new`` as the request says, ``old`` in another dtype."""
+
+    def __init__(self, inputs: list[str], home: Path) -> None:
+        from finebridge.merge.merge_lora import main
+        from finebridge.storage.manifest import read
+
+        self.inputs, self.home = inputs, home
+        self.known: dict[str, Any] = {}
+        for name, dtype in (("new", "bf16"), ("old", "fp16")):
+            assert main([*inputs, "--output_path", str(home / name), "--save_dtype", dtype]) == 0
+            self.known[name] = read(home / name)["files"]
+
+    def trial(self, at: int, act: str, *, overwrite: bool) -> dict[str, Any]:
+        """A merge under a fault, and one after it without."""
+        faulty, told = self.home / "trial", self.home / "told"
+        shutil.rmtree(faulty, ignore_errors=True)
+        folder = faulty / "models"
+        folder.mkdir(parents=True)
+        output = folder / "out"
+        if overwrite:
+            shutil.copytree(self.home / "old", output, copy_function=os.link)
+        argv = [*self.inputs, "--output_path", str(output), "--save_dtype", "bf16", *["--overwrite"] * overwrite]
+        code, text, points = in_fork(argv, told, str(faulty), at, act)
+        answer = {"at": at, "code": code, "text": text, "points": points, "left": hidden(folder)}
+        answer["found"] = state(output, self.known)
+        answer["again"] = in_fork(argv, told)[0]
+        answer["then"], answer["then_left"] = state(output, self.known), hidden(folder)
+        return answer
+
+
+def serve() -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a merge prints is no answer
+    made: dict[str, Merges] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        key = request["home"]
+        if key not in made:
+            made[key] = Merges(request["inputs"], Path(key))
+        answer = made[key].trial(request["at"], request["act"], overwrite=request["overwrite"])
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
