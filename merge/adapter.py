@@ -118,11 +118,11 @@ class Adapter:
             if lengths is not None:
                 raise AdapterError(f"{name}: DoRA on an embedding is not merged; train it without --use_dora or LoRA")
             left, right = _pair(found, "embedding_A", "embedding_B")
-            scale = self._scale(found.module, left.shape[0])
+            scale = self.scale(found.module, left.shape[0])
             yield name, LowRank(name, left.T.contiguous(), right.T.contiguous(), scale)
             return
         a, b = _pair(found, "A.weight", "B.weight")
-        scale = self._scale(found.module, a.shape[0])
+        scale = self.scale(found.module, a.shape[0])
         bias = kinds.pop("B.bias", None)
         if bias is not None:
             yield f"{found.module}.bias", LowRank(f"{found.module}.bias", bias.unsqueeze(1), torch.ones(1, 1), scale)
@@ -150,7 +150,7 @@ class Adapter:
         rights = a.view(count, rank, a.shape[1])
         if transposed:
             lefts, rights = rights.transpose(1, 2), lefts.transpose(1, 2)
-        scale = self._scale(name, rank)
+        scale = self.scale(name, rank)
         return [
             LowRank(name, left.contiguous(), right.contiguous(), scale)
             for left, right in zip(lefts, rights, strict=True)
@@ -196,7 +196,7 @@ class Adapter:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise AdapterError(f"{path}: {key} is {value!r}; a number is expected")
 
-    def _scale(self, name: str, rank: int) -> float:
+    def scale(self, name: str, rank: int) -> float:
         """Alpha / rank, or alpha / sqrt(rank), of a module. Raises AdapterError when the config says another rank."""
         said = _of_pattern(self.config.get("rank_pattern"), name, self.config["r"])
         if rank != said:

@@ -139,7 +139,7 @@ class Planner:
     def _each_change(self, adapter: Adapter) -> Iterator[Wanted]:
         for module in dict.fromkeys(module for module, _ in adapter.factors):
             nested = [found for (name, _), found in sorted(adapter.factors.items()) if name == module]
-            targets = self._targets(adapter, module)
+            targets = targeted(adapter, module, self.placement)
             if not targets:
                 if len(nested) > 1 or nested[0].nested:
                     raise AdapterError(f"{nested[-1].key}: no target_parameters of {adapter.folder} name this module")
@@ -164,12 +164,6 @@ class Planner:
         for name in adapter.whole:
             shape, change = adapter.file.shapes[adapter.whole[name]], adapter.replacement(name)
             yield Wanted(name, shape, _experts(change, shape))
-
-    def _targets(self, adapter: Adapter, module: str) -> list[tuple[str, tuple[int, ...]]]:
-        """Parameters of a module that the adapter names itself (``target_parameters``), in the class's order."""
-        ends = [target.rpartition(".") for target in adapter.config.get("target_parameters") or []]
-        named = {parameter for owner, _, parameter in ends if f".{module}".endswith(f".{owner}")}
-        return [(name, shape) for name, shape in self.placement.parameters(module) if name in named] if named else []
 
     def _place(self, wanted: Wanted, weight: float, number: int) -> None:
         """Put a change on the tensors on disk that hold its parameter. Raises AdapterError, PlacementError."""
@@ -216,6 +210,13 @@ class Planner:
             copy = adapter.file.read(key, start, stop)
             if not copy.equal(self.base.read(source, start, stop).to(copy.dtype)):
                 raise AdapterError(f"{name}: the adapter holds a copy of this weight that is not the base's")
+
+
+def targeted(adapter: Adapter, module: str, placement: Placement) -> list[tuple[str, tuple[int, ...]]]:
+    """Parameters of a module that the adapter names itself (``target_parameters``), with shapes, in the class's order."""
+    ends = [target.rpartition(".") for target in adapter.config.get("target_parameters") or []]
+    named = {parameter for owner, _, parameter in ends if f".{module}".endswith(f".{owner}")}
+    return [(name, shape) for name, shape in placement.parameters(module) if name in named] if named else []
 
 
 @contextmanager
