@@ -1,119 +1,130 @@
-"""What a LoRA adapter adds to a weight: ``scale * B @ A``, computed in fp32.
+"""What an adapter does to a weight, in fp32 and for any rows of it, so that no weight is ever held whole.
 
-Reads PEFT's adapter folder (``adapter_config.json`` and ``adapter_model.safetensors``). LoRA:
-https://arxiv.org/abs/2106.09685; rsLoRA (scale alpha / sqrt(r)): https://arxiv.org/abs/2312.03732.
+LoRA: ``W + scale * B @ A`` (https://arxiv.org/abs/2106.09685). DoRA: each row of that sum is brought to a learnt length
+(https://arxiv.org/abs/2402.09353). A module that was trained whole replaces the base's. All of them are matrices here: a
+vector has one column, the experts of a block are parts of one matrix that lie below each other.
 """
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
-from safetensors import safe_open
-
-from ..storage.assets import read_json
-from ..storage.manifest import safetensors_header
-
-_PREFIX = "base_model.model."
-# Settings that do not change what the factors add. Any other setting that is set stops the merge: a kind of adapter
-# that is merged as plain LoRA without being one gives wrong weights.
-_HARMLESS = {
-    "alora_invocation_tokens": None, "auto_mapping": ..., "base_model_name_or_path": ..., "bias": "none", "exclude_modules": ...,
-    "inference_mode": ..., "layers_pattern": ..., "layers_to_transform": ..., "lora_alpha": ..., "lora_dropout": ...,
-    "megatron_config": ..., "megatron_core": ..., "peft_type": ..., "peft_version": ..., "qalora_group_size": ..., "r": ...,
-    "revision": ..., "runtime_config": ..., "target_modules": ..., "task_type": ..., "use_rslora": ...,
-}  # fmt: skip
-# Starting values of A and B that leave the base as it is (others, such as pissa and olora, change the base's weights).
-_INITIAL = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 class AdapterError(ValueError):
     """The adapter cannot be merged, or not into this base; the message names the setting or tensor."""
 
 
-@dataclass(frozen=True, slots=True)
-class LoraWeight:
-    """The factors of one module: A has shape [rank, in], B has shape [out, rank]."""
+class Change(Protocol):
+    """What one adapter makes of a matrix of ``shape``. ``source`` is the name of its parameter in the model."""
 
-    a: torch.Tensor
-    b: torch.Tensor
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def source(self) -> str: ...
+
+    def of(self, value: torch.Tensor, rows: slice) -> torch.Tensor:
+        """The base's ``rows``, fp32, as the adapter has them: a new tensor of the same shape."""
+        ...
+
+    def part(self, rows: slice, cols: slice, *, transposed: bool) -> "Change":
+        """What it makes of a region of the matrix, or of the region's transpose."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """``left @ right * scale`` is added; with ``lengths`` the rows of the sum are then scaled to them (DoRA).
+
+    left: fp32 [rows, rank]; right: fp32 [rank, cols]; lengths: fp32 [rows].
+    """
+
+    source: str
+    left: torch.Tensor
+    right: torch.Tensor
     scale: float
+    lengths: torch.Tensor | None = None
 
-    def delta(self) -> torch.Tensor:
-        """The update of the weight, fp32, shape [out, in]."""
-        return (self.b.float() @ self.a.float()) * self.scale
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[0], self.right.shape[1]
+
+    def of(self, value: torch.Tensor, rows: slice) -> torch.Tensor:
+        summed = torch.addmm(value, self.left[rows], self.right, alpha=self.scale)
+        if self.lengths is None:
+            return summed
+        return summed * (self.lengths[rows] / torch.linalg.vector_norm(summed, dim=1)).unsqueeze(1)
+
+    def part(self, rows: slice, cols: slice, *, transposed: bool) -> "LowRank":
+        whole = cols.stop - cols.start == self.shape[1]
+        if self.lengths is not None and (transposed or not whole):
+            raise AdapterError(f"{self.source}: DoRA scales whole rows, but the base holds them in parts")
+        left, right = self.left[rows], self.right[:, cols]
+        if transposed:
+            left, right = right.T, left.T
+        lengths = None if self.lengths is None else self.lengths[rows]
+        return LowRank(self.source, left.contiguous(), right.contiguous(), self.scale, lengths)
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
-    """Factors by base weight name (``model.layers.0.self_attn.q_proj.weight``), and copies of base weights.
+class Replacement:
+    """The trained matrix takes the base's place. ``read(start, stop)`` gives its elements, seen flat, from disk."""
 
-    PEFT stores an embedding's or head's own, frozen weight beside its factors; it must equal the base's.
+    source: str
+    shape: tuple[int, int]
+    read: Callable[[int, int], torch.Tensor]
+
+    def of(self, value: torch.Tensor, rows: slice) -> torch.Tensor:
+        width = self.shape[1]
+        return self.read(rows.start * width, rows.stop * width).float().view_as(value)
+
+    def part(self, rows: slice, cols: slice, *, transposed: bool) -> "Replacement":
+        if transposed or cols.stop - cols.start != self.shape[1]:
+            raise AdapterError(f"{self.source}: this weight was trained whole, but the base holds it in parts of rows")
+        first = rows.start * self.shape[1]
+
+        def read(start: int, stop: int) -> torch.Tensor:
+            return self.read(first + start, first + stop)
+
+        return Replacement(self.source, (rows.stop - rows.start, self.shape[1]), read)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A change at its place in a tensor on disk: its first row and column there, and the adapter's weight."""
+
+    change: Change
+    top: int
+    left: int
+    weight: float
+    adapter: int
+
+    def covers(self, first: int, last: int, width: int) -> bool:
+        """Whether it reaches over rows ``first`` to ``last`` of a tensor of ``width`` columns, whole."""
+        height, cols = self.change.shape
+        return self.top <= first and last <= self.top + height and self.left == 0 and cols == width
+
+
+def merged_rows(value: torch.Tensor, first: int, placed: Sequence[Placed], *, sole: bool) -> torch.Tensor:
+    """Rows ``first`` and following of a tensor, fp32 [rows, cols], with all changes: base + sum of weight * change.
+
+    ``sole``: the changes are one adapter's, so that they do not overlap and a weight of 1 needs no subtraction.
     """
-
-    weights: dict[str, LoraWeight]
-    copies: dict[str, torch.Tensor]
-
-
-def load_adapter(folder: Path) -> Adapter:
-    """The adapter that PEFT or finebridge saved in ``folder``.
-
-    Raises AdapterError when a file is missing, a setting is not plain LoRA or rsLoRA, a tensor is left over, shapes do
-    not fit or a value is not finite.
-    """
-    config_path, weights_path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise AdapterError(f"{path}: missing; --adapter_model_path takes the folder that PEFT or finebridge saved")
-    config = read_json(config_path)
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{config_path}: peft_type is {config.get('peft_type')!r}; only LORA adapters are merged")
-    _check_settings(config, config_path)
-    safetensors_header(weights_path)  # a cut file is told by name
-    with safe_open(weights_path, framework="pt") as handle:
-        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
-    weights: dict[str, LoraWeight] = {}
-    copies = {
-        key.removeprefix(_PREFIX).replace(".base_layer.", "."): tensors.pop(key)
-        for key in list(tensors)
-        if ".base_layer." in key
-    }
-    for key in sorted(tensors):
-        module, found, _ = key.removeprefix(_PREFIX).partition(".lora_A.weight")
-        if not found:
+    last = first + value.shape[0]
+    if sole and len(placed) == 1 and placed[0].weight == 1 and placed[0].covers(first, last, value.shape[1]):
+        return placed[0].change.of(value, slice(first - placed[0].top, last - placed[0].top))
+    result = value.clone()
+    for item in placed:
+        height, width = item.change.shape
+        top, bottom = max(first, item.top), min(last, item.top + height)
+        if top >= bottom:
             continue
-        a, b = tensors.pop(key), tensors.pop(key.replace(".lora_A.", ".lora_B."), None)
-        weights[f"{module}.weight"] = _pair(module, a, b, config)
-    if tensors:
-        raise AdapterError(f"{weights_path}: {len(tensors)} tensors are not LoRA factors, the first is {min(tensors)}")
-    if not weights:
-        raise AdapterError(f"{weights_path}: holds no LoRA factors")
-    return Adapter(weights, copies)
-
-
-def _check_settings(config: dict[str, Any], path: Path) -> None:
-    if (initial := config.get("init_lora_weights", True)) not in _INITIAL:
-        raise AdapterError(
-            f"{path}: init_lora_weights is {initial!r}, which changes the base; such adapters are not merged yet"
-        )
-    for key, value in config.items():
-        plain = _HARMLESS.get(key)
-        if plain is ... or key == "init_lora_weights" or value in (plain, None, False, [], {}):
-            continue
-        raise AdapterError(f"{path}: {key} is {value!r}; merging such adapters is not supported yet")
-    alpha = config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise AdapterError(f"{path}: lora_alpha is {alpha!r}; a number is expected")
-
-
-def _pair(module: str, a: torch.Tensor, b: torch.Tensor | None, config: dict[str, Any]) -> LoraWeight:
-    if b is None:
-        raise AdapterError(f"{module}: lora_A without lora_B")
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.numel() == 0 or b.numel() == 0:  # noqa: PLR2004
-        raise AdapterError(f"{module}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} do not fit together")
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise AdapterError(f"{module}: the adapter holds values that are not finite")
-    rank = a.shape[0]
-    alpha = float(config["lora_alpha"])
-    return LoraWeight(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        region = slice(top - first, bottom - first), slice(item.left, item.left + width)
+        new = item.change.of(value[region], slice(top - item.top, bottom - item.top))
+        if sole and item.weight == 1:
+            result[region] = new
+        else:
+            result[region].add_(new - value[region], alpha=item.weight)
+    return result

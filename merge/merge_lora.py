@@ -1,16 +1,20 @@
-"""Merge a LoRA adapter into its base, offline and one tensor at a time.
+"""Merge LoRA adapters into their base, offline and streamed.
 
     bash merge/merge_lora_weight.sh --base_model_path B --adapter_model_path A --output_path O --save_dtype bf16
 
-Works on files: no model is built. The sum is computed in fp32 and rounded once to ``--save_dtype``; every adapter
-tensor is used exactly once or the merge stops; the output appears whole or not at all.
+Works on files: no model is built, and a few blocks of rows are in memory at a time. The sum is computed in fp32 and
+rounded once to ``--save_dtype``; every adapter tensor is used exactly once or the merge stops; the output appears whole
+or not at all. How far the rounding kept what was learnt is measured while it is written, and told.
 """
 
 import argparse
 import json
+import math
+import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,135 +23,164 @@ from ..storage.publish import publish
 from ..storage.space import EXIT_DISK_FULL, free_bytes, is_disk_full, parse_size
 
 if TYPE_CHECKING:
-    from ..storage.safetensors_io import Checkpoint
-    from .lora_delta import LoraWeight
+    from .plan import Plan
+    from .proof import Proof
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_MANY = 8  # cores that a merge uses unless told: the disk is the limit before
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of the merge."""
     result = argparse.ArgumentParser("finebridge merge", description=__doc__, allow_abbrev=False)
-    result.add_argument("--base_model_path", required=True, type=Path, help="folder of the base model (safetensors)")
-    result.add_argument(
-        "--adapter_model_path", required=True, type=Path, help="folder of the adapter (a LoRA checkpoint)"
+    add = result.add_argument
+    add("--base_model_path", required=True, type=Path, help="folder of the base model (safetensors or .bin)")
+    add(
+        "--adapter_model_path",
+        required=True,
+        type=Path,
+        action="append",
+        help="folder of a LoRA adapter; may be repeated",
     )
-    result.add_argument("--output_path", required=True, type=Path, help="new folder for the merged model")
-    result.add_argument(
-        "--save_dtype", choices=DTYPES, default="fp32", help="dtype of the merged weights (default fp32)"
+    add(
+        "--adapter_weights", type=float, nargs="+", metavar="W", help="factor of each adapter's change (default 1 each)"
     )
-    result.add_argument("--max_shard_size", default="5GB", help="largest weight file (default 5GB)")
-    result.add_argument("--overwrite", action="store_true", help="replace what --output_path holds")
+    add("--output_path", required=True, type=Path, help="new folder for the merged model")
+    add("--save_dtype", choices=DTYPES, default="fp32", help="dtype of the merged weights (default fp32)")
+    add("--max_shard_size", default="5GB", help="largest weight file (default 5GB)")
+    add("--workers", type=int, default=min(_MANY, len(os.sched_getaffinity(0))), help="threads (default %(default)s)")
+    add(
+        "--verify",
+        action="store_true",
+        help="compare the logits with base + live adapter before publishing (loads both)",
+    )
+    add("--prompts", type=Path, help="text file, a prompt a line, for --verify (default: built-in prompts)")
+    add("--allow_unchanged", action="store_true", help="accept an adapter that leaves some of its weights unchanged")
+    add(
+        "--trust_remote_code",
+        action="store_true",
+        help="allow the base's own Python files to be run where they are needed",
+    )
+    add("--overwrite", action="store_true", help="replace what --output_path holds")
     return result
 
 
 def merge(
     base: Path,
-    adapter: Path,
+    adapters: Sequence[Path],
     output: Path,
     save_dtype: str = "fp32",
     max_shard_size: str = "5GB",
     *,
+    weights: Sequence[float] | None = None,
+    workers: int = 2,
+    check: Callable[[Path], object] | None = None,
+    allow_unchanged: bool = False,
+    trust_remote_code: bool = False,
     overwrite: bool = False,
-) -> dict[str, float]:
-    """Write ``base + adapter`` to ``output``; relative size of each change, |delta| / |weight| (Frobenius), by weight.
+    say: Callable[[str], None] = print,
+) -> "Proof":
+    """Write ``base + sum of weight * adapter`` to ``output``; what was changed and kept, by weight.
 
-    Raises AdapterError (adapter and base do not fit, a value is not finite or overflows ``save_dtype``),
-    FileExistsError, FileNotFoundError, ValueError.
+    ``check`` is called with the finished folder before it is published. Raises AdapterError (adapter and base do not
+    fit, a value is not finite or overflows ``save_dtype``, nothing is changed), FileExistsError, FileNotFoundError,
+    ValueError; OSError with ENOSPC when there is no room, also before anything is written.
     """
     import torch
 
     from ..storage.hashing import Ledger
-    from ..storage.safetensors_io import Checkpoint, ShardWriter
-    from .lora_delta import AdapterError, load_adapter
+    from ..storage.safe_load import open_weights
+    from .adapter import Adapter
+    from .plan import Planner
+    from .proof import Proof
+    from .stream import write_plan
 
-    for name, folder in (("base", base), ("adapter", adapter)):
+    for name, folder in (("base", base), *(("adapter", adapter) for adapter in adapters)):
         if output.resolve() in (folder.resolve(), *folder.resolve().parents):
             raise ValueError(f"--output_path {output} is or contains the {name}; choose another folder")
-    dtype: torch.dtype = getattr(torch, DTYPES[save_dtype])
+    factors = list(weights or [1.0] * len(adapters))
+    if len(factors) != len(adapters) or not all(math.isfinite(factor) and factor for factor in factors):
+        raise ValueError(f"--adapter_weights {factors}: {len(adapters)} finite numbers other than 0 are expected")
     config = _base_config(base)
-    loaded = load_adapter(adapter)
-    left = loaded.weights
-    changes: dict[str, float] = {}
-    made_from = {"base": str(base), "adapter": str(adapter), "save_dtype": save_dtype}
+    made_from: dict[str, Any] = {
+        "base": str(base), "adapters": dict(zip(map(str, adapters), factors, strict=True)), "save_dtype": save_dtype,
+    }  # fmt: skip
     written: dict[str, dict[str, Any]] = {}
-    with (
-        Checkpoint(base) as weights,
-        publish(output, kind="merged", made_from=made_from, replace=overwrite, written=written) as folder,
-    ):
-        _check_fit(left, weights, config)
-        writer = ShardWriter(folder, parse_size(max_shard_size), Ledger(folder, written))
-        for name in weights:
-            tensor = weights.get(name)
-            copy = loaded.copies.pop(name, None)
-            if copy is not None and not copy.equal(tensor.to(copy.dtype)):
-                raise AdapterError(f"{name}: the adapter holds a copy of this weight that is not the base's")
-            pair = left.pop(name, None)
-            if not tensor.is_floating_point():
-                if pair:
-                    raise AdapterError(
-                        f"{name}: the base's weight is {tensor.dtype}, no floating-point weight to add to"
-                    )
-                writer.add(name, tensor)
-                continue
-            value = tensor.float()
-            if pair:
-                delta = pair.delta()
-                changes[name] = float(delta.norm() / value.norm().clamp_min(1e-30))
-                value = value + delta
-            stored = value.to(dtype)
-            if not stored.isfinite().all():
-                cause = (
-                    "holds values that are not finite"
-                    if not value.isfinite().all()
-                    else f"overflows {save_dtype}; use bf16"
-                )
-                raise AdapterError(f"{name}: the merged weight {cause}")
-            writer.add(name, stored)
-        if loaded.copies:
-            raise AdapterError(f"{min(loaded.copies)}: the adapter holds a copy of this weight, but the base has none")
-        writer.close()
-        config["dtype"] = DTYPES[save_dtype]
-        config.pop("torch_dtype", None)
-        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _carry_assets(base, adapter, folder)
-    return changes
+    with ExitStack() as stack:
+        weight_files = stack.enter_context(open_weights(base))
+        loaded = [stack.enter_context(Adapter(adapter)) for adapter in adapters]
+        dtype: torch.dtype = getattr(torch, DTYPES[save_dtype])
+        plan = Planner(weight_files, config, dtype, trust_remote_code=trust_remote_code).plan(loaded, factors)
+        for line in plan.said:
+            say(line)
+        _check_room(output, plan)
+        folder = stack.enter_context(
+            publish(output, kind="merged", made_from=made_from, replace=overwrite, written=written)
+        )
+        proof = Proof(plan.outputs)
+        write_plan(
+            folder, plan.outputs, weight_files, proof, Ledger(folder, written),
+            max_bytes=parse_size(max_shard_size), workers=workers,
+        )  # fmt: skip
+        proof.check(save_dtype, allow_unchanged=allow_unchanged)
+        made_from["changes"] = proof.table()
+        _write_config(folder, config, save_dtype, plan)
+        _carry_assets(base, adapters[-1], folder)
+        if check:
+            check(folder)
+    return proof
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Merge as the command line says; exit code 0, 2 for bad input, or 28 when the disk is full."""
+    """Merge as the command line says; exit code 0, 1 when --verify fails, 2 for bad input, or 28 when the disk is full."""
     args = parser().parse_args(argv)
+    if args.prompts and not args.verify:
+        return _refuse("--prompts is for --verify; give both or none")
+    if args.workers < 1:
+        return _refuse(f"--workers {args.workers}: at least 1 is needed")
     try:
-        changes = merge(
+        proof = merge(
             args.base_model_path, args.adapter_model_path, args.output_path, args.save_dtype, args.max_shard_size,
-            overwrite=args.overwrite,
+            weights=args.adapter_weights, workers=args.workers, check=_verifier(args) if args.verify else None,
+            allow_unchanged=args.allow_unchanged, trust_remote_code=args.trust_remote_code, overwrite=args.overwrite,
         )  # fmt: skip
     except FileExistsError:
-        print(
-            f"error: {args.output_path} exists already; choose another --output_path or give --overwrite",
-            file=sys.stderr,
-        )
-        return 2
+        return _refuse(f"{args.output_path} exists already; choose another --output_path or give --overwrite")
     except (ValueError, FileNotFoundError) as error:
+        return _refuse(str(error))
+    except ArithmeticError as error:  # --verify
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1
     except OSError as error:
         if not is_disk_full(error):
             raise
         free = f"{free_bytes(args.output_path):,} bytes are free"
         print(f"error: --output_path {args.output_path}: {error}; {free}, nothing is left there", file=sys.stderr)
         return EXIT_DISK_FULL
-    smallest, largest = min(changes.values()), max(changes.values())
-    print(
-        f"merged {len(changes)} weights into {args.output_path} ({args.save_dtype}); "
-        f"relative change {smallest:.2e} to {largest:.2e}"
-    )
-    if largest == 0:
-        print("warning: the adapter changes nothing: every lora_B is zero, it was never trained", file=sys.stderr)
+    print(f"merged {len(proof.sums)} weights into {args.output_path} ({args.save_dtype})")
+    for line in proof.lines(args.save_dtype):
+        print(line, file=sys.stderr if line.startswith("warning") else sys.stdout)
     return 0
 
 
-def _base_config(base: Path) -> dict[str, object]:
+def _refuse(text: str) -> int:
+    print(f"error: {text}", file=sys.stderr)
+    return 2
+
+
+def _verifier(args: argparse.Namespace) -> Callable[[Path], None]:
+    def check(folder: Path) -> None:
+        from .verify import compare
+
+        compare(
+            args.base_model_path, args.adapter_model_path, args.adapter_weights or [1.0] * len(args.adapter_model_path), folder,
+            exact=args.save_dtype == "fp32", prompts=args.prompts, trust_remote_code=args.trust_remote_code,
+        )  # fmt: skip
+
+    return check
+
+
+def _base_config(base: Path) -> dict[str, Any]:
     path = base / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"--base_model_path {base}: no config.json there; the folder of a model is expected")
@@ -157,17 +190,25 @@ def _base_config(base: Path) -> dict[str, object]:
     return config
 
 
-def _check_fit(adapter: dict[str, "LoraWeight"], weights: "Checkpoint", config: dict[str, object]) -> None:
-    """Refuse an adapter that names other weights, other shapes or one of a tied pair."""
-    from .lora_delta import AdapterError
+def _check_room(output: Path, plan: "Plan") -> None:
+    import errno
 
-    for name, pair in adapter.items():
-        if config.get("tie_word_embeddings") and ("lm_head" in name or "embed" in name):
-            raise AdapterError(f"{name}: the base ties its embeddings, so a change of one of the pair cannot be merged")
-        if name not in weights:
-            raise AdapterError(f"{name}: the adapter changes this weight, but the base on disk has none of that name")
-        if (shape := weights.shapes[name]) != (wanted := (pair.b.shape[0], pair.a.shape[1])):
-            raise AdapterError(f"{name}: the base's shape is {shape}, the adapter was made for {tuple(wanted)}")
+    needed = sum(item.spec.size for item in plan.outputs)
+    if needed > free_bytes(output):
+        raise OSError(
+            errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: the merged model needs {needed:,} bytes", str(output)
+        )
+
+
+def _write_config(folder: Path, config: dict[str, Any], save_dtype: str, plan: "Plan") -> None:
+    """The base's config with the dtype of the weights, and without the tie that was parted."""
+    for part in (config, config.get("text_config") or {}):
+        if part is config or "dtype" in part or "torch_dtype" in part:
+            part["dtype"] = DTYPES[save_dtype]
+            part.pop("torch_dtype", None)
+        if plan.unties and (part is config or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _carry_assets(base: Path, adapter: Path, folder: Path) -> None:

@@ -7,8 +7,10 @@ does not stop a forger. Keys of caches stay SHA-256.
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
@@ -62,31 +64,30 @@ class HashingFile:
         return self
 
     def write(self, data: Any) -> int:
-        """Append bytes (any buffer of bytes); how many."""
+        """Append the bytes of any contiguous buffer; how many bytes."""
+        whole = rest = memoryview(data).cast("B")
         try:
-            rest = memoryview(data).cast("B")
             while rest:
                 rest = rest[self._stream.write(rest) or 0 :]
         except OSError as error:
             error.filename = str(self.path)
             self.error = error
             raise
-        self._digest.update(data)
-        size = len(data)
-        self._size += size
+        self._digest.update(whole)
+        self._size += len(whole)
         if self._size - self._sent > _AT_ONCE and not (self._syncing and self._syncing.is_alive()):
             self._sent = self._size
-            self._syncing = Thread(target=self._sync, daemon=True)
+            self._syncing = Thread(target=self._sync, args=(os.fdatasync,), daemon=True)
             self._syncing.start()
-        return size
+        return len(whole)
 
     def flush(self) -> None:
         """Nothing is buffered here."""
 
-    def _sync(self) -> None:
-        """Have the device take what is written so far, while more is written."""
+    def _sync(self, wait_for_device: Callable[[int], None]) -> None:
+        """Have the device take what is written so far, while more may be written."""
         try:
-            os.fdatasync(self._stream.fileno())
+            wait_for_device(self._stream.fileno())
         except OSError as error:  # the system tells it once, so the last fsync may not hear of it
             error.filename = str(self.path)
             self.error = error
@@ -102,9 +103,10 @@ class HashingFile:
             if self._syncing:
                 self._syncing.join()
             if kind is None:
+                if not self.error:
+                    self._sync(os.fsync)
                 if self.error:
                     raise self.error
-                os.fsync(self._stream.fileno())
         finally:
             self._stream.close()
 
@@ -115,29 +117,58 @@ class Ledger:
     ``entries`` is the dictionary to fill, for example the one that ``publish`` was given as ``written``.
 
     With ``patient`` an error of writing is kept in ``errors`` instead of raised: in a run of several ranks the one that
-    failed must go on to the point where all agree, else the others wait for it for ever.
+    failed must go on to the point where all agree, else the others wait for it for ever. Nor does such a ledger wait for
+    the device: each file is fsynced in the background, and whoever looks at ``entries`` or ``errors`` waits for all.
     """
 
     def __init__(
         self, folder: Path, entries: dict[str, dict[str, Any]] | None = None, *, patient: bool = False
     ) -> None:
-        self.folder = folder
-        self.entries: dict[str, dict[str, Any]] = {} if entries is None else entries
-        self.errors: list[Exception] = []
-        self._patient = patient
+        self.folder, self.patient = folder, patient
+        self._entries: dict[str, dict[str, Any]] = {} if entries is None else entries
+        self._errors: list[Exception] = []
+        self._background = ThreadPoolExecutor(1)
+        self._put_off: deque[Future[None]] = deque()
+
+    @property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """The entries of all that was written. Raises what stopped a write in the background, unless patient."""
+        self.settle()
+        return self._entries
+
+    @property
+    def errors(self) -> list[Exception]:
+        """What a patient ledger met, in no certain order of files."""
+        self.settle()
+        return self._errors
+
+    def later(self, work: Callable[[], None]) -> None:
+        """Run a piece of this process's own work in the background, after those before it."""
+        self._put_off.append(self._background.submit(work))
+
+    def settle(self) -> None:
+        """Wait for all that runs in the background. Raises the first error of it, unless patient."""
+        met: list[BaseException | None] = []
+        while self._put_off:
+            met.append(self._put_off.popleft().exception())
+        for error in filter(None, met):
+            with self.guard():
+                raise error
 
     def write(self, path: Path, work: Callable[[HashingFile], object]) -> None:
         """Make a new file below the folder by ``work``, and enter it. Raises what stopped it, unless patient."""
         with self.guard():
             stream = HashingFile(path)
             try:
-                with stream:
-                    work(stream)
+                with ExitStack() as stack:
+                    work(stack.enter_context(stream))
+                    if self.patient:
+                        self.later(stack.pop_all().close)
             except Exception:
                 if stream.error:
                     raise stream.error from None
                 raise
-            self.entries[path.relative_to(self.folder).as_posix()] = stream.entry()
+            self._entries[path.relative_to(self.folder).as_posix()] = stream.entry()
 
     @contextmanager
     def guard(self) -> Generator[None]:
@@ -145,13 +176,13 @@ class Ledger:
         try:
             yield
         except Exception as error:
-            if not self._patient:
+            if not self.patient:
                 raise
-            self.errors.append(error)
+            self._errors.append(error)
 
     def rename(self, old: Path, new: Path) -> None:
         """Give a file that was entered its final name; nothing when it could not be written."""
-        entry = self.entries.pop(old.relative_to(self.folder).as_posix(), None)
+        entry = self._entries.pop(old.relative_to(self.folder).as_posix(), None)
         if entry is not None:
             old.rename(new)
-            self.entries[new.relative_to(self.folder).as_posix()] = entry
+            self._entries[new.relative_to(self.folder).as_posix()] = entry

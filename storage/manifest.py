@@ -68,6 +68,12 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     return header
 
 
+def data_start(path: Path) -> int:
+    """Where the bytes of a safetensors file's tensors begin: after its length field and header."""
+    with path.open("rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
+
+
 def describe(
     folder: Path, kind: str, made_from: Mapping[str, Any], written: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:

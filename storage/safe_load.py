@@ -28,7 +28,7 @@ class UnsafeFileError(ValueError):
     """A ``.bin`` file is broken or holds more than tensors by name; the message names the file."""
 
 
-def open_weights(folder: Path) -> "Checkpoint | BinCheckpoint":
+def open_weights(folder: Path) -> "Weights":
     """The weights of a model's folder. Of both kinds safetensors wins, as in transformers.
 
     Raises FileNotFoundError when there are none, ValueError when files or index are wrong.
@@ -109,6 +109,9 @@ def _elements(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         rows = rows[first : -(-stop // width)]
         start, stop = start - first * width, stop - first * width
     return rows.reshape(-1)[start:stop].clone(memory_format=torch.contiguous_format)
+
+
+Weights = Checkpoint | BinCheckpoint  # what open_weights gives
 
 
 def _open_all(folder: Path) -> dict[Path, Tensors]:

@@ -5,18 +5,21 @@ Reads one file or a sharded checkpoint with its index; writes shards in order wi
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+import math
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import safe_open
 
 from .assets import read_json
 from .hashing import HashingFile, Ledger
-from .manifest import safetensors_header
+from .manifest import data_start, safetensors_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -25,21 +28,31 @@ SINGLE_NAME = "model.safetensors"
 class Checkpoint:
     """The tensors of a safetensors checkpoint on disk, in the order of its files; use it as a context manager.
 
-    Files are memory-mapped and opened once; ``get`` copies one tensor. Raises FileNotFoundError when there are no
-    safetensors weights, ValueError when the index is wrong (points outside the folder, misses a file or a tensor).
+    Files are memory-mapped and opened once; ``get`` copies one tensor, ``read`` a part of one. ``files`` names others
+    than the model's, for example an adapter's. Raises FileNotFoundError when there are no safetensors weights,
+    ValueError when the index is wrong (points outside the folder, misses a file or a tensor).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[str] | None = None) -> None:
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         self._where: dict[str, str] = {}
+        self._starts: dict[str, int] = {}  # of each tensor's bytes in its file
         self._open: dict[str, Any] = {}
-        for name in _shard_names(folder):
+        self._streams: dict[str, int] = {}
+        self._lock = Lock()
+        for name in files or _shard_names(folder):
+            start = data_start(folder / name)
             for key, entry in safetensors_header(folder / name).items():
                 if key in self._where:
                     raise ValueError(f"{folder / name}: tensor {key} is in {self._where[key]} too")
+                if entry["dtype"] not in _TYPES:
+                    raise ValueError(f"{folder / name}: tensor {key} has the unknown type {entry['dtype']}")
                 self._where[key] = name
+                self._starts[key] = start + entry["data_offsets"][0]
                 self.shapes[key] = tuple(entry["shape"])
+                self.dtypes[key] = _TYPES[entry["dtype"]]
 
     def __enter__(self) -> Self:
         return self
@@ -49,7 +62,10 @@ class Checkpoint:
     ) -> None:
         for handle in self._open.values():
             handle.__exit__(None, None, None)
+        for stream in self._streams.values():
+            os.close(stream)
         self._open.clear()
+        self._streams.clear()
 
     def __contains__(self, key: str) -> bool:
         return key in self._where
@@ -67,29 +83,99 @@ class Checkpoint:
             self._open[name] = safe_open(self.folder / name, framework="pt").__enter__()
         return self._open[name].get_tensor(key)
 
+    def read(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Elements ``start`` to ``stop`` of a tensor seen flat, shape [stop - start], in its stored dtype.
 
-def write_tensors(stream: HashingFile, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write one safetensors file: the same bytes as ``safetensors.torch.save_file`` with ``{"format": "pt"}``.
+        They are read into memory, not mapped: a part that is used once is faster so. Several threads may read.
+        """
+        name, dtype = self._where[key], self.dtypes[key]
+        with self._lock:
+            if name not in self._streams:
+                self._streams[name] = os.open(self.folder / name, os.O_RDONLY)
+        data = torch.empty(stop - start, dtype=dtype)
+        rest = data.view(torch.uint8).numpy().data
+        place = self._starts[key] + start * dtype.itemsize
+        while rest:
+            got = os.preadv(self._streams[name], [rest], place)
+            if not got:
+                raise ValueError(f"{self.folder / name}: the file was cut while it was read")
+            rest, place = rest[got:], place + got
+        return data
+
+
+class Spec(NamedTuple):
+    """A tensor that will be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def plan_shards(tensors: Iterable[Spec], max_bytes: int) -> dict[str, list[Spec]]:
+    """Which file holds which tensors, in the order given: file name -> tensors in the order of their bytes.
+
+    Files have at most ``max_bytes`` of tensors; a larger tensor gets one of its own. One file alone is
+    ``model.safetensors``.
+    """
+    shards: list[list[Spec]] = [[]]
+    size = 0
+    for spec in tensors:
+        if shards[-1] and size + spec.size > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.size
+    return {_shard_name(number, len(shards)): _ordered(shard) for number, shard in enumerate(shards)}
+
+
+def write_header(stream: HashingFile, tensors: Sequence[Spec]) -> None:
+    """Begin a safetensors file whose tensors' bytes follow in this order; nothing is between them.
 
     Raises ValueError for an empty tensor: no model has one, but a partitioned weight looks like one.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    # Wide types first: then every tensor lies at a multiple of its own width, whatever stands before it.
-    ordered = sorted(tensors.items(), key=lambda item: (-_ORDER.get(item[1].dtype, 0), item[0]))
-    for name, tensor in ordered:
-        if not tensor.numel():
-            raise ValueError(f"tensor {name} is empty {tuple(tensor.shape)}: it was not gathered from the ranks")
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"tensor {name}: the safetensors format has no type {tensor.dtype}")
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for spec in tensors:
+        if not spec.size:
+            raise ValueError(f"tensor {spec.name} is empty {spec.shape}: it was not gathered from the ranks")
+        if spec.dtype not in _DTYPES:
+            raise ValueError(f"tensor {spec.name}: the safetensors format has no type {spec.dtype}")
+        start, end = end, end + spec.size
+        header[spec.name] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     stream.write(len(text).to_bytes(8, "little") + text)
-    for _, tensor in ordered:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        stream.write(flat.view(torch.uint8).numpy().data)
+
+
+def write_index(folder: Path, shards: Mapping[str, Sequence[Spec]], ledger: Ledger) -> None:
+    """Write the index that ``from_pretrained`` expects beside several shards; nothing beside a single one."""
+    if len(shards) == 1:
+        return
+    total = sum(spec.size for specs in shards.values() for spec in specs)
+    weight_map = {spec.name: name for name, specs in shards.items() for spec in specs}
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1) + "\n"
+    ledger.write(folder / INDEX_NAME, lambda stream: stream.write(text.encode()))
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor on any device, in row-major order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def write_tensors(stream: HashingFile, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write one safetensors file: the same bytes as ``safetensors.torch.save_file`` with ``{"format": "pt"}``.
+
+    Raises ValueError for an empty tensor, see ``write_header``.
+    """
+    specs = _ordered(Spec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
+    write_header(stream, specs)
+    for spec in specs:
+        stream.write(bytes_of(tensors[spec.name]))
 
 
 # The names of the format in the order of its reader's enumeration, which is the order of its writer.
@@ -103,6 +189,16 @@ _DTYPES = {
 
 
 _ORDER = {dtype: number for number, dtype in enumerate(_DTYPES)}
+_TYPES = {name: dtype for dtype, name in _DTYPES.items()}
+
+
+def _ordered(tensors: Iterable[Spec]) -> list[Spec]:
+    """Wide types first: then every tensor lies at a multiple of its own width, whatever stands before it."""
+    return sorted(tensors, key=lambda spec: (-_ORDER.get(spec.dtype, 0), spec.name))
+
+
+def _shard_name(number: int, count: int) -> str:
+    return SINGLE_NAME if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 class ShardWriter:
@@ -110,7 +206,8 @@ class ShardWriter:
 
     A checkpoint that fits into one shard becomes ``model.safetensors`` without an index. A single tensor larger than
     ``max_bytes`` gets a shard of its own. Of several ranks that are given the same tensors in the same order each writes
-    every ``world``-th shard, in the background, while the next one is gathered; in memory is one shard of its own.
+    every ``world``-th shard, in the background, while the next one is gathered; in memory is one shard of its own. With a
+    patient ledger the last one may still be under way after ``close``.
     """
 
     def __init__(self, folder: Path, max_bytes: int, ledger: Ledger, *, rank: int = 0, world: int = 1) -> None:
@@ -124,8 +221,6 @@ class ShardWriter:
         self._shards: list[list[str]] = []
         self._seen: set[str] = set()
         self._total = 0
-        self._thread = ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
 
     def add(self, key: str, tensor: torch.Tensor) -> None:
         """Take one tensor; earlier ones are written out when the shard is full.
@@ -140,7 +235,7 @@ class ShardWriter:
         if self._names and self._bytes + size > self.max_bytes:
             self._flush()
         if self._is_mine(len(self._shards)):
-            self._wait()
+            self._ledger.settle()
             self._pending[key] = tensor.detach().cpu()
         self._names.append(key)
         self._bytes += size
@@ -150,12 +245,15 @@ class ShardWriter:
         """Write what is pending, give the shards their final names and, on rank 0, write the index."""
         if self._names or not self._shards:
             self._flush()
-        self._wait()
-        self._thread.shutdown()
+        self._ledger.later(self._complete)
+        if not self._ledger.patient:
+            self._ledger.settle()
+
+    def _complete(self) -> None:
         count = len(self._shards)
         weight_map: dict[str, str] = {}
         for number, keys in enumerate(self._shards):
-            name = SINGLE_NAME if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            name = _shard_name(number, count)
             if self._is_mine(number):
                 self._ledger.rename(self._shard_path(number), self.folder / name)
             weight_map |= dict.fromkeys(keys, name)
@@ -172,19 +270,13 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._is_mine(len(self._shards)):
-            self._writing = self._thread.submit(self._write, self._shard_path(len(self._shards)), self._pending)
+            self._ledger.later(partial(self._write, self._shard_path(len(self._shards)), self._pending))
             self._pending = {}
         self._shards.append(self._names)
         self._names, self._bytes = [], 0
 
     def _write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         self._ledger.write(path, lambda stream: write_tensors(stream, tensors))
-
-    def _wait(self) -> None:
-        """Until the last shard of this rank is on disk; raises what stopped it."""
-        if self._writing:
-            self._writing.result()
-            self._writing = None
 
 
 def _shard_names(folder: Path) -> list[str]:

@@ -21,7 +21,7 @@ from ..storage.manifest import steps
 from ..storage.publish import clear_leftovers, commit, remove, stage
 from ..storage.space import free_bytes, is_disk_full
 from .hf_flags import ArgumentsError
-from .runtime import has_accelerator, is_main
+from .runtime import from_main, gather, has_accelerator, is_main, reduce, several_ranks
 
 PREFIX = "checkpoint-"
 
@@ -49,9 +49,7 @@ def on_main(work: Callable[[], Any], *, patience: timedelta | None = None) -> An
             outcome = [None, type(error), str(error)]
         except Exception as error:  # noqa: BLE001 - it is raised again, on every rank
             outcome = [None, SaveError, f"{type(error).__name__}: {error}"]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        group: Any = dist.new_group(timeout=patience) if patience else None
-        dist.broadcast_object_list(outcome, src=0, group=group)
+    outcome = from_main(outcome, dist.new_group(timeout=patience) if patience and several_ranks() else None)
     if outcome[1] is not None:
         raise outcome[1](outcome[2])
     return outcome[0]
@@ -66,8 +64,7 @@ def finite_on_all_ranks(model: Any) -> bool:
         if parameter.requires_grad and part.numel():
             low_high = torch.stack(part.aminmax())  # ten times faster than isfinite; a NaN anywhere is both of them
             finite &= torch.isfinite(low_high).all().to(device)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    reduce(finite, "MIN")
     return bool(finite)
 
 
@@ -77,7 +74,7 @@ def check_shared(output_dir: Path) -> None:
     Every rank must call it. Raises ArgumentsError on every rank, naming those that do not see rank 0's folder.
     """
     mark = output_dir / on_main(lambda: _new_mark(output_dir))
-    missing = [rank for rank, seen in enumerate(_gather(_appears(mark))) if not seen]
+    missing = [rank for rank, seen in enumerate(gather(_appears(mark))) if not seen]
     on_main(lambda: mark.unlink(missing_ok=True))
     if missing:
         raise ArgumentsError(
@@ -111,15 +108,6 @@ def _appears(path: Path, seconds: float = 5.0) -> bool:
     return True
 
 
-def _gather(value: Any) -> list[Any]:
-    """One value of every rank, in the order of ranks, on every rank."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def open_staging(output_dir: Path, step: int, needed: int) -> Path:
     """The folder in which all ranks write the files of ``checkpoint-{step}``, the same on every rank.
 
@@ -148,7 +136,7 @@ def agree(ledger: Ledger, needed: int) -> None:
     error = ledger.errors[0] if ledger.errors else None
     full = is_disk_full(error)
     place = getattr(error, "filename", None) or ledger.folder
-    told = _gather((full, f"{type(error).__name__}: {error}" if error else "", str(place), ledger.entries))
+    told = gather((full, f"{type(error).__name__}: {error}" if error else "", str(place), ledger.entries))
     for rank, (is_full, text, path, _) in enumerate(told):
         if is_full:
             raise DiskFullError(full_text(Path(path), f"rank {rank} saved a checkpoint there", needed)) from error

@@ -20,11 +20,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerState
 
 from . import verdicts
-from .runtime import RuntimeSetupError
+from .runtime import RuntimeSetupError, from_main, gather, place, several_ranks
 from .verdicts import EXIT_HANG, Beat
 
 _EVERY = 2.0  # seconds between two beats
@@ -246,24 +245,21 @@ def start(limit: float, output_dir: Path) -> None:
     Raises RuntimeSetupError on all ranks when one cannot reach rank 0.
     """
     global _current  # noqa: PLW0603 - a process is one rank and has one watch
-    if limit <= 0 or not dist.is_initialized() or dist.get_world_size() == 1:
+    if limit <= 0 or not several_ranks():
         return
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world = place()
     beat = Heartbeat(rank, world, limit, output_dir / "hang")
-    address: list[Any] = [None]
+    address: tuple[Any, ...] = ()
     if rank == 0:
-        address = [(*beat.listen(os.environ.get("MASTER_ADDR", "127.0.0.1")), secrets.token_hex(16))]
-    dist.broadcast_object_list(address, src=0)
-    host, port, token = address[0]
+        address = (*beat.listen(os.environ.get("MASTER_ADDR", "127.0.0.1")), secrets.token_hex(16))
+    host, port, token = from_main(address)
     why = ""
     if rank > 0:
         try:
             beat.connect(host, port, token)
         except OSError as error:
             why = f"rank {rank} ({socket.gethostname()}) cannot reach {host}:{port}: {error}"
-    reasons: list[Any] = [None] * world
-    dist.all_gather_object(reasons, why)
-    if said := next(filter(None, reasons), None):
+    if said := next(filter(None, gather(why)), None):
         raise RuntimeSetupError(
             f"the ranks watch each other over TCP, but {said}. Open the network between the machines for all ports, or "
             "turn the watch off with --heartbeat_timeout 0"

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.core_model_loading import (
@@ -35,6 +34,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from ..storage.manifest import safetensors_header
 from ..storage.safe_load import load_tensors
 from .precision import asked_in_fp32
+from .runtime import gather
 
 
 class ModelError(ValueError):
@@ -76,11 +76,7 @@ def _load(model: Any, files: list[Path], load_config: Any) -> LoadStateDictInfo:
         info = _Loader(model, files, load_config).run()
     except (ModelError, ValueError, OSError, SafetensorError) as caught:
         error = str(caught)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        errors: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-        error = next((text for text in errors if text), None)
-    if error:
+    if error := next(filter(None, gather(error)), None):
         raise ModelError(error)
     return info
 

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import sys
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,40 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this is rank 0, the one that prints and writes what all share."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def several_ranks() -> bool:
+    """Whether this process has joined others, so that collectives mean something."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def place() -> tuple[int, int]:
+    """This rank's number and how many there are, in the process group; (0, 1) without others."""
+    return (dist.get_rank(), dist.get_world_size()) if several_ranks() else (0, 1)
+
+
+def gather(value: Any) -> list[Any]:
+    """One value of every rank, in the order of ranks, on every rank. Every rank must call it."""
+    if not several_ranks():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Any, group: Any = None) -> Any:
+    """Rank 0's value, on every rank. Every rank must call it; ``group`` is a process group of all ranks."""
+    if not several_ranks():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=group)
+    return values[0]
+
+
+def reduce(tensor: torch.Tensor, how: Literal["SUM", "MIN", "MAX"] = "SUM", group: Any = None) -> None:
+    """Make a tensor, in place, the sum (least, greatest) over all ranks. Every rank must call it."""
+    if several_ranks():
+        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, how), group=group)
 
 
 def say(text: str) -> None:

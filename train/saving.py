@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import DeepSpeedSchedulerWrapper
 from peft import PeftModel
 from torch import nn
@@ -18,6 +17,7 @@ from ..storage.assets import carry
 from ..storage.hashing import Ledger
 from .checkpoint import agree, discard, finite_on_all_ranks, open_staging, publish_checkpoint, rotate
 from .guards import DivergedError
+from .runtime import place
 from .space import checkpoint_bytes
 from .weights import gathered, partitioned_only, write_adapter, write_weights
 
@@ -63,12 +63,20 @@ class SavingTrainer(Trainer):
             agree(ledger, needed)
             publish_checkpoint(ledger, output_dir, {**self.made_from, "step": step}, needed, self._latest)
         except BaseException:
+            ledger.settle()  # nothing is written there any more
             discard(self._staging)
             raise
         finally:
             self._staging = self._ledger = None
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(output_dir / folder.name))
         if self.args.should_save:
             rotate(output_dir, self.keep, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """What is pushed is read from the disk: not before it is published."""
+        if not self._staging:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _name_best(self, output_dir: Path) -> None:
         """The best checkpoint is known by its final name, not by the staging folder's."""
@@ -102,7 +110,7 @@ class SavingTrainer(Trainer):
                 write_adapter(model, folder, ledger, writes=self.args.should_save)
             else:
                 held = model.state_dict(keep_vars=True)
-                rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+                rank, world = place()
                 write_weights(
                     model, folder, self.max_shard_size, ledger,
                     lambda names: gathered({name: held[name] for name in names}), rank=rank, world=world,
@@ -155,7 +163,7 @@ class SavingTrainer(Trainer):
 
 @contextmanager
 def torch_saves_through(ledger: Ledger) -> Generator[None]:
-    """Inside, ``torch.save`` to a path below the ledger's folder is hashed while it writes, and fsynced.
+    """Inside, ``torch.save`` to a path below the ledger's folder is entered in it: hashed while it writes, fsynced.
 
     So the state files of the Trainer and of DeepSpeed keep their own writers. The zip's CRC, a third of the time of a
     save, is left out beside our checksum.

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -114,8 +113,7 @@ class StepTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         heartbeat.enter("count")  # the first time in a step that one rank waits for another
         divisor = torch.stack([share(batch, self.normalization) for batch in batch_samples]).sum().to(device)
-        if _distributed():
-            dist.all_reduce(divisor)
+        runtime.reduce(divisor)
         return divisor
 
     def compute_loss(
@@ -162,8 +160,7 @@ class StepTrainer(Trainer):
         """Check the step on all ranks. Raises DivergedError on all of them."""
         losses = torch.stack(self._step.losses).double()
         mean = losses.sum() / self.args.world_size
-        if _distributed():
-            dist.all_reduce(mean)
+        runtime.reduce(mean)
         norm = None if grad_norm is None else float(grad_norm)
         self.guard.check(self.state.global_step, float(mean), norm, lambda: self._seen(losses))
 
@@ -173,10 +170,7 @@ class StepTrainer(Trainer):
         numbers = [n for n, is_bad in zip(self._step.samples, bad, strict=True) if is_bad or not any(bad)]
         data = cast("Samples", self.train_dataset)
         names = [data.name_of(number) for batch in numbers for number in batch if number >= 0]
-        ranks: list[Any] = [(any(bad), names)]
-        if _distributed():
-            ranks = [None] * self.args.world_size
-            dist.all_gather_object(ranks, (any(bad), names))
+        ranks = runtime.gather((any(bad), names))
         worst = any(is_bad for is_bad, _ in ranks)
         shown = [
             f"rank {rank}: {', '.join(names[:_SHOWN])}" + (f" and {len(names) - _SHOWN} more" if names[_SHOWN:] else "")
@@ -189,8 +183,7 @@ class StepTrainer(Trainer):
         """Log, with the mean router loss of the steps since the last line."""
         if "loss" in logs and self._auxiliary:
             mean = torch.stack(self._auxiliary).float().mean() / self.args.world_size
-            if _distributed():
-                dist.all_reduce(mean)
+            runtime.reduce(mean)
             logs["aux_loss"] = float(mean)
             self._auxiliary.clear()
         super().log(logs, start_time)
@@ -233,8 +226,7 @@ class StepTrainer(Trainer):
                 sums += evaluation_sums(outputs["logits"] if isinstance(outputs, dict) else outputs[0], labels)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         model.train(was_training)
-        if _distributed():
-            dist.all_reduce(sums)
+        runtime.reduce(sums)
         loss, right, tokens = sums.tolist()
         metrics = {"loss": loss / tokens, "accuracy": right / tokens, "tokens": tokens}
         if not metrics["loss"] < float("inf"):
@@ -244,7 +236,3 @@ class StepTrainer(Trainer):
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         count = len(cast("CheckedSamples", dataloader.dataset))
         return EvalLoopOutput(cast("Any", None), None, named, count)
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

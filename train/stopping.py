@@ -14,6 +14,8 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from .runtime import reduce, several_ranks
+
 EXIT_STOPPED = 128 + signal.SIGTERM
 _SAME_REQUEST = 5.0  # seconds; a scheduler and a launcher may both send it
 
@@ -67,7 +69,7 @@ class StopWhenAsked(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
         """From here on there is a next step to wait for; Ctrl-C ends the process at once."""
-        if dist.is_initialized() and dist.get_backend() != "gloo":
+        if several_ranks() and dist.get_backend() != "gloo":
             self._group = dist.new_group(backend="gloo")
         _Request.training = True
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -100,6 +102,5 @@ class StopWhenAsked(TrainerCallback):
     def _agreed(self) -> bool:
         """Whether any rank was asked to stop. Every rank must call it at the same place."""
         flag = torch.tensor(int(_Request.at is not None), dtype=torch.int32)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        reduce(flag, "MAX", self._group)
         return bool(flag)

@@ -16,14 +16,19 @@ MakeAdapter = Callable[..., Path]
 IDS = torch.arange(24).reshape(2, 12)
 
 
-def save_base(folder: Path, *, dtype: torch.dtype = torch.float32, tied: bool = False, shards: str = "5GB") -> Path:
+def save_base(
+    folder: Path, *, dtype: torch.dtype = torch.float32, tied: bool = False, biased: bool = False, shards: str = "5GB"
+) -> Path:
     """A Qwen3 of two layers with random weights, the same for every dtype up to rounding."""
     torch.manual_seed(0)
     config = Qwen3Config(
         hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, vocab_size=64, tie_word_embeddings=tied,
+        head_dim=8, vocab_size=64, tie_word_embeddings=tied, attention_bias=biased,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.data.normal_(0, 0.1)
     model.to(dtype).save_pretrained(folder, max_shard_size=shards)
     return folder
 

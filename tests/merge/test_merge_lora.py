@@ -51,10 +51,10 @@ def test_merged_logits_are_pefts(
     adapter = make_adapter(**settings)
     truth = peft_logits(base, adapter)
     assert (truth - logits(load(base))).abs().max() > 0.01, "the adapter must matter"
-    changes = merge(base, adapter, tmp_path / "out")
+    sums = merge(base, [adapter], tmp_path / "out").sums
     assert (logits(load(tmp_path / "out")) - truth).abs().max() < 1e-5
-    assert len(changes) * 2 == sum(".lora_" in name for name in load_file(adapter / "adapter_model.safetensors"))
-    assert all(change > 0 for change in changes.values())
+    assert len(sums) * 2 == sum(".lora_" in name for name in load_file(adapter / "adapter_model.safetensors"))
+    assert all(item.relative > 0 and item.kept == 1 for item in sums.values())
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_every_tensor_is_the_fp32_sum_rounded_once(
     base: Path, make_adapter: MakeAdapter, tmp_path: Path, save_dtype: str, settings: dict[str, Any], scale: float
 ) -> None:
     adapter = make_adapter(**settings)
-    merge(base, adapter, tmp_path / "out", save_dtype)
+    merge(base, [adapter], tmp_path / "out", save_dtype)
     got, wanted = tensors(tmp_path / "out"), by_hand(base, adapter, scale)
     assert list(got) == list(tensors(base))
     for name, value in wanted.items():
@@ -75,8 +75,8 @@ def test_every_tensor_is_the_fp32_sum_rounded_once(
 def test_a_bf16_base_is_summed_in_fp32(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", dtype=torch.bfloat16)
     adapter = make_adapter(base)
-    merge(base, adapter, tmp_path / "bf16", "bf16")
-    merge(base, adapter, tmp_path / "fp32", "fp32")
+    merge(base, [adapter], tmp_path / "bf16", "bf16")
+    merge(base, [adapter], tmp_path / "fp32", "fp32")
     stored, wanted = tensors(base), by_hand(base, adapter, 2.0)
     got, fine = tensors(tmp_path / "bf16"), tensors(tmp_path / "fp32")
     for name, value in wanted.items():
@@ -87,21 +87,63 @@ def test_a_bf16_base_is_summed_in_fp32(make_adapter: MakeAdapter, tmp_path: Path
 
 
 def test_relative_changes_are_those_of_the_weights(base: Path, adapter: Path, tmp_path: Path) -> None:
-    changes = merge(base, adapter, tmp_path / "out")
+    sums = merge(base, [adapter], tmp_path / "out").sums
     before, after = tensors(base), tensors(tmp_path / "out")
-    assert set(changes) == {name for name in before if not torch.equal(before[name], after[name])}
-    for name, change in changes.items():
-        assert change == pytest.approx(float((after[name] - before[name]).norm() / before[name].norm()), rel=1e-4)
+    assert set(sums) == {name for name in before if not torch.equal(before[name], after[name])}
+    told = verify(tmp_path / "out")["made_from"]["changes"]
+    for name, item in sums.items():
+        assert item.relative == pytest.approx(
+            float((after[name] - before[name]).norm() / before[name].norm()), rel=1e-4
+        )
+        assert told[name] == {"relative": item.relative, "kept": 1}
+
+
+@pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-3])
+def test_what_rounding_keeps_is_measured(
+    make_adapter: MakeAdapter, tmp_path: Path, spread: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_base(tmp_path / "base", dtype=torch.bfloat16)
+    adapter = make_adapter(base)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    small = {key: value * spread if "lora_B" in key else value for key, value in factors.items()}
+    save_file(small, adapter / "adapter_model.safetensors")
+    assert main(arguments(base, adapter, tmp_path / "out", "--save_dtype", "bf16")) == 0
+    said = capsys.readouterr()
+    merged, rounded, exact = verify(tmp_path / "out"), tensors(tmp_path / "out"), by_hand(base, adapter, 2.0)
+    worst = 1.0
+    for name, told in merged["made_from"]["changes"].items():
+        change, lost = exact[name] - tensors(base)[name].float(), exact[name] - rounded[name].float()
+        assert told["kept"] == pytest.approx(max(0.0, 1 - float(lost.norm() / change.norm())), abs=1e-4)
+        worst = min(worst, told["kept"])
+    assert f"least {worst:.2%}" in said.out
+    assert ("keeps less than 99%" in said.err) is (worst < 0.99)
+    assert (worst < 0.9) is (spread < 1e-2)
+
+
+def test_a_change_that_rounding_takes_whole_is_refused(
+    make_adapter: MakeAdapter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_base(tmp_path / "base", dtype=torch.bfloat16)
+    ones = {name: torch.ones_like(value) for name, value in tensors(base).items()}
+    save_file(ones, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = make_adapter(base)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    save_file({key: value * 1e-2 for key, value in factors.items()}, adapter / "adapter_model.safetensors")
+    assert main(arguments(base, adapter, tmp_path / "out", "--save_dtype", "bf16")) == 2
+    assert "nothing of it is left; use fp32" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_output_loads_whole_and_verifies(base: Path, adapter: Path, tmp_path: Path) -> None:
-    merge(base, adapter, tmp_path / "out", "bf16")
+    merge(base, [adapter], tmp_path / "out", "bf16")
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.dtype == torch.bfloat16
     manifest = verify(tmp_path / "out")
     assert manifest["kind"] == "merged"
-    assert manifest["made_from"] == {"base": str(base), "adapter": str(adapter), "save_dtype": "bf16"}
+    made_from = manifest["made_from"]
+    assert made_from.pop("changes")
+    assert made_from == {"base": str(base), "adapters": {str(adapter): 1.0}, "save_dtype": "bf16"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -114,7 +156,7 @@ def test_the_config_says_the_dtype_and_keeps_the_rest(
     config = json.loads((own / "config.json").read_text())
     del config["dtype"]
     (own / "config.json").write_text(json.dumps(config | {"torch_dtype": "float16", "ours": "ä"}))
-    merge(own, adapter, tmp_path / "out", save_dtype)
+    merge(own, [adapter], tmp_path / "out", save_dtype)
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == config | {
         "dtype": DTYPES[save_dtype],
         "ours": "ä",
@@ -130,8 +172,8 @@ def test_fp32_is_the_default(base: Path, adapter: Path, tmp_path: Path) -> None:
 def test_sharded_in_and_out_is_the_same_merge(base: Path, adapter: Path, tmp_path: Path) -> None:
     shards = save_base(tmp_path / "sharded", shards="20KB")
     assert len(list(shards.glob("model-*.safetensors"))) > 3
-    merge(base, adapter, tmp_path / "one")
-    merge(shards, adapter, tmp_path / "many", max_shard_size="20KB")
+    merge(base, [adapter], tmp_path / "one")
+    merge(shards, [adapter], tmp_path / "many", max_shard_size="20KB")
     assert [path.name for path in (tmp_path / "one").glob("*.safetensors*")] == ["model.safetensors"]
     assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 3
     one, many = tensors(tmp_path / "one"), tensors(tmp_path / "many")
@@ -148,14 +190,14 @@ def test_a_base_that_transformers_saved_twice_is_read_as_transformers_reads_it(
     load(base).save_pretrained(both)
     assert (both / "model.safetensors.index.json").is_file()
     truth = peft_logits(both, adapter)
-    merge(both, adapter, tmp_path / "out")
+    merge(both, [adapter], tmp_path / "out")
     assert (logits(load(tmp_path / "out")) - truth).abs().max() < 1e-5
 
 
 def test_a_tied_base_stays_tied(make_adapter: MakeAdapter, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", tied=True)
     adapter = make_adapter(base)
-    merge(base, adapter, tmp_path / "out")
+    merge(base, [adapter], tmp_path / "out")
     assert "lm_head.weight" not in tensors(tmp_path / "out")
     assert (logits(load(tmp_path / "out")) - peft_logits(base, adapter)).abs().max() < 1e-5
 
@@ -164,7 +206,7 @@ def test_integer_buffers_are_carried_as_they_are(base: Path, adapter: Path, tmp_
     own = tmp_path / "base"
     shutil.copytree(base, own)
     save_file(tensors(base) | {"model.counts": torch.arange(3)}, own / "model.safetensors")
-    merge(own, adapter, tmp_path / "out", "bf16")
+    merge(own, [adapter], tmp_path / "out", "bf16")
     assert torch.equal(tensors(tmp_path / "out")["model.counts"], torch.arange(3))
 
 
@@ -173,12 +215,13 @@ def test_what_was_merged_is_said_and_an_untrained_adapter_too(
 ) -> None:
     assert main(arguments(base, adapter, tmp_path / "out")) == 0
     said = capsys.readouterr()
-    assert f"merged 6 weights into {tmp_path / 'out'} (fp32); relative change " in said.out
+    assert f"merged 6 weights into {tmp_path / 'out'} (fp32)\nchange |dW|/|W|: median " in said.out
+    assert "kept by fp32: 100.00% of the change" in said.out
     assert "warning" not in said.err
     untrained = edited(lambda t: [value.zero_() for key, value in t.items() if "lora_B" in key])
-    assert main(arguments(base, untrained, tmp_path / "same")) == 0
+    assert main(arguments(base, untrained, tmp_path / "same")) == 2
     assert "the adapter changes nothing: every lora_B is zero" in capsys.readouterr().err
-    assert all(torch.equal(value, tensors(base)[name]) for name, value in tensors(tmp_path / "same").items())
+    assert not (tmp_path / "same").exists()
 
 
 def test_the_adapters_tokenizer_wins_and_the_bases_other_files_are_carried(
@@ -189,12 +232,12 @@ def test_the_adapters_tokenizer_wins_and_the_bases_other_files_are_carried(
     shutil.copytree(adapter, trained)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "modeling_x.py", "LICENSE"):
         (own / name).write_text("{}" if name.endswith("config.json") else f"base {name}")
-    merge(own, trained, tmp_path / "out_of_base")
+    merge(own, [trained], tmp_path / "out_of_base")
     assert (tmp_path / "out_of_base" / "tokenizer.json").read_text() == "base tokenizer.json"
     for name in ("tokenizer.json", "chat_template.jinja", "LICENSE", "rng_state.pth", "training_args.bin"):
         (trained / name).write_text(f"adapter {name}")
     (trained / "tokenizer_config.json").write_text("{}")
-    merge(own, trained, tmp_path / "out")
+    merge(own, [trained], tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
         "LICENSE", "chat_template.jinja", "config.json", "generation_config.json", "manifest.json", "model.safetensors",
@@ -218,7 +261,7 @@ def test_the_adapters_chat_template_wins_wherever_it_is_kept(base: Path, adapter
     config = json.loads((example / "tokenizer_config.json").read_text()) | {"chat_template": "the adapter's"}
     (trained / "tokenizer_config.json").write_text(json.dumps(config))
     assert AutoTokenizer.from_pretrained(trained).chat_template == "the adapter's"
-    merge(own, trained, tmp_path / "out")
+    merge(own, [trained], tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "the adapter's"
 
 

@@ -1,0 +1,271 @@
+"""What a merge will write, from file headers and adapters alone: each output tensor, its source and its changes.
+
+Every tensor of every adapter gets exactly one place or the plan fails, before anything is written.
+"""
+
+import math
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from ..storage.safe_load import Weights
+from ..storage.safetensors_io import Spec
+from .adapter import Adapter
+from .lora_delta import AdapterError, Change, LowRank, Placed
+from .placement import Part, Placement, PlacementError
+
+# Elements of a weight that are handled at once: they and what is made of them stay in the processor's cache.
+BLOCK = 2**18
+_STACK = 3  # dimensions of the weights of all experts in one tensor
+
+
+class Wanted(NamedTuple):
+    """A parameter of the model, its shape, and the change of it (of each expert's matrix when it is a stack)."""
+
+    name: str
+    shape: tuple[int, ...]
+    experts: Sequence[Change]
+
+
+@dataclass(slots=True)
+class Output:
+    """One tensor that is written: what it is, which tensor of the base it comes from, what is added."""
+
+    spec: Spec
+    source: str
+    placed: list[Placed] = field(default_factory=list[Placed])
+
+    @property
+    def sole(self) -> bool:
+        """Whether at most one adapter changes it."""
+        return len({item.adapter for item in self.placed}) <= 1
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All outputs in the base's order, what to say, and whether the embeddings are untied."""
+
+    outputs: list[Output]
+    said: list[str]
+    unties: bool
+
+
+class Planner:
+    """Places the changes of adapters on the tensors of one base."""
+
+    def __init__(
+        self,
+        base: Weights,
+        config: dict[str, Any],
+        dtype: torch.dtype,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.base = base
+        self.config = config
+        self.said: list[str] = []
+        self.placement = Placement(base.folder, base.shapes, shapes=base.shapes, trust_remote_code=trust_remote_code)
+        for name, stored in base.dtypes.items():
+            if stored.is_floating_point and stored.itemsize == 1:
+                raise AdapterError(
+                    f"{name}: the base is stored in {stored}, numbers that mean nothing without their scales; merge into "
+                    "the model in bf16 or fp32 that it was made from"
+                )
+        own = _own_dtype(base)
+        self.outputs: dict[str, Output] = {}
+        for name in base:
+            stored = base.dtypes[name]
+            keeps = not stored.is_floating_point or own.itemsize < stored.itemsize > dtype.itemsize
+            self.outputs[name] = Output(Spec(name, stored if keeps else dtype, base.shapes[name]), name)
+        if kept := [
+            name for name in base if base.dtypes[name].is_floating_point and self.outputs[name].spec.dtype != dtype
+        ]:
+            self.said.append(f"{len(kept)} tensors stay {base.dtypes[kept[0]]} as in the base, the first is {kept[0]}")
+        self._head: dict[str, str] = {}  # tied output embedding -> the input embedding's tensor that it shares
+
+    def plan(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> Plan:
+        """Place everything. Raises AdapterError naming the tensor that has no place."""
+        self._head = self._tied(adapters)
+        changes = [self._changes(adapter) for adapter in adapters]
+        unties = self._untie(changes)
+        for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+            with _hint(adapter):
+                for wanted in changes[number].values():
+                    self._place(wanted, weight, number)
+            for name, key in adapter.copies.items():
+                self._compare(name, key, adapter)
+        for output in self.outputs.values():
+            if output.placed and not output.spec.dtype.is_floating_point:
+                raise AdapterError(
+                    f"{output.spec.name}: the base's weight is {output.spec.dtype}, no floating-point weight to add to"
+                )
+        return Plan(list(self.outputs.values()), self.said, unties)
+
+    # ---- tied embeddings
+
+    def _tied(self, adapters: Sequence[Adapter]) -> dict[str, str]:
+        """Output embeddings that share the input embedding's tensor, where an adapter changes either."""
+        names = {name for adapter in adapters for name in adapter.names}
+        vocabulary = self.config.get("vocab_size") or self.config.get("text_config", {}).get("vocab_size")
+        if not any((self.base.shapes.get(name) or (vocabulary,))[0] == vocabulary for name in names):
+            return {}  # so the model's class need not be asked
+        return {head: embedding for head, embedding in self.placement.tied() if names & {head, embedding}}
+
+    def _untie(self, changes: Sequence[dict[str, Wanted]]) -> bool:
+        """Give a tied head a tensor of its own, which starts as the embedding, unless all adapters change both as one."""
+        parted = False
+        for head, embedding in self._head.items():
+            if all(_same(wanted.get(head), wanted.get(embedding)) for wanted in changes):
+                for wanted in changes:
+                    wanted.pop(head, None)
+                self.outputs.pop(head, None)  # some files hold both of a tied pair
+                continue
+            parted = True
+            spec = self.outputs[embedding].spec
+            self.outputs[head] = Output(spec._replace(name=head), embedding)
+            self.said.append(f"{head} is stored beside {embedding} now: they were one tensor, the adapter parts them")
+        return parted
+
+    # ---- one adapter
+
+    def _changes(self, adapter: Adapter) -> dict[str, Wanted]:
+        """All changes of one adapter, by parameter."""
+        with _hint(adapter):
+            return {wanted.name: wanted for wanted in self._each_change(adapter)}
+
+    def _each_change(self, adapter: Adapter) -> Iterator[Wanted]:
+        for module in dict.fromkeys(module for module, _ in adapter.factors):
+            nested = [found for (name, _), found in sorted(adapter.factors.items()) if name == module]
+            targets = targeted(adapter, module, self.placement)
+            if not targets:
+                if len(nested) > 1 or nested[0].nested:
+                    raise AdapterError(f"{nested[-1].key}: no target_parameters of {adapter.folder} name this module")
+                shape = self.base.shapes.get(self._head.get(f"{module}.weight", f"{module}.weight"), ())
+                yield from (
+                    Wanted(name, _vector(change), [change]) for name, change in adapter.linear(nested[0], shape)
+                )
+            elif len(targets) != len(nested):
+                raise AdapterError(
+                    f"{module}: the adapter changes {len(nested)} parameters of this module, the model's class has "
+                    f"{len(targets)} of those that target_parameters names"
+                )
+            else:
+                # Each parameter is wrapped around the one before it, so that the last is the outermost.
+                for found, (parameter, shape) in zip(reversed(nested), targets, strict=True):
+                    turned = len(shape) == _STACK and self.placement.is_transposed(module)
+                    experts = adapter.experts(found, parameter, shape, transposed=turned)
+                    yield Wanted(f"{module}.{parameter}", shape, experts)
+            for found in nested:
+                if found.kinds:
+                    raise AdapterError(f"{found.key}: lora_{next(iter(found.kinds))} has no use in this adapter")
+        for name in adapter.whole:
+            shape, change = adapter.file.shapes[adapter.whole[name]], adapter.replacement(name)
+            yield Wanted(name, shape, _experts(change, shape))
+
+    def _place(self, wanted: Wanted, weight: float, number: int) -> None:
+        """Put a change on the tensors on disk that hold its parameter. Raises AdapterError, PlacementError."""
+        name, shape, experts = wanted
+        places: list[tuple[str, Change, int, int]]
+        if name in self.outputs and self.outputs[name].spec.shape == shape:
+            places = [(name, change, index * change.shape[0], 0) for index, change in enumerate(experts)]
+        elif name not in self.outputs and (found := self.placement.fused(name)):
+            places = [self._within(*found, experts[0])]
+        else:
+            places = [
+                (part.name, change, 0 if part.expert is not None else index * change.shape[0], 0)
+                for part in self.placement.parts(name, shape)
+                for index, whole in enumerate(experts)
+                if part.expert in (None, index)
+                for change in [whole.part(part.rows, part.cols, transposed=part.transposed)]
+            ]
+        for target, change, top, left in places:
+            self.outputs[target].placed.append(Placed(change, top, left, weight, number))
+
+    def _within(self, parameter: str, region: Part, change: Change) -> tuple[str, Change, int, int]:
+        """The place of one expert's change inside the tensor that holds all experts."""
+        shape = self.placement.shape(parameter)
+        (stored,) = self.placement.parts(parameter, shape)
+        height, width = change.shape
+        change = change.part(slice(0, height), slice(0, width), transposed=region.transposed != stored.transposed)
+        rows, cols = (region.cols, region.rows) if stored.transposed else (region.rows, region.cols)
+        if change.shape != (rows.stop - rows.start, cols.stop - cols.start):
+            raise AdapterError(f"{change.source}: {height} x {width} does not fit into {region.name} {shape}")
+        stride = shape[2] if stored.transposed else shape[1]
+        return region.name, change, (region.expert or 0) * stride + rows.start, cols.start
+
+    def _compare(self, name: str, key: str, adapter: Adapter) -> None:
+        """An adapter's copy of a frozen weight must be the base's own. Raises AdapterError."""
+        source = self._head.get(name, name)
+        if self.base.shapes.get(source) != adapter.file.shapes[key]:
+            raise AdapterError(
+                f"{name}: the adapter holds a copy {adapter.file.shapes[key]} of this weight, the base's is "
+                f"{self.base.shapes.get(source)}"
+            )
+        count = math.prod(self.base.shapes[source])
+        for start in range(0, count, BLOCK):
+            stop = min(start + BLOCK, count)
+            copy = adapter.file.read(key, start, stop)
+            if not copy.equal(self.base.read(source, start, stop).to(copy.dtype)):
+                raise AdapterError(f"{name}: the adapter holds a copy of this weight that is not the base's")
+
+
+def targeted(adapter: Adapter, module: str, placement: Placement) -> list[tuple[str, tuple[int, ...]]]:
+    """Parameters of a module that the adapter names itself (``target_parameters``), with shapes, in the class's order."""
+    ends = [target.rpartition(".") for target in adapter.config.get("target_parameters") or []]
+    named = {parameter for owner, _, parameter in ends if f".{module}".endswith(f".{owner}")}
+    return [(name, shape) for name, shape in placement.parameters(module) if name in named] if named else []
+
+
+@contextmanager
+def _hint(adapter: Adapter) -> Generator[None]:
+    """Inside, a name without a place is told with the base that the adapter names."""
+    try:
+        yield
+    except PlacementError as error:
+        hint = f"; {adapter.folder} was made for {adapter.made_for}" if adapter.made_for else ""
+        raise AdapterError(f"{error}{hint}") from None
+
+
+def _same(one: Wanted | None, other: Wanted | None) -> bool:
+    """Whether an adapter changes two tied weights alike, so that they may stay tied."""
+    if one is None or other is None:
+        return one is other
+    first, second = one.experts[0], other.experts[0]
+    if one.shape != other.shape or type(first) is not type(second):
+        return False
+    rows, cols = first.shape
+    step = max(1, BLOCK // cols)
+    zeros = torch.zeros(min(step, rows), cols)
+    return all(
+        first.of(zeros[: stop - start], slice(start, stop)).equal(second.of(zeros[: stop - start], slice(start, stop)))
+        for start in range(0, rows, step)
+        for stop in [min(start + step, rows)]
+    )
+
+
+def _vector(change: LowRank) -> tuple[int, ...]:
+    """A change's shape as the parameter has it: a bias is a vector."""
+    return change.shape[:1] if change.source.endswith(".bias") else change.shape
+
+
+def _experts(change: Change, shape: tuple[int, ...]) -> list[Change]:
+    """A change of a stack of matrices as one of each."""
+    if len(shape) != _STACK:
+        return [change]
+    _, rows, cols = shape
+    return [
+        change.part(slice(start, start + rows), slice(0, cols), transposed=False)
+        for start in range(0, change.shape[0], rows)
+    ]
+
+
+def _own_dtype(base: Weights) -> torch.dtype:
+    """The floating-point type that most of a model's bytes have."""
+    sizes: dict[torch.dtype, int] = {}
+    for name, dtype in base.dtypes.items():
+        if dtype.is_floating_point:
+            sizes[dtype] = sizes.get(dtype, 0) + math.prod(base.shapes[name]) * dtype.itemsize
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)

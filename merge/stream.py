@@ -1,0 +1,138 @@
+"""Compute and write a plan's tensors, a block of rows at a time: memory is independent of the model's size.
+
+Blocks are computed ahead by threads and written in order. A block is read, added to in fp32, rounded once, measured.
+"""
+
+import contextlib
+import ctypes
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..storage.hashing import HashingFile, Ledger
+from ..storage.safe_load import Weights
+from ..storage.safetensors_io import Spec, bytes_of, plan_shards, write_header, write_index
+from .adapter import matrix
+from .lora_delta import AdapterError, merged_rows
+from .plan import BLOCK, Output
+from .proof import Proof, Sums
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_KEPT = 2**26  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows ``first`` to ``last`` of an output, seen as a matrix of ``width`` columns."""
+
+    output: Output
+    first: int
+    last: int
+    width: int
+
+
+def write_plan(
+    folder: Path,
+    outputs: Sequence[Output],
+    base: Weights,
+    proof: Proof,
+    ledger: Ledger,
+    *,
+    max_bytes: int,
+    workers: int,
+) -> None:
+    """Write all outputs as safetensors shards of at most ``max_bytes``, measuring into ``proof``.
+
+    Raises AdapterError for a value that is not finite or does not fit into the output's dtype.
+    """
+    shards = plan_shards([output.spec for output in outputs], max_bytes)
+    by_name = {output.spec.name: output for output in outputs}
+    blocks = (block for specs in shards.values() for spec in specs for block in _blocks(by_name[spec.name]))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # blocks are the unit of work
+    _keep_freed_memory()
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            done = _in_order(pool, lambda block: (block, *_merged(base, block)), blocks, ahead=2 * workers)
+
+            def fill(stream: HashingFile, specs: Sequence[Spec]) -> None:
+                write_header(stream, specs)
+                left = sum(spec.size for spec in specs)
+                while left:
+                    block, stored, sums = next(done)
+                    proof.add(block.output, sums)
+                    left -= stream.write(bytes_of(stored))
+
+            for name, specs in shards.items():
+                ledger.write(folder / name, lambda stream, specs=specs: fill(stream, specs))
+            write_index(folder, shards, ledger)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library keep the memory of a block for the next one: asking the system for it again costs a sixth more."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+        library.mallopt(_M_MMAP_THRESHOLD, _KEPT)
+
+
+def _blocks(output: Output) -> Iterator[Block]:
+    """An output in blocks of about ``BLOCK`` elements."""
+    rows, width = matrix(output.spec.shape)
+    step = max(1, BLOCK // max(1, width))
+    for first in range(0, rows, step):
+        yield Block(output, first, min(first + step, rows), width)
+
+
+def _merged(base: Weights, block: Block) -> tuple[torch.Tensor, Sums | None]:
+    """A block as it is stored, and its sums when an adapter changes it."""
+    output, dtype = block.output, block.output.spec.dtype
+    stored = base.read(output.source, block.first * block.width, block.last * block.width)
+    if not output.placed:
+        stored, given = stored.to(dtype), stored
+        if dtype.is_floating_point and not math.isfinite(sum(map(float, stored.aminmax()))):
+            raise _not_finite(output, given, dtype)
+        return stored, None
+    value = stored.float().view(-1, block.width)
+    result = merged_rows(value, block.first, output.placed, sole=output.sole)
+    sums = Sums(base=_square(value))
+    sums.change = _square(torch.sub(result, value, out=value))  # in place: new memory costs more than the arithmetic
+    stored = result if dtype == torch.float32 else result.to(dtype)
+    if dtype != torch.float32:
+        sums.lost = _square(torch.sub(value.copy_(stored), result, out=value))
+    if not math.isfinite(sums.change + sums.lost) and not stored.isfinite().all():
+        raise _not_finite(output, result, dtype)
+    return stored, sums
+
+
+def _not_finite(output: Output, value: torch.Tensor, dtype: torch.dtype) -> AdapterError:
+    if not value.isfinite().all():
+        return AdapterError(f"{output.spec.name}: the merged weight holds values that are not finite")
+    return AdapterError(
+        f"{output.spec.name}: the merged weight reaches {float(value.abs().max()):.3g}, which overflows {dtype}; use bf16"
+    )
+
+
+def _square(value: torch.Tensor) -> float:
+    """The sum of squares of fp32 values."""
+    flat = value.reshape(-1)
+    return float(flat.dot(flat))
+
+
+def _in_order(pool: Executor, work: Callable[[Any], Any], items: Iterable[Any], ahead: int) -> Iterator[Any]:
+    """Results of ``work`` in the order of ``items``, at most ``ahead`` of them waiting in memory."""
+    pending: deque[Future[Any]] = deque()
+    for item in items:
+        pending.append(pool.submit(work, item))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
