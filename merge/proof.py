@@ -1,4 +1,7 @@
-"""What a merge changed and what of it outlived the rounding, measured on the numbers that are written."""
+"""What a merge changed and what of it outlived the rounding, measured on the numbers that are written.
+
+The change is exact. The loss of a large weight is measured on an eighth of it, evenly spread, and scaled up.
+"""
 
 import math
 import re
