@@ -239,6 +239,17 @@ def test_regions_of_every_form(
     assert max(map(len, found.values())) == parts
 
 
+def test_a_conversion_that_looks_at_shapes(conversion: Callable[..., None], tmp_path: Path) -> None:
+    names = [f".mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    conversion("qwen3_moe", *(WeightConverter(name, name, [Transpose(1, 2, check_dims=True)]) for name in names))
+    memory, disk = saved(tiny("qwen3_moe", moe_intermediate_size=20), tmp_path)
+    disk = {key.removeprefix("model."): tensor for key, tensor in disk.items()}
+    every_weight_is_found(stored(tmp_path, disk), memory, disk)
+    turned = {key: tensor.transpose(1, 2).contiguous() if tensor.ndim == 3 else tensor for key, tensor in disk.items()}
+    found = every_weight_is_found(stored(tmp_path, turned), memory, turned)
+    assert all(part.transposed for part in found[EXPERTS])
+
+
 def test_what_is_no_region_is_refused(conversion: Callable[..., None], tmp_path: Path) -> None:
     model = tiny("llama")
     joined = WeightConverter("mlp.both.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Chunk(dim=0)])
