@@ -75,8 +75,6 @@ class MemoryModel:
         targets = {pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns}
         for name in sorted(names, key=dot_natural_key):
             own, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-            if own not in state and name in state:  # as loading does: a name that fits is not renamed
-                own, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
             first, *others = targets[pattern] if pattern is not None else [own]
             for target in (first, *others):  # the converter names the first of several
                 self._on_disk[own.replace(first, target)].add(name)
