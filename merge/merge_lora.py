@@ -45,7 +45,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--adapter_weights", type=float, nargs="+", metavar="W", help="factor of each adapter's change (default 1 each)"
     )
-    add("--output_path", required=True, type=Path, help="new folder for the merged model")
+    add("--output_path", type=Path, help="new folder for the merged model")
+    add("--export_adapter", type=Path, metavar="DIR", help="new folder for the adapter in the form that vLLM loads")
     add("--save_dtype", choices=DTYPES, default="fp32", help="dtype of the merged weights (default fp32)")
     add("--max_shard_size", default="5GB", help="largest weight file (default 5GB)")
     add("--workers", type=int, default=min(_MANY, len(os.sched_getaffinity(0))), help="threads (default %(default)s)")
@@ -86,6 +87,14 @@ def merge(
     fit, a value is not finite or overflows ``save_dtype``, nothing is changed), FileExistsError, FileNotFoundError,
     ValueError; OSError with ENOSPC when there is no room, also before anything is written.
     """
+    for name, folder in (("base", base), *(("adapter", adapter) for adapter in adapters)):
+        if output.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise ValueError(f"--output_path {output} is or contains the {name}; choose another folder")
+    factors = list(weights or [1.0] * len(adapters))
+    if len(factors) != len(adapters) or not all(math.isfinite(factor) and factor for factor in factors):
+        raise ValueError(f"--adapter_weights {factors}: {len(adapters)} finite numbers other than 0 are expected")
+    config = _base_config(base)
+
     import torch
 
     from ..storage.hashing import Ledger
@@ -95,13 +104,6 @@ def merge(
     from .proof import Proof
     from .stream import write_plan
 
-    for name, folder in (("base", base), *(("adapter", adapter) for adapter in adapters)):
-        if output.resolve() in (folder.resolve(), *folder.resolve().parents):
-            raise ValueError(f"--output_path {output} is or contains the {name}; choose another folder")
-    factors = list(weights or [1.0] * len(adapters))
-    if len(factors) != len(adapters) or not all(math.isfinite(factor) and factor for factor in factors):
-        raise ValueError(f"--adapter_weights {factors}: {len(adapters)} finite numbers other than 0 are expected")
-    config = _base_config(base)
     made_from: dict[str, Any] = {
         "base": str(base), "adapters": dict(zip(map(str, adapters), factors, strict=True)), "save_dtype": save_dtype,
     }  # fmt: skip
@@ -134,18 +136,14 @@ def merge(
 def main(argv: Sequence[str] | None = None) -> int:
     """Merge as the command line says; exit code 0, 1 when --verify fails, 2 for bad input, or 28 when the disk is full."""
     args = parser().parse_args(argv)
-    if args.prompts and not args.verify:
-        return _refuse("--prompts is for --verify; give both or none")
-    if args.workers < 1:
-        return _refuse(f"--workers {args.workers}: at least 1 is needed")
     try:
-        proof = merge(
-            args.base_model_path, args.adapter_model_path, args.output_path, args.save_dtype, args.max_shard_size,
-            weights=args.adapter_weights, workers=args.workers, check=_verifier(args) if args.verify else None,
-            allow_unchanged=args.allow_unchanged, trust_remote_code=args.trust_remote_code, overwrite=args.overwrite,
-        )  # fmt: skip
-    except FileExistsError:
-        return _refuse(f"{args.output_path} exists already; choose another --output_path or give --overwrite")
+        _check(args)
+        if args.export_adapter:
+            _export(args)
+        if args.output_path:
+            _merge(args)
+    except FileExistsError as error:
+        return _refuse(f"{error}; choose another folder or give --overwrite")
     except (ValueError, FileNotFoundError) as error:
         return _refuse(str(error))
     except ArithmeticError as error:  # --verify
@@ -154,13 +152,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if not is_disk_full(error):
             raise
-        free = f"{free_bytes(args.output_path):,} bytes are free"
-        print(f"error: --output_path {args.output_path}: {error}; {free}, nothing is left there", file=sys.stderr)
+        free = free_bytes(args.output_path or args.export_adapter)
+        print(f"error: {error}; {free:,} bytes are free, nothing is left there", file=sys.stderr)
         return EXIT_DISK_FULL
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that do not go together, before anything is loaded."""
+    if not (args.output_path or args.export_adapter):
+        raise ValueError("nothing to do: give --output_path for the merged model, --export_adapter, or both")
+    if args.export_adapter and len(args.adapter_model_path) > 1:
+        raise ValueError("--export_adapter takes one --adapter_model_path")
+    if args.prompts and not args.verify:
+        raise ValueError("--prompts is for --verify; give both or none")
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: at least 1 is needed")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .export_adapter import export_adapter
+
+    export_adapter(
+        args.adapter_model_path[0], args.base_model_path, args.export_adapter,
+        trust_remote_code=args.trust_remote_code, overwrite=args.overwrite,
+    )  # fmt: skip
+    print(f"exported the adapter to {args.export_adapter}")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    proof = merge(
+        args.base_model_path, args.adapter_model_path, args.output_path, args.save_dtype, args.max_shard_size,
+        weights=args.adapter_weights, workers=args.workers, check=_verifier(args) if args.verify else None,
+        allow_unchanged=args.allow_unchanged, trust_remote_code=args.trust_remote_code, overwrite=args.overwrite,
+    )  # fmt: skip
     print(f"merged {len(proof.sums)} weights into {args.output_path} ({args.save_dtype})")
     for line in proof.lines(args.save_dtype):
         print(line, file=sys.stderr if line.startswith("warning") else sys.stdout)
-    return 0
 
 
 def _refuse(text: str) -> int:

@@ -120,7 +120,7 @@ def plan_shards(tensors: Iterable[Spec], max_bytes: int) -> dict[str, list[Spec]
     """Which file holds which tensors, in the order given: file name -> tensors in the order of their bytes.
 
     Files have at most ``max_bytes`` of tensors; a larger tensor gets one of its own. One file alone is
-    ``model.safetensors``.
+    ``model.safetensors``. Within a file the order given stays, but for wide types, which come first.
     """
     shards: list[list[Spec]] = [[]]
     size = 0
@@ -172,7 +172,7 @@ def write_tensors(stream: HashingFile, tensors: Mapping[str, torch.Tensor]) -> N
 
     Raises ValueError for an empty tensor, see ``write_header``.
     """
-    specs = _ordered(Spec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
+    specs = _ordered(Spec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in sorted(tensors.items()))
     write_header(stream, specs)
     for spec in specs:
         stream.write(bytes_of(tensors[spec.name]))
@@ -194,7 +194,7 @@ _TYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
 def _ordered(tensors: Iterable[Spec]) -> list[Spec]:
     """Wide types first: then every tensor lies at a multiple of its own width, whatever stands before it."""
-    return sorted(tensors, key=lambda spec: (-_ORDER.get(spec.dtype, 0), spec.name))
+    return sorted(tensors, key=lambda spec: -_ORDER.get(spec.dtype, 0))
 
 
 def _shard_name(number: int, count: int) -> str:

@@ -86,6 +86,7 @@ TINY = {
     "hunyuan_v1_moe": {
         "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8, "num_experts": 4, "moe_topk": 2,
     },
+    "qwen3": {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8},
     "qwen3_moe": {
         "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "head_dim": 8,
         "num_experts": 4, "num_experts_per_tok": 2,

@@ -279,3 +279,85 @@ def test_the_users_script_runs_from_anywhere(base: Path, adapter: Path, tmp_path
     assert done.returncode == 0, done.stderr
     verify(output)
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
+
+
+def test_what_the_base_stores_wider_stays_wide(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", dtype=torch.bfloat16)
+    wide = {
+        name: value.float() + 1e-4 if name == "model.norm.weight" else value for name, value in tensors(base).items()
+    }
+    save_file(wide, base / "model.safetensors", metadata={"format": "pt"})
+    said: list[str] = []
+    merge(base, [make_adapter(base)], tmp_path / "out", "bf16", say=said.append)
+    assert torch.equal(tensors(tmp_path / "out")["model.norm.weight"], wide["model.norm.weight"])
+    assert said == ["1 tensors stay torch.float32 as in the base, the first is model.norm.weight"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompts", "p.txt"], "--prompts is for --verify"),
+        (["--workers", "0"], "--workers 0: at least 1"),
+        (["--adapter_weights", "1", "2"], "--adapter_weights"),
+        (["--verify", "--prompts", "/dev/null"], "--prompts /dev/null: holds no prompt"),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    base: Path, adapter: Path, tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(base, adapter, tmp_path / "out", *words)) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_to_do(base: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--base_model_path", str(base), "--adapter_model_path", str(adapter)]) == 2
+    assert "give --output_path for the merged model, --export_adapter, or both" in capsys.readouterr().err
+
+
+def test_a_merge_that_fails_its_verification_is_not_published(
+    base: Path, make_adapter: MakeAdapter, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\n\ntwo\n")
+    adapter = make_adapter(use_dora=True)
+    words = ["--verify", "--prompts", str(prompts)]
+    assert main(arguments(base, adapter, tmp_path / "good", *words)) == 0
+    assert "verify: logits of 2 prompts differ by at most" in capsys.readouterr().out
+    monkeypatch.setattr("finebridge.merge.adapter.Adapter.scale", lambda *_: 1.99)
+    assert main(arguments(base, adapter, tmp_path / "bad", *words)) == 1
+    assert "--verify: the logits differ by" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "prompts.txt"]
+
+
+def test_room_is_looked_at_before_anything_is_written(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finebridge.merge.merge_lora.free_bytes", lambda *_: 1000)
+    assert main(arguments(base, adapter, tmp_path / "out")) == 28
+    assert "No space left on device: the merged model needs" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from finebridge.merge.merge_lora import merge
+base, adapter, warm, out = map(Path, sys.argv[1:])
+merge(warm, [adapter], out / "warm", "bf16")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+merge(base, [adapter], out / "big", "bf16", max_shard_size="100MB")
+print("GREW", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_model(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """A model 4,000 times as large, of which one tensor is half, takes a few blocks more."""
+    big = tmp_path / "big"
+    shutil.copytree(base, big)
+    more = {f"model.more.{number}": torch.ones(2**23 if number else 2**26, dtype=torch.float32) for number in range(5)}
+    save_file(tensors(base) | more, big / "model.safetensors", metadata={"format": "pt"})
+    assert (big / "model.safetensors").stat().st_size > 400e6
+    words = [sys.executable, "-P", "-c", MEASURE, *map(str, (big, adapter, base, tmp_path / "out"))]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert int(done.stdout.partition("GREW ")[2]) * 1024 < 60e6, done.stdout

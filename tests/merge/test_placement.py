@@ -1,6 +1,7 @@
 """Where parameters of the model in memory lie on disk; the oracle is what transformers itself saves and loads."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -357,3 +358,14 @@ def test_a_base_that_transformers_cannot_build(tmp_path: Path) -> None:
     )
     with pytest.raises(PlacementError, match=r"(?s)cannot build this model .*--trust_remote_code"):
         Placement(tmp_path, ["a.weight"]).parts("b.weight", (4, 4))
+
+
+def test_a_base_with_code_of_its_own(listed_moe: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(listed_moe, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"architectures": ["Qwen3MoeForCausalLM"]}
+    (base / "config.json").write_text(json.dumps(config))
+    disk = load_file(base / "model.safetensors")
+    module = "model.layers.0.mlp.experts.3.up_proj"
+    assert Placement(base, disk, trust_remote_code=True).parameters(module) == [("weight", (16, 32))]
+    with pytest.raises(PlacementError, match=r"(?s)cannot build this model .*--trust_remote_code"):
+        Placement(base, disk).parameters(module)
