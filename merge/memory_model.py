@@ -209,10 +209,9 @@ def _region(piece: Any, probe: Any, shape: tuple[int, ...]) -> Part | None:
     if transposed and not np.array_equal(piece.swapaxes(1, 2), region):
         return None
     down, across = _scaled(top, bottom + 1, rows, true.rows.stop), _scaled(left, right + 1, cols, true.cols.stop)
-    return Part("", expert, down, across, transposed) if down and across else None
+    return Part("", expert, down, across, transposed)
 
 
-def _scaled(start: int, stop: int, small: int, true: int) -> slice | None:
-    """A range of the probe's side as one of the true side; None when it does not come out even."""
-    even = start * true % small == 0 and stop * true % small == 0
-    return slice(start * true // small, stop * true // small) if even else None
+def _scaled(start: int, stop: int, small: int, true: int) -> slice:
+    """A range of the probe's side as one of the true side; where that is not even, the shape on disk does not fit."""
+    return slice(start * true // small, stop * true // small)

@@ -271,7 +271,7 @@ def test_what_is_no_region_is_refused(conversion: Callable[..., None], tmp_path:
     joined = WeightConverter("mlp.both.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Chunk(dim=0)])
     mixed = WeightConverter("self_attn.wq.weight", "self_attn.q_proj.weight", [PermuteForRope()])
     uneven = WeightConverter(
-        [f"self_attn.o{n}.weight" for n in range(5)], "self_attn.o_proj.weight", [Concatenate(dim=1)]
+        [f"self_attn.o{n}.weight" for n in range(3)], "self_attn.o_proj.weight", [Concatenate(dim=1)]
     )
     cut = WeightConverter("self_attn.half.weight", "self_attn.v_proj.weight", [Doubled()])
     conversion("llama", joined, mixed, uneven, cut)
@@ -281,7 +281,7 @@ def test_what_is_no_region_is_refused(conversion: Callable[..., None], tmp_path:
         "mlp.up_proj": r"it lies in .*mlp.both.weight, but not as a region of its own",
         "self_attn.q_proj": "in another order|fails on a part",
         "self_attn.v_proj": "in another order",
-        "self_attn.o_proj": "in another order|not as a region of its own|not come out even",
+        "self_attn.o_proj": "not as a region of its own",
     }.items():
         weight = f"model.layers.0.{name}.weight"
         with pytest.raises(PlacementError, match=rf"^{weight}: .*({message})"):
