@@ -118,11 +118,14 @@ def open_source(folder: Path, *, hf_config: Path | None = None, family: str | No
         config = read_json(config_folder / "config.json")
         table = family_of(config, family)
         tensors = HFCheckpoint(folder, config, table)
-        return Source(folder, form, tensors, config, config_folder, table, to_args(config))
+        tensors.check_copies(table)
+        return Source(folder, form, tensors, tensors.config, config_folder, table, to_args(tensors.config))
     read = DistCheckpoint if form == "torch_dist" else TorchCheckpoint
     mcore = read(checkpoint_folder(folder))
     config = read_json(config_folder / "config.json") if config_folder else to_config(mcore.args)
-    return Source(folder, form, mcore, config, config_folder, family_of(config, family), dict(mcore.args))
+    table = family_of(config, family)
+    config = table.without_mtp(config, mcore.shapes, hf=False)
+    return Source(folder, form, mcore, config, config_folder, table, dict(mcore.args))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +147,8 @@ class Plan:
         layout = self.target.layout
         said = [
             f"from {self.source.form} {self.source.folder}: family {self.source.family.name}, {len(self.specs)} tensors",
-            f"to {self.target.form}, {self.size / 1e9:.2f} GB; the largest is {largest.name} {list(largest.shape)}, "
-            f"{largest.size / 1e9:.2f} GB, so about {(2 * largest.size + 200e6) / 1e9:.1f} GB of memory a worker",
+            f"to {self.target.form}, {self.size / 1e9:.2f} GB",
+            f"the largest tensor is {largest.name} {list(largest.shape)}, {largest.size / 1e9:.2f} GB",
         ]
         if self.target.form == "torch":
             said.append(f"for TP {layout.tp}, PP {layout.pp}, VPP {layout.vpp or 1}, EP {layout.ep}, ETP {layout.etp}")

@@ -4,7 +4,7 @@ A family's file in ``families/`` names its configs (``model_type``) and lists li
 Numbers are filled in here, once for all families: ``{l}`` is the layer, ``{e}`` the expert.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from .errors import BridgeError
 from .mapping import QKV, Copy, Gated, Rule, Vocab
 
 Config = Mapping[str, Any]
+_MTP = "num_nextn_predict_layers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Row:
 class Family:
     """A table by place: once in the model, in every layer, in layers with one MLP, in layers with experts, an expert.
 
-    ``sparse`` tells from config and number whether a layer has experts, ``experts`` is the key of their count. ``mtp`` are
+    ``sparse`` tells from config and number whether a layer has experts, ``experts`` are keys of their count. ``mtp`` are
     the lines of a layer that predicts further tokens, beside those of a layer; ``mtp_copies`` its tensors that repeat
     others: (name in the layer, name of the other). ``computed`` are endings of tensors that hold nothing learnt.
     """
@@ -50,7 +51,7 @@ class Family:
     moe: Sequence[Line] = ()
     expert: Sequence[Line] = ()
     sparse: Callable[[Config, int], bool] = lambda config, layer: False  # noqa: ARG005
-    experts: str = "num_experts"
+    experts: tuple[str, ...] = ("num_experts", "num_local_experts")
     mtp: Sequence[Line] = ()
     mtp_copies: Sequence[tuple[str, str]] = ()
     computed: tuple[str, ...] = ("rotary_emb.inv_freq",)
@@ -66,6 +67,20 @@ class Family:
             yield from _filled(self.mtp, config, "mtp.layers.{l}.", self.prefix, own=depth, l=layer)
             yield from self._layer(config, layer, "mtp.layers.{l}.transformer_layer.", depth)
 
+    def _count(self, config: Config) -> int:
+        """Experts of a layer."""
+        found = next((key for key in self.experts if key in config), None)
+        if found is None:
+            raise BridgeError(f"config.json: none of {', '.join(self.experts)}, the number of experts")
+        return int(config[found])
+
+    def without_mtp(self, config: Config, names: Iterable[str], *, hf: bool) -> dict[str, Any]:
+        """The config of a model whose files lack the layers that predict further tokens, as transformers saves it."""
+        first = f"{self.prefix.format(l=config['num_hidden_layers'])}" if hf else "mtp."
+        if not self._mtp_layers(config) or any(name.startswith(first) for name in names):
+            return dict(config)
+        return {**config, _MTP: 0}
+
     def copies(self, config: Config) -> dict[str, str]:
         """Tensors on disk that repeat another one: name -> name of the other."""
         return {
@@ -76,7 +91,7 @@ class Family:
 
     def _mtp_layers(self, config: Config) -> range:
         layers = int(config["num_hidden_layers"])
-        return range(layers, layers + (int(config.get("num_nextn_predict_layers") or 0) if self.mtp else 0))
+        return range(layers, layers + (int(config.get(_MTP) or 0) if self.mtp else 0))
 
     def _layer(self, config: Config, layer: int, ours: str, own: int) -> Iterator[Row]:
         yield from _filled(self.layer, config, ours, self.prefix, own=own, l=layer)
@@ -84,7 +99,7 @@ class Family:
             yield from _filled(self.dense, config, ours, self.prefix, own=own, l=layer)
             return
         yield from _filled(self.moe, config, ours, self.prefix, own=own, l=layer)
-        for expert in range(int(config[self.experts])):
+        for expert in range(self._count(config)):
             yield from _filled(self.expert, config, ours, self.prefix, own=own, l=layer, e=expert)
 
 

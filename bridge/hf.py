@@ -42,9 +42,11 @@ class HFCheckpoint:
     def __init__(self, folder: Path, config: Mapping[str, Any], family: Family) -> None:
         self.folder = folder
         self.said: list[str] = []
-        self._config = config
         self._weights = open_weights(folder)
-        self._rows = {row.mcore: row for row in family.rows(config)}
+        self.config = family.without_mtp(config, self._weights, hf=True)
+        if self.config != config:
+            self.said.append("config.json names layers that predict further tokens, the files have none: they are left out")
+        self._rows = {row.mcore: row for row in family.rows(self.config)}
         self._parts = dict(self._stored())
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -76,7 +78,7 @@ class HFCheckpoint:
 
     def check_copies(self, family: Family) -> None:
         """Raise BridgeError when a tensor that repeats another one is not equal to it."""
-        for name, other in family.copies(self._config).items():
+        for name, other in family.copies(self.config).items():
             if name in self._weights and not self._weights.get(name).equal(self._weights.get(other)):
                 raise BridgeError(f"{self.folder}: {name} should repeat {other}, but differs from it")
 
@@ -114,8 +116,8 @@ class HFCheckpoint:
         wanted = {part for row in self._rows.values() for part in row.hf}
         if missing := sorted(wanted - self._parts.keys()):
             raise BridgeError(f"{self.folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
-        copies = family.copies(self._config)
-        tied = {"lm_head.weight"} if self._config.get("tie_word_embeddings") else set[str]()
+        copies = family.copies(self.config)
+        tied = {"lm_head.weight"} if self.config.get("tie_word_embeddings") else set[str]()
         left = self._parts.keys() - wanted - copies.keys() - tied
         dropped = {name for name in left if name.endswith(family.computed)}
         if unknown := sorted(left - dropped):

@@ -75,8 +75,6 @@ class MemoryModel:
         targets = {pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns}
         for name in sorted(names, key=dot_natural_key):
             own, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-            if own not in state and name in state:  # as loading does: a name that fits is not renamed
-                own, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
             first, *others = targets[pattern] if pattern is not None else [own]
             for target in (first, *others):  # the converter names the first of several
                 self._on_disk[own.replace(first, target)].add(name)
@@ -211,10 +209,9 @@ def _region(piece: Any, probe: Any, shape: tuple[int, ...]) -> Part | None:
     if transposed and not np.array_equal(piece.swapaxes(1, 2), region):
         return None
     down, across = _scaled(top, bottom + 1, rows, true.rows.stop), _scaled(left, right + 1, cols, true.cols.stop)
-    return Part("", expert, down, across, transposed) if down and across else None
+    return Part("", expert, down, across, transposed)
 
 
-def _scaled(start: int, stop: int, small: int, true: int) -> slice | None:
-    """A range of the probe's side as one of the true side; None when it does not come out even."""
-    even = start * true % small == 0 and stop * true % small == 0
-    return slice(start * true // small, stop * true // small) if even else None
+def _scaled(start: int, stop: int, small: int, true: int) -> slice:
+    """A range of the probe's side as one of the true side; where that is not even, the shape on disk does not fit."""
+    return slice(start * true // small, stop * true // small)

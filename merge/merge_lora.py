@@ -152,8 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if not is_disk_full(error):
             raise
-        free = free_bytes(args.output_path or args.export_adapter)
-        print(f"error: {error}; {free:,} bytes are free, nothing is left there", file=sys.stderr)
+        place = args.output_path or args.export_adapter
+        free = f"{free_bytes(place):,} bytes are free"
+        print(
+            f"error: {place}: {error}; {free}, nothing is left there", file=sys.stderr
+        )  # not every OSError names a place
         return EXIT_DISK_FULL
     return 0
 

@@ -3,6 +3,7 @@
 Every tensor of every adapter gets exactly one place or the plan fails, before anything is written.
 """
 
+import functools
 import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,13 +31,21 @@ class Wanted(NamedTuple):
     experts: Sequence[Change]
 
 
-@dataclass(slots=True)
+@dataclass
 class Output:
     """One tensor that is written: what it is, which tensor of the base it comes from, what is added."""
 
     spec: Spec
     source: str
     placed: list[Placed] = field(default_factory=list[Placed])
+
+    @functools.cached_property
+    def square(self) -> float | None:
+        """The sum of squares of the change, where it is that of disjoint low-rank products; else None."""
+        changes = [item.change for item in self.placed]
+        if not self.sole or not all(isinstance(change, LowRank) and change.lengths is None for change in changes):
+            return None
+        return sum(item.weight**2 * item.change.square() for item in self.placed if isinstance(item.change, LowRank))
 
     @property
     def sole(self) -> bool:

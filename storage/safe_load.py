@@ -5,6 +5,7 @@ it builds tensors and plain containers only, whatever the environment says
 (https://pytorch.org/docs/stable/notes/serialization.html).
 """
 
+import math
 import re
 import threading
 import zipfile
@@ -41,8 +42,9 @@ class BinCheckpoint:
     """The tensors of a checkpoint in ``.bin`` files, in the order of its files; use it as a context manager.
 
     Zip files (torch 1.6 and later) are memory-mapped and cost no memory of their own. Older files cannot be mapped: the
-    one that was asked for last is in memory, so read in the order of the names, in one thread. Raises FileNotFoundError
-    when there are no such weights, ValueError when the index is wrong, UnsafeFileError for a file.
+    one that was asked for last is in memory, so read in the order of the names. Several threads may read.
+
+    Raises FileNotFoundError when there are no such weights, ValueError when the index is wrong, UnsafeFileError for a file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,24 +84,31 @@ class BinCheckpoint:
         return len(self._where)
 
     def get(self, name: str) -> torch.Tensor:
-        """One tensor on the CPU in its stored dtype, a view of its file. Raises KeyError when there is none of that name."""
+        """A copy of one tensor on the CPU in its stored dtype. Raises KeyError when there is none of that name."""
+        shape = self.shapes[name]
+        return self.read(name, 0, math.prod(shape)).view(shape)
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements ``start`` to ``stop`` of a tensor seen flat in row-major order: a 1-D copy in its stored dtype."""
         path = self._where[name]
         if path in self._mapped:
-            return self._mapped[path][name]
+            return _elements(self._mapped[path][name], start, stop)
         with self._lock:
             if self._last is None or self._last[0] != path:
                 self._last = None  # before the next one is read: two are never in memory
                 self._last = path, load_tensors(path)
-            return self._last[1][name]
+            return _elements(self._last[1][name], start, stop)
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """The elements ``start`` to ``stop`` of a tensor seen flat in row-major order: 1-D, in its stored dtype."""
-        tensor = torch.atleast_1d(self.get(name))
-        if not tensor.numel():
-            return tensor.reshape(-1)
-        row = tensor.numel() // len(tensor)
-        first = start // row  # only the rows in question are copied when the tensor is stored in another order
-        return tensor[first : -(-stop // row)].reshape(-1)[start - first * row : stop - first * row]
+
+def _elements(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """A copy of some elements; of a tensor that is stored in another order only the rows in question are put in order."""
+    rows = torch.atleast_1d(tensor)
+    if rows.numel():
+        width = rows.numel() // len(rows)
+        first = start // width
+        rows = rows[first : -(-stop // width)]
+        start, stop = start - first * width, stop - first * width
+    return rows.reshape(-1)[start:stop].clone(memory_format=torch.contiguous_format)
 
 
 Weights = Checkpoint | BinCheckpoint  # what open_weights gives

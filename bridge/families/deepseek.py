@@ -46,6 +46,6 @@ MTP = tuple(
 
 FAMILY = Family(
     "deepseek", ("deepseek_v2", "deepseek_v3"), top=TOP, layer=LATENT_ATTENTION, dense=MLP,
-    moe=(*MOE, EXPERT_BIAS, *SHARED_EXPERTS), expert=EXPERT, sparse=from_layer(), experts="n_routed_experts", mtp=MTP,
+    moe=(*MOE, EXPERT_BIAS, *SHARED_EXPERTS), expert=EXPERT, sparse=from_layer(), experts=("n_routed_experts",), mtp=MTP,
     mtp_copies=(("embed_tokens.weight", "model.embed_tokens.weight"), ("shared_head.head.weight", "lm_head.weight")),
 )  # fmt: skip

@@ -171,7 +171,7 @@ def test_an_existing_output_needs_overwrite(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
     assert main(arguments(base, adapter, tmp_path / "out")) == 2
-    assert "exists already; choose another --output_path or give --overwrite" in capsys.readouterr().err
+    assert "exists already; choose another folder or give --overwrite" in capsys.readouterr().err
     assert (tmp_path / "out" / "precious").exists()
     assert main(arguments(base, adapter, tmp_path / "out", "--overwrite")) == 0
     verify(tmp_path / "out")
