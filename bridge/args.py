@@ -44,7 +44,7 @@ def to_args(config: Config, family: Family | None = None, *, tp: int = 1, divisi
         **_body(config, names),
         **_attention(config, names),
         **_rope(config, latent=_any(names, ".linear_kv_down_proj.weight")),
-        **(_experts(config, names, family) if _any(names, ".router.weight") else {"num_experts": None}),
+        **(_experts(config, names) if _any(names, ".router.weight") else {"num_experts": None}),
         "mtp_num_layers": len({name.split(".")[2] for name in names if name.startswith("mtp.")}) or None,
     }
 
@@ -200,7 +200,7 @@ def _magnitude(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _experts(config: Config, names: set[str], family: Family) -> Args:
+def _experts(config: Config, names: set[str]) -> Args:
     """Experts and their router. Without ``norm_topk_prob`` the softmax is taken over all experts, else over the chosen."""
     layers = int(config["num_hidden_layers"])
     sparse = [int(f"decoder.layers.{layer}.mlp.router.weight" in names) for layer in range(layers)]
@@ -213,7 +213,7 @@ def _experts(config: Config, names: set[str], family: Family) -> Args:
     scale, size = float(config.get("routed_scaling_factor") or 1.0), int(_need(config, "moe_intermediate_size"))
     shared = int(config.get("n_shared_experts") or 0)
     return {
-        "num_experts": int(_need(config, family.experts)),
+        "num_experts": len({name.split(".local_experts.")[1].split(".")[0] for name in names if ".local_experts." in name}),
         "moe_layer_freq": 1 if all(sparse) else sparse,
         "moe_ffn_hidden_size": size,
         "moe_router_topk": chosen,
