@@ -1,7 +1,5 @@
 """What real Megatron-Core makes of our arguments and of canonical tensors that a second, plain way has made."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .conftest import MODELS, tiny
-from .oracle import load_with_megatron, megatron_logits, needs_megatron, save_with_megatron
+from .oracle import megatron_logits, needs_megatron
 
 pytestmark = needs_megatron
 CLOSE = 1e-5
@@ -97,13 +95,17 @@ def _latent(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         "self_attn.kv_a_layernorm": "linear_kv_up_proj.layer_norm_weight", "self_attn.kv_b_proj": "linear_kv_up_proj.weight",
         "self_attn.o_proj": "linear_proj.weight",
     }  # fmt: skip
-    made = {f"self_attention.{ours}": theirs[f"{key}.weight"] for key, ours in names.items() if f"{key}.weight" in theirs}
+    made = {
+        f"self_attention.{ours}": theirs[f"{key}.weight"] for key, ours in names.items() if f"{key}.weight" in theirs
+    }
     return {"input_layernorm.weight": theirs["input_layernorm.weight"], **made}
 
 
 def _dense(theirs: dict[str, Tensor], place: str = "mlp") -> dict[str, Tensor]:
     made = {
-        f"{place}.linear_fc1.weight": torch.cat([theirs[f"{place}.gate_proj.weight"], theirs[f"{place}.up_proj.weight"]]),
+        f"{place}.linear_fc1.weight": torch.cat(
+            [theirs[f"{place}.gate_proj.weight"], theirs[f"{place}.up_proj.weight"]]
+        ),
         f"{place}.linear_fc2.weight": theirs[f"{place}.down_proj.weight"],
     }
     if place == "mlp":
@@ -116,7 +118,9 @@ def _sparse(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         "pre_mlp_layernorm.weight": theirs["post_attention_layernorm.weight"],
         "mlp.router.weight": theirs["mlp.gate.weight"],
     }
-    for expert, (up, down) in enumerate(zip(theirs["mlp.experts.gate_up_proj"], theirs["mlp.experts.down_proj"], strict=True)):
+    for expert, (up, down) in enumerate(
+        zip(theirs["mlp.experts.gate_up_proj"], theirs["mlp.experts.down_proj"], strict=True)
+    ):
         made[f"mlp.experts.local_experts.{expert}.linear_fc1.weight"] = up
         made[f"mlp.experts.local_experts.{expert}.linear_fc2.weight"] = down
     if "mlp.gate.e_score_correction_bias" in theirs:
