@@ -52,8 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "--etp",
         "--expert-tensor-parallel-size",
         type=_positive,
-        default=1,
-        help="tensor parallel size of experts (torch)",
+        help="tensor parallel size of experts (torch; default: TP)",
     )
     add("--num_layer_list", "--num-layer-list", type=_numbers, metavar="3,4,4,3", help="layers of each stage (torch)")
     add("--iteration", type=int, help="write iter_NNNNNNN (default: release)")

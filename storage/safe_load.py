@@ -161,7 +161,7 @@ def load_tensors(path: Path, *, content: bool = True) -> Tensors:
     return tensors if mapped or content else {name: tensor.to("meta") for name, tensor in tensors.items()}
 
 
-class Inert:
+class Stub:
     """What stands for an object of a class that is not loaded: it keeps what the file says of it and does nothing."""
 
     arguments: tuple[object, ...]
@@ -189,7 +189,7 @@ _KNOWN = re.compile(
 def load_namespace_file(path: Path) -> dict[str, Any]:
     """A file of ``torch.save`` with an ``argparse.Namespace`` and other settings in it, its tensors mapped; runs nothing.
 
-    Objects of the classes that such checkpoints are known to hold become ``Inert``; a file that names anything else is
+    Objects of the classes that such checkpoints are known to hold become ``Stub``; a file that names anything else is
     refused. Raises FileNotFoundError, UnsafeFileError.
     """
     if not _is_zip(path):
@@ -198,7 +198,7 @@ def load_namespace_file(path: Path) -> dict[str, Any]:
         _check_stored(path)
         named = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
         stubs: list[Any] = [
-            (type(name.rpartition(".")[2], (Inert,), {}), name) for name in named if _KNOWN.fullmatch(name)
+            (type(name.rpartition(".")[2], (Stub,), {}), name) for name in named if _KNOWN.fullmatch(name)
         ]
         with torch.serialization.safe_globals([Namespace, *stubs]):
             loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
