@@ -14,7 +14,7 @@ from argparse import Namespace
 from dataclasses import fields
 from multiprocessing import connection, get_context
 from pathlib import Path
-from types import SimpleNamespace
+from queue import Queue
 from typing import Any
 
 LIMIT = 120.0  # seconds a request may take
@@ -63,8 +63,7 @@ def patch() -> None:
     fused_softmax.get_sliding_window_causal_mask = lambda rows, columns, window: ~(
         torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows - window[0]).tril(columns - rows + window[1])
     )
-    # The stock queue starts a Python of its own; a fork serves as well.
-    filesystem_async._get_write_results_queue = lambda: get_context("fork").Queue()
+    filesystem_async._results_queue = Queue()  # the stock one starts a Python of its own; a save here is no background task
 
 
 def attention_class() -> Any:
@@ -105,7 +104,6 @@ def transformer_config(args: dict[str, Any], sizes: dict[str, int]) -> Any:
         pipeline_model_parallel_size=sizes["pp"],
         expert_model_parallel_size=sizes["ep"],
         expert_tensor_parallel_size=sizes["etp"],
-        sequence_parallel=sizes["tp"] > 1 and bool(args["num_experts"]),  # Megatron-Core demands it of experts
         pipeline_dtype=torch.float32,
         use_cpu_initialization=True,
         masked_softmax_fusion=False,
@@ -243,6 +241,14 @@ def logits(args: dict[str, Any], sizes: dict[str, int], request: dict[str, Any])
         return model(ids, positions, None)
 
 
+def sharded(model: Any, metadata: dict[str, Any] | None) -> Any:
+    """The model's sharded state, as Megatron-LM asks for it."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return model.sharded_state_dict(metadata={**(metadata or {}), "dp_cp_group": group})
+
+
 def save(args: dict[str, Any], sizes: dict[str, int], request: dict[str, Any]) -> None:
     """Write a ``torch_dist`` checkpoint as Megatron-LM does: model, args, iteration, version."""
     import torch
@@ -253,7 +259,7 @@ def save(args: dict[str, Any], sizes: dict[str, int], request: dict[str, Any]) -
     run = {**args, "tensor_model_parallel_size": sizes["tp"], "pipeline_model_parallel_size": sizes["pp"]}
     state = {
         "args": Namespace(**run), "checkpoint_version": 3.0, "iteration": 1,
-        "model": model.sharded_state_dict(metadata=request["metadata"]),
+        "model": sharded(model, request["metadata"]),
     }  # fmt: skip
     dist_checkpointing.save(state, request["folder"], content_metadata=request["metadata"])
 
@@ -269,7 +275,7 @@ def load(args: dict[str, Any], sizes: dict[str, int], request: dict[str, Any]) -
     for name in ("num_layers", "hidden_size", "num_attention_heads", "add_position_embedding"):  # check_checkpoint_args
         assert getattr(common["args"], name) == args[name], name
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
-    state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata or {})}, request["folder"])
+    state = dist_checkpointing.load({"model": sharded(model, metadata)}, request["folder"])
     model.load_state_dict(state["model"])
     return {
         name: (tensor.detach().clone(), axis, *(rank_of(kind) if axis is not None else (0, 1)))
