@@ -176,7 +176,9 @@ def _yarn(config: Config, rope: Mapping[str, Any], *, latent: bool) -> Args:
     factor = float(rope.get("factor") or context / original)
     mscale, all_dim = rope.get("mscale") or 0.0, rope.get("mscale_all_dim") or 0.0
     if all_dim and not (mscale and latent):
-        raise BridgeError(f"config.json: rope scaling with mscale {mscale} and mscale_all_dim {all_dim}: not computed alike")
+        raise BridgeError(
+            f"config.json: rope scaling with mscale {mscale} and mscale_all_dim {all_dim}: not computed alike"
+        )
     mscale = float(mscale) if all_dim else 1.0  # transformers takes both or none
     stretch = _magnitude(factor, mscale) / _magnitude(factor, all_dim)
     if (said := rope.get("attention_factor")) is not None and not math.isclose(said, stretch):
@@ -209,11 +211,15 @@ def _experts(config: Config, names: set[str]) -> Args:
     chosen = int(_need(config, "num_experts_per_tok"))
     normed = bool(config.get("norm_topk_prob", biased))
     if score == "sigmoid" and chosen > 1 and not normed:
-        raise BridgeError("config.json: norm_topk_prob false: Megatron-Core always norms the weights of a sigmoid router")
+        raise BridgeError(
+            "config.json: norm_topk_prob false: Megatron-Core always norms the weights of a sigmoid router"
+        )
     scale, size = float(config.get("routed_scaling_factor") or 1.0), int(_need(config, "moe_intermediate_size"))
     shared = int(config.get("n_shared_experts") or 0)
     return {
-        "num_experts": len({name.split(".local_experts.")[1].split(".")[0] for name in names if ".local_experts." in name}),
+        "num_experts": len(
+            {name.split(".local_experts.")[1].split(".")[0] for name in names if ".local_experts." in name}
+        ),
         "moe_layer_freq": 1 if all(sparse) else sparse,
         "moe_ffn_hidden_size": size,
         "moe_router_topk": chosen,

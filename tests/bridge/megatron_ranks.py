@@ -60,10 +60,11 @@ def patch() -> None:
         setattr(latent, name, type(name, (), {}))  # isinstance() is asked with them
     # Masks are made on CUDA; true is what a token does not see.
     fused_softmax.get_default_causal_mask = lambda size: torch.ones(size, size, dtype=torch.bool).triu(1)
-    fused_softmax.get_sliding_window_causal_mask = lambda rows, columns, window: ~(
-        torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows - window[0]).tril(columns - rows + window[1])
+    fused_softmax.get_sliding_window_causal_mask = lambda rows, columns, window: (
+        ~(torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows - window[0]).tril(columns - rows + window[1]))
     )
-    filesystem_async._results_queue = Queue()  # the stock one starts a Python of its own; a save here is no background task
+    # The stock queue is a Python of its own, for saves in the background.
+    filesystem_async._results_queue = Queue()
 
 
 def attention_class() -> Any:
@@ -78,9 +79,7 @@ def attention_class() -> Any:
 
         def forward(self, *states: Any, **_: Any) -> Any:  # query, key, value [sequence, batch, heads, size], mask
             query, key, value = (state.permute(1, 2, 0, 3) for state in states[:3])
-            seen = torch.nn.functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=self.scale
-            )
+            seen = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)
             return seen.permute(2, 0, 1, 3).flatten(2)
 
     return Attention
@@ -127,7 +126,7 @@ def build(args: dict[str, Any], sizes: dict[str, int], rows: int, *, fused: bool
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     config = transformer_config(args, sizes)
-    layers = gpt_layer_specs.get_gpt_decoder_layer_specs(config, False, args["normalization"])  # noqa: FBT003
+    layers = gpt_layer_specs.get_gpt_decoder_layer_specs(config, False, args["normalization"])
     own = attention_class()
     for spec in layers:
         if args["multi_latent_attention"]:
@@ -138,7 +137,7 @@ def build(args: dict[str, Any], sizes: dict[str, int], rows: int, *, fused: bool
                 latent=args["multi_latent_attention"], sparse=sparse
             )
     if args["num_experts"]:
-        spec = gpt_layer_specs.get_gpt_decoder_block_spec(config, False, args["normalization"])  # noqa: FBT003
+        spec = gpt_layer_specs.get_gpt_decoder_block_spec(config, False, args["normalization"])
         first = get_transformer_layer_offset(config)
         spec.layer_specs = layers[first : first + len(spec.layer_specs)]
     else:
@@ -146,7 +145,7 @@ def build(args: dict[str, Any], sizes: dict[str, int], rows: int, *, fused: bool
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     further = None
     if args["mtp_num_layers"]:
-        further = gpt_layer_specs.get_gpt_mtp_block_spec(config, layers[-1], False)  # noqa: FBT003
+        further = gpt_layer_specs.get_gpt_mtp_block_spec(config, layers[-1], False)
     return GPTModel(
         config, spec, rows, args["max_position_embeddings"],
         pre_process=first, post_process=last, parallel_output=False,

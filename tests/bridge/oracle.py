@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from finebridge.bridge.args import to_args
 
 needs_megatron = pytest.mark.skipif(
@@ -63,7 +62,9 @@ def _ask(config: Any, do: str, *, tp: int = 1, pp: int = 1, ep: int = 1, etp: in
         return [torch.load(rank, weights_only=True) for rank in ranks]
 
 
-def megatron_logits(config: Any, canonical: Mapping[str, torch.Tensor], ids: torch.Tensor, *, tp: int = 1) -> torch.Tensor:
+def megatron_logits(
+    config: Any, canonical: Mapping[str, torch.Tensor], ids: torch.Tensor, *, tp: int = 1
+) -> torch.Tensor:
     """Logits [batch, sequence, vocabulary] that Megatron-Core computes from canonical tensors, in fp32.
 
     ``config`` is transformers' or the content of a config.json. Every canonical tensor must have a place in the model, and

@@ -97,13 +97,17 @@ def _latent(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         "self_attn.kv_a_layernorm": "linear_kv_up_proj.layer_norm_weight", "self_attn.kv_b_proj": "linear_kv_up_proj.weight",
         "self_attn.o_proj": "linear_proj.weight",
     }  # fmt: skip
-    made = {f"self_attention.{ours}": theirs[f"{key}.weight"] for key, ours in names.items() if f"{key}.weight" in theirs}
+    made = {
+        f"self_attention.{ours}": theirs[f"{key}.weight"] for key, ours in names.items() if f"{key}.weight" in theirs
+    }
     return {"input_layernorm.weight": theirs["input_layernorm.weight"], **made}
 
 
 def _dense(theirs: dict[str, Tensor], place: str = "mlp") -> dict[str, Tensor]:
     made = {
-        f"{place}.linear_fc1.weight": torch.cat([theirs[f"{place}.gate_proj.weight"], theirs[f"{place}.up_proj.weight"]]),
+        f"{place}.linear_fc1.weight": torch.cat(
+            [theirs[f"{place}.gate_proj.weight"], theirs[f"{place}.up_proj.weight"]]
+        ),
         f"{place}.linear_fc2.weight": theirs[f"{place}.down_proj.weight"],
     }
     if place == "mlp":
@@ -116,7 +120,9 @@ def _sparse(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         "pre_mlp_layernorm.weight": theirs["post_attention_layernorm.weight"],
         "mlp.router.weight": theirs["mlp.gate.weight"],
     }
-    for expert, (up, down) in enumerate(zip(theirs["mlp.experts.gate_up_proj"], theirs["mlp.experts.down_proj"], strict=True)):
+    for expert, (up, down) in enumerate(
+        zip(theirs["mlp.experts.gate_up_proj"], theirs["mlp.experts.down_proj"], strict=True)
+    ):
         made[f"mlp.experts.local_experts.{expert}.linear_fc1.weight"] = up
         made[f"mlp.experts.local_experts.{expert}.linear_fc2.weight"] = down
     if "mlp.gate.e_score_correction_bias" in theirs:
@@ -155,7 +161,9 @@ SAVED = {  # case -> layouts that write and load
 def with_further_layers(canonical: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors with a layer that predicts further tokens: transformers does not load one."""
     last = {name: value for name, value in canonical.items() if name.startswith("decoder.layers.3.")}
-    made = {name.replace("decoder.layers.3.", "mtp.layers.0.transformer_layer."): 2 * value for name, value in last.items()}
+    made = {
+        name.replace("decoder.layers.3.", "mtp.layers.0.transformer_layer."): 2 * value for name, value in last.items()
+    }
     made |= {f"mtp.layers.0.{name}.weight": torch.randn(shape) for name, shape in FURTHER.items()}
     return {**canonical, **made}
 
