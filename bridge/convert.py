@@ -25,10 +25,10 @@ from .families import family_of
 from .family import Family
 from .hf import HFCheckpoint, write_hf
 from .parallel import Layout
-from .torch_format import TorchCheckpoint, write_torch
+from .torch_format import TRACKER, TorchCheckpoint, tracked
+from .torch_writer import write_torch
 
 Form = Literal["hf", "torch", "torch_dist"]
-TRACKER = "latest_checkpointed_iteration.txt"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -64,7 +64,7 @@ def form_of(folder: Path) -> Form:
     """The form of a checkpoint's folder. Raises BridgeError when it is none that is known."""
     if not folder.is_dir():
         raise BridgeError(f"{folder}: no such folder")
-    inside = checkpoint_folder(folder)
+    inside = tracked(folder)
     if (inside / ".metadata").is_file():
         return "torch_dist"
     if any(inside.glob("mp_rank_*")):
@@ -76,23 +76,9 @@ def form_of(folder: Path) -> Form:
     )
 
 
-def checkpoint_folder(folder: Path) -> Path:
-    """Where the files of a Megatron checkpoint lie: the folder itself, or the one that its tracker names."""
-    tracker = folder / TRACKER
-    if not tracker.is_file():
-        return folder
-    text = tracker.read_text(encoding="utf-8").strip()
-    if text != "release" and not text.isdecimal():
-        raise BridgeError(f"{tracker}: 'release' or a number is expected, not {text!r}")
-    inside = folder / ("release" if text == "release" else f"iter_{int(text):07d}")
-    if not inside.is_dir():
-        raise BridgeError(f"{tracker}: says {text}, but {inside.name} is not there")
-    return inside
-
-
 @dataclass(slots=True)
 class Source:
-    """An opened checkpoint with what is known of its model: config.json's content, table, Megatron's args."""
+    """An opened checkpoint with what is known of its model: config.json's content and the table."""
 
     folder: Path
     form: Form
@@ -100,7 +86,6 @@ class Source:
     config: dict[str, Any]
     config_folder: Path | None  # that config, tokenizer and code come from
     family: Family
-    args: dict[str, Any]
 
 
 def open_source(folder: Path, *, hf_config: Path | None = None, family: str | None = None) -> Source:
@@ -119,13 +104,12 @@ def open_source(folder: Path, *, hf_config: Path | None = None, family: str | No
         table = family_of(config, family)
         tensors = HFCheckpoint(folder, config, table)
         tensors.check_copies(table)
-        return Source(folder, form, tensors, tensors.config, config_folder, table, to_args(tensors.config))
-    read = DistCheckpoint if form == "torch_dist" else TorchCheckpoint
-    mcore = read(checkpoint_folder(folder))
+        return Source(folder, form, tensors, tensors.config, config_folder, table)
+    mcore = DistCheckpoint(tracked(folder)) if form == "torch_dist" else TorchCheckpoint(folder)
     config = read_json(config_folder / "config.json") if config_folder else to_config(mcore.args)
     table = family_of(config, family)
     config = table.without_mtp(config, mcore.shapes, hf=False)
-    return Source(folder, form, mcore, config, config_folder, table, dict(mcore.args))
+    return Source(folder, form, mcore, config, config_folder, table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,37 +211,24 @@ def convert(made: Plan, save: Path, *, overwrite: bool = False, say: Callable[[s
 
 def _write_mcore(folder: Path, made: Plan, get: Callable[[str], torch.Tensor]) -> dict[str, dict[str, Any]]:
     source, target = made.source, made.target
-    args = _args(made)
+    main = max(made.specs, key=lambda spec: spec.size).dtype
+    args = {
+        **to_args(source.config, source.family, tp=target.layout.tp, divisible_by=target.divisible_by),
+        "params_dtype": main, "bf16": main == torch.bfloat16, "fp16": main == torch.float16,
+    }  # fmt: skip
+    if target.form == "torch":
+        return write_torch(
+            folder, made.specs, get, target.layout, args=args, iteration=target.iteration, dialect=target.dialect,
+            make_vocab_size_divisible_by=target.divisible_by, workers=target.workers,
+        )  # fmt: skip
     inside = folder / ("release" if target.iteration is None else f"iter_{target.iteration:07d}")
     inside.mkdir()
-    if target.form == "torch_dist":
-        entries = write_dist(
-            inside, made.specs, get, args=args, iteration=target.iteration or 0, uniform=is_uniform(made.specs),
-            workers=target.workers,
-        )  # fmt: skip
-    else:
-        entries = write_torch(
-            inside, made.specs, get, target.layout, args=args, iteration=target.iteration, dialect=target.dialect,
-            vocab_size=int(source.config["vocab_size"]),
-        )  # fmt: skip
-    tracker = "release" if target.iteration is None else str(target.iteration)
-    (folder / TRACKER).write_text(tracker, encoding="utf-8")
+    entries = write_dist(
+        inside, made.specs, get, args=args, iteration=target.iteration or 0, uniform=is_uniform(made.specs),
+        workers=target.workers,
+    )  # fmt: skip
+    (folder / TRACKER).write_text("release" if target.iteration is None else str(target.iteration), encoding="utf-8")
     return {f"{inside.name}/{name}": entry for name, entry in entries.items()}
-
-
-def _args(made: Plan) -> dict[str, Any]:
-    """Megatron's args of the target: those of the source, or from its config, with the target's layout."""
-    layout, config = made.target.layout, made.source.config
-    step = made.target.divisible_by * layout.tp
-    return {
-        **to_args(config), **made.source.args,
-        "tensor_model_parallel_size": layout.tp, "pipeline_model_parallel_size": layout.pp,
-        "virtual_pipeline_model_parallel_size": layout.vpp, "expert_model_parallel_size": layout.ep,
-        "expert_tensor_parallel_size": layout.etp, "make_vocab_size_divisible_by": made.target.divisible_by,
-        "padded_vocab_size": -(-int(config["vocab_size"]) // step) * step,
-        "params_dtype": made.specs[0].dtype, "bf16": made.specs[0].dtype == torch.bfloat16,
-        "fp16": made.specs[0].dtype == torch.float16,
-    }  # fmt: skip
 
 
 def is_uniform(specs: Sequence[Spec]) -> bool:

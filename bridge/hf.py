@@ -45,7 +45,9 @@ class HFCheckpoint:
         self._weights = open_weights(folder)
         self.config = family.without_mtp(config, self._weights, hf=True)
         if self.config != config:
-            self.said.append("config.json names layers that predict further tokens, the files have none: they are left out")
+            self.said.append(
+                "config.json names layers that predict further tokens, the files have none: they are left out"
+            )
         self._rows = {row.mcore: row for row in family.rows(self.config)}
         self._parts = dict(self._stored())
         self.shapes: dict[str, tuple[int, ...]] = {}
