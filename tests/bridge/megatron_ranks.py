@@ -14,6 +14,7 @@ from argparse import Namespace
 from dataclasses import fields
 from multiprocessing import connection, get_context
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 LIMIT = 120.0  # seconds a request may take
@@ -62,8 +63,8 @@ def patch() -> None:
     fused_softmax.get_sliding_window_causal_mask = lambda rows, columns, window: (
         ~(torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows - window[0]).tril(columns - rows + window[1]))
     )
-    # The stock queue starts a Python of its own; a fork serves as well.
-    filesystem_async._get_write_results_queue = lambda: get_context("fork").Queue()
+    # The stock queue is a Python of its own, for saves in the background.
+    filesystem_async._results_queue = Queue()
 
 
 def attention_class() -> Any:
@@ -84,7 +85,7 @@ def attention_class() -> Any:
     return Attention
 
 
-def transformer_config(args: dict[str, Any], sizes: dict[str, int]) -> Any:
+def transformer_config(args: dict[str, Any], sizes: dict[str, Any]) -> Any:
     """As Megatron-LM's ``core_transformer_config_from_args`` makes it: every field that has an argument of its name."""
     import torch
     from megatron.core.transformer import MLATransformerConfig, TransformerConfig
@@ -100,9 +101,9 @@ def transformer_config(args: dict[str, Any], sizes: dict[str, int]) -> Any:
         activation_func=torch.nn.functional.silu,
         tensor_model_parallel_size=sizes["tp"],
         pipeline_model_parallel_size=sizes["pp"],
+        virtual_pipeline_model_parallel_size=sizes["vpp"],
         expert_model_parallel_size=sizes["ep"],
         expert_tensor_parallel_size=sizes["etp"],
-        sequence_parallel=sizes["tp"] > 1 and bool(args["num_experts"]),  # Megatron-Core demands it of experts
         pipeline_dtype=torch.float32,
         use_cpu_initialization=True,
         masked_softmax_fusion=False,
@@ -116,45 +117,50 @@ def transformer_config(args: dict[str, Any], sizes: dict[str, int]) -> Any:
     return config
 
 
-def build(args: dict[str, Any], sizes: dict[str, int], rows: int, *, fused: bool = True) -> Any:
-    """This rank's part of a GPTModel, built from arguments as Megatron-LM's ``gpt_builders.py`` does.
+def build(args: dict[str, Any], sizes: dict[str, Any], rows: int, *, fused: bool = True) -> list[Any]:
+    """This rank's chunks of a GPTModel, built from arguments as Megatron-LM's ``gpt_builders.py`` does.
 
     ``rows`` of the vocabulary. With ``fused`` its ``torch_dist`` keys are those of Transformer Engine's modules.
     """
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    config = transformer_config(args, sizes)
+    layers = gpt_layer_specs.get_gpt_decoder_layer_specs(config, False, args["normalization"])
+    own, latent = attention_class(), args["multi_latent_attention"]
+    for layer in layers:
+        parts = layer.submodules
+        if latent:
+            parts.self_attention.submodules.core_attention = own
+        if fused:
+            parts.sharded_state_dict_keys_map = fused_names(latent=latent, sparse="MoE" in parts.mlp.module.__name__)
+    stages = [None] if sizes["vpp"] is None else range(sizes["vpp"])
+    return [build_chunk(args, config, layers, rows, stage).eval() for stage in stages]
+
+
+def build_chunk(args: dict[str, Any], config: Any, layers: list[Any], rows: int, stage: int | None) -> Any:
+    """One chunk of the pipeline; ``layers`` are specs of the whole model."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel, gpt_layer_specs
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    config = transformer_config(args, sizes)
-    layers = gpt_layer_specs.get_gpt_decoder_layer_specs(config, False, args["normalization"])
-    own = attention_class()
-    for spec in layers:
-        if args["multi_latent_attention"]:
-            spec.submodules.self_attention.submodules.core_attention = own
-        if fused:
-            sparse = "MoE" in spec.submodules.mlp.module.__name__
-            spec.submodules.sharded_state_dict_keys_map = fused_names(
-                latent=args["multi_latent_attention"], sparse=sparse
-            )
+    spec = layers[0]
     if args["num_experts"]:
-        spec = gpt_layer_specs.get_gpt_decoder_block_spec(config, False, args["normalization"])
-        first = get_transformer_layer_offset(config)
+        spec = gpt_layer_specs.get_gpt_decoder_block_spec(config, False, args["normalization"], vp_stage=stage)
+        first = get_transformer_layer_offset(config, vp_stage=stage)
         spec.layer_specs = layers[first : first + len(spec.layer_specs)]
-    else:
-        spec = layers[0]
-    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     further = None
     if args["mtp_num_layers"]:
-        further = gpt_layer_specs.get_gpt_mtp_block_spec(config, layers[-1], False)
+        further = gpt_layer_specs.get_gpt_mtp_block_spec(config, layers[-1], False, vp_stage=stage)
     return GPTModel(
-        config, spec, rows, args["max_position_embeddings"],
-        pre_process=first, post_process=last, parallel_output=False,
+        config, spec, rows, args["max_position_embeddings"], parallel_output=False, vp_stage=stage, mtp_block_spec=further,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
         share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
         position_embedding_type=args["position_embedding_type"], rotary_percent=args["rotary_percent"],
         rotary_base=args["rotary_base"], rope_scaling=args["use_rope_scaling"],
         rope_scaling_factor=args.get("rope_scaling_factor", 8.0),
-        seq_len_interpolation_factor=args["rotary_seq_len_interpolation_factor"], mtp_block_spec=further,
-    ).eval()  # fmt: skip
+        seq_len_interpolation_factor=args["rotary_seq_len_interpolation_factor"],
+    )  # fmt: skip
 
 
 # ---- canonical tensors
@@ -223,55 +229,101 @@ def fill(model: Any, canonical: dict[str, Any]) -> None:
 # ---- what can be asked
 
 
-def logits(args: dict[str, Any], sizes: dict[str, int], request: dict[str, Any]) -> Any:
+def logits(chunks: list[Any], request: dict[str, Any]) -> Any:
     """Logits [batch, sequence, vocabulary] of ids."""
     import torch
 
     given = torch.load(request["input"], weights_only=True)
     own = {name: value for name, value in given["canonical"].items() if not name.startswith("mtp.")}
-    model = build(args | {"mtp_num_layers": None}, sizes, args["vocab_size"])  # without labels 0.16.1 cannot run them
-    assert sizes["pp"] == 1, "logits are of one stage"
-    unknown = own.keys() ^ places(model).keys()
+    unknown = own.keys() ^ places(chunks[0]).keys()
     assert not unknown, f"only in the model or only given: {sorted(unknown)}"
-    fill(model, own)
+    fill(chunks[0], own)
     ids = given["ids"]
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
     with torch.no_grad():
-        return model(ids, positions, None)
+        return chunks[0](ids, torch.arange(ids.shape[1]).expand_as(ids), None)
 
 
-def save(args: dict[str, Any], sizes: dict[str, int], request: dict[str, Any]) -> None:
-    """Write a ``torch_dist`` checkpoint as Megatron-LM does: model, args, iteration, version."""
+def save(chunks: list[Any], request: dict[str, Any]) -> None:
+    """Write a checkpoint as Megatron-LM does: model, args, iteration, version, and the tracker."""
+    import torch
+    from megatron.core import dist_checkpointing, parallel_state
+
+    canonical = torch.load(request["input"], weights_only=True)["canonical"]
+    for chunk in chunks:
+        fill(chunk, canonical)
+    state = {"args": Namespace(**run_args(request)), "checkpoint_version": 3.0, "iteration": 1}
+    if request["form"] == "torch_dist":
+        state |= sharded(chunks, request["metadata"])
+        dist_checkpointing.save(state, request["folder"], content_metadata=request["metadata"])
+    elif parallel_state.get_expert_data_parallel_rank() == 0:
+        path = own_file(request)
+        path.parent.mkdir()
+        torch.save(state | keyed([chunk.state_dict_for_save_checkpoint() for chunk in chunks]), path)
+
+
+def load(chunks: list[Any], request: dict[str, Any]) -> Any:
+    """Load a checkpoint with default strictness, as Megatron-LM does; this rank's pieces by name."""
     import torch
     from megatron.core import dist_checkpointing
 
-    model = build(args, sizes, request["rows"], fused=request["fused"])
-    fill(model, torch.load(request["input"], weights_only=True)["canonical"])
-    run = {**args, "tensor_model_parallel_size": sizes["tp"], "pipeline_model_parallel_size": sizes["pp"]}
-    state = {
-        "args": Namespace(**run), "checkpoint_version": 3.0, "iteration": 1,
-        "model": model.sharded_state_dict(metadata=request["metadata"]),
-    }  # fmt: skip
-    dist_checkpointing.save(state, request["folder"], content_metadata=request["metadata"])
+    legacy = request["form"] == "torch"
+    if legacy:
+        with torch.serialization.safe_globals([Namespace]):
+            common = state = torch.load(own_file(request), weights_only=True)
+    else:
+        common = dist_checkpointing.load_common_state_dict(request["folder"])
+        metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
+        state = dist_checkpointing.load(sharded(chunks, metadata), request["folder"])
+    check_common(common, run_args(request), legacy=legacy)
+    for key, chunk in keyed(chunks).items():
+        chunk.load_state_dict(state[key])
+    return [
+        (name, tensor.detach().clone(), axis, 0 if axis is None else rank_of(kind)[0])
+        for chunk in chunks
+        for name, (tensor, axis, kind) in places(chunk).items()
+    ]
 
 
-def load(args: dict[str, Any], sizes: dict[str, int], request: dict[str, Any]) -> Any:
-    """Load a ``torch_dist`` checkpoint with default strictness, as Megatron-LM does; this rank's pieces by name."""
-    from megatron.core import dist_checkpointing
+def keyed(chunks: list[Any]) -> dict[str, Any]:
+    """Chunks under the names that they have in a checkpoint."""
+    return {"model": chunks[0]} if len(chunks) == 1 else {f"model{number}": one for number, one in enumerate(chunks)}
 
-    model = build(args, sizes, request["rows"], fused=request["fused"])
-    common = dist_checkpointing.load_common_state_dict(request["folder"])
+
+def sharded(chunks: list[Any], metadata: dict[str, Any] | None) -> dict[str, Any]:
+    """The sharded state of chunks, as Megatron-LM asks for it."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return keyed([chunk.sharded_state_dict(metadata={**(metadata or {}), "dp_cp_group": group}) for chunk in chunks])
+
+
+def run_args(request: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the run: those of the model with the layout."""
+    sizes = {"tensor": "tp", "pipeline": "pp", "virtual_pipeline": "vpp", "expert": "ep"}
+    layout = {f"{name}_model_parallel_size": request["sizes"][key] for name, key in sizes.items()}
+    return {**request["args"], **layout, "expert_tensor_parallel_size": request["sizes"]["etp"]}
+
+
+def own_file(request: dict[str, Any]) -> Path:
+    """This rank's file of a ``torch`` checkpoint: Megatron-LM's ``get_checkpoint_name`` below the folder of an iteration."""
+    from megatron.core import parallel_state as ranks
+
+    name = f"mp_rank_{ranks.get_tensor_model_parallel_rank():02d}"
+    if request["sizes"]["pp"] > 1:
+        name += f"_{ranks.get_pipeline_model_parallel_rank():03d}"
+    if request["sizes"]["ep"] > 1:
+        name += f"_{ranks.get_expert_model_parallel_rank():03d}"
+    return Path(request["folder"], name, "model_optim_rng.pt")
+
+
+def check_common(common: dict[str, Any], args: dict[str, Any], *, legacy: bool) -> None:
+    """What Megatron-LM's ``check_checkpoint_args`` compares, and what ``load_checkpoint`` takes for granted."""
     assert common["checkpoint_version"] == 3.0, common["checkpoint_version"]
     assert isinstance(common["iteration"], int)
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "add_position_embedding"):  # check_checkpoint_args
+    names = ["num_layers", "hidden_size", "num_attention_heads", "add_position_embedding", "max_position_embeddings"]
+    names += ["tensor_model_parallel_size", "pipeline_model_parallel_size"] if legacy else []
+    for name in names:
         assert getattr(common["args"], name) == args[name], name
-    metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
-    state = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=metadata or {})}, request["folder"])
-    model.load_state_dict(state["model"])
-    return {
-        name: (tensor.detach().clone(), axis, *(rank_of(kind) if axis is not None else (0, 1)))
-        for name, (tensor, axis, kind) in places(model).items()
-    }
 
 
 def rank_main(rank: int, world: int, request: dict[str, Any]) -> None:
@@ -285,10 +337,11 @@ def rank_main(rank: int, world: int, request: dict[str, Any]) -> None:
         torch.set_num_threads(1)
         torch.distributed.init_process_group("gloo", init_method=f"file://{out}/ranks", rank=rank, world_size=world)
         parallel_state.initialize_model_parallel(
-            sizes["tp"], sizes["pp"], expert_model_parallel_size=sizes["ep"], expert_tensor_parallel_size=sizes["etp"]
-        )
-        answer = {"logits": logits, "save": save, "load": load}[request["do"]](request["args"], sizes, request)
-        torch.save(answer, out / f"{rank}.pt")
+            sizes["tp"], sizes["pp"], sizes["vpp"],
+            expert_model_parallel_size=sizes["ep"], expert_tensor_parallel_size=sizes["etp"],
+        )  # fmt: skip
+        chunks = build(request["args"], sizes, request["rows"], fused=request["fused"])
+        torch.save({"logits": logits, "save": save, "load": load}[request["do"]](chunks, request), out / f"{rank}.pt")
     except BaseException:  # noqa: BLE001 - the asker reads it
         (out / f"{rank}.txt").write_text(traceback.format_exc())
         os._exit(1)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from finebridge.bridge.args import to_args
+from torch import Tensor
 
 needs_megatron = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed; it is the oracle here"
@@ -42,15 +43,20 @@ def _server() -> subprocess.Popen[str]:
     return server
 
 
-def _ask(config: Any, do: str, *, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 1, **more: Any) -> list[Any]:
+def _ask(
+    do: str, config: Any, *, rows: int | None, dialect: str = "mcore", sizes: Mapping[str, int], **more: Any
+) -> list[Any]:
     """Run a request in ranks; what each of them answers, by rank. Raises AssertionError with the ranks' tracebacks."""
     args = to_args(config if isinstance(config, Mapping) else config.to_dict())
+    if do == "logits":
+        args["mtp_num_layers"] = None  # without labels core 0.16.1 cannot run these layers
     given = {name: more.pop(name) for name in ("canonical", "ids") if name in more}
     with tempfile.TemporaryDirectory() as folder:
         torch.save(given, Path(folder, "input"))
         request = {
-            "do": do, "args": args, "sizes": {"tp": tp, "pp": pp, "ep": ep, "etp": etp}, "out": folder,
-            "input": str(Path(folder, "input")), **more,
+            "do": do, "args": args, "out": folder,
+            "sizes": {"tp": 1, "pp": 1, "vpp": None, "ep": 1, "etp": sizes.get("tp", 1), **sizes},
+            "input": str(Path(folder, "input")), "rows": rows or args["vocab_size"], "fused": dialect == "mcore", **more,
         }  # fmt: skip
         server = _server()
         print(json.dumps(request), file=server.stdin, flush=True)
@@ -62,57 +68,56 @@ def _ask(config: Any, do: str, *, tp: int = 1, pp: int = 1, ep: int = 1, etp: in
         return [torch.load(rank, weights_only=True) for rank in ranks]
 
 
-def megatron_logits(
-    config: Any, canonical: Mapping[str, torch.Tensor], ids: torch.Tensor, *, tp: int = 1
-) -> torch.Tensor:
+def megatron_logits(config: Any, canonical: Mapping[str, Tensor], ids: Tensor, *, tp: int = 1) -> Tensor:
     """Logits [batch, sequence, vocabulary] that Megatron-Core computes from canonical tensors, in fp32.
 
     ``config`` is transformers' or the content of a config.json. Every canonical tensor must have a place in the model, and
     every one of the model be given; layers that predict further tokens have no part in logits and are left out.
     """
-    return _ask(config, "logits", canonical=dict(canonical), ids=ids, tp=tp)[0]
+    return _ask("logits", config, rows=None, canonical=dict(canonical), ids=ids, sizes={"tp": tp})[0]
 
 
 def save_with_megatron(
-    config: Any, canonical: Mapping[str, torch.Tensor], folder: Path, *, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 1,
-    rows: int | None = None, dialect: str = "mcore", metadata: dict[str, Any] | None = None,
+    config: Any, canonical: Mapping[str, Tensor], folder: Path, *, form: str = "torch_dist", rows: int | None = None,
+    dialect: str = "mcore", metadata: dict[str, Any] | None = None, **sizes: int,
 ) -> None:  # fmt: skip
-    """Let Megatron-Core write a ``torch_dist`` checkpoint into ``folder``.
+    """Let Megatron-Core write a checkpoint of the form ``torch_dist`` or ``torch`` into ``folder``, that of an iteration.
 
-    ``rows`` of the vocabulary, padding included. ``dialect`` mcore has the keys of Transformer Engine's modules,
-    mcore-local what the local spec gives. ``metadata`` is Megatron's content metadata.
+    ``sizes`` are tp, pp, vpp, ep, etp; ``rows`` of the vocabulary, with padding. ``dialect`` mcore gives ``torch_dist`` the
+    keys of Transformer Engine's modules, mcore-local those of the local spec; ``torch`` files are always of the latter.
+    ``metadata`` is Megatron's content metadata.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    own = canonical["embedding.word_embeddings.weight"].shape[0]
     _ask(
-        config, "save", tp=tp, pp=pp, ep=ep, etp=etp, canonical=dict(canonical), folder=str(folder), rows=rows or own,
-        fused=dialect == "mcore", metadata=metadata,
+        "save", config, rows=rows, dialect=dialect, sizes=sizes, canonical=dict(canonical), folder=str(folder),
+        form=form, metadata=metadata,
     )  # fmt: skip
 
 
 def load_with_megatron(
-    config: Any, folder: Path, *, tp: int = 1, pp: int = 1, ep: int = 1, etp: int = 1, rows: int | None = None,
+    config: Any,
+    folder: Path,
+    *,
+    form: str = "torch_dist",
+    rows: int | None = None,
     dialect: str = "mcore",
-) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Canonical tensors of a ``torch_dist`` checkpoint as the ranks of Megatron-Core loaded it, default strictness.
+    **sizes: int,
+) -> dict[str, Tensor]:
+    """Canonical tensors of a checkpoint as the ranks of Megatron-Core loaded it, with default strictness.
 
     Ranks that hold the same must hold the same bits. Without ``rows`` the model has the vocabulary of the config.
     """
-    size = config["vocab_size"] if isinstance(config, Mapping) else config.vocab_size
-    ranks = _ask(
-        config, "load", tp=tp, pp=pp, ep=ep, etp=etp, folder=str(folder), rows=rows or size, fused=dialect == "mcore"
-    )
-    pieces: dict[str, dict[int, torch.Tensor]] = {}
+    ranks = _ask("load", config, rows=rows, dialect=dialect, sizes=sizes, folder=str(folder), form=form)
+    pieces: dict[str, dict[int, Tensor]] = {}
     axes: dict[str, int | None] = {}
-    for rank in ranks:
-        for name, (tensor, axis, number, _) in rank.items():
-            axes[name] = axis
-            known = pieces.setdefault(name, {}).setdefault(number, tensor)
-            assert torch.equal(known, tensor), f"{name}: ranks differ"
+    for name, tensor, axis, number in (piece for rank in ranks for piece in rank):
+        axes[name] = axis
+        known = pieces.setdefault(name, {}).setdefault(number, tensor)
+        assert torch.equal(known, tensor), f"{name}: ranks differ"
     return {name: _joined(name, [parts[key] for key in sorted(parts)], axes[name]) for name, parts in pieces.items()}
 
 
-def _joined(name: str, parts: list[torch.Tensor], axis: int | None) -> torch.Tensor:
+def _joined(name: str, parts: list[Tensor], axis: int | None) -> Tensor:
     if axis is None:
         return parts[0]
     if name.endswith("linear_fc1.weight"):  # each rank has rows of the gate, then rows of the up projection
