@@ -110,8 +110,12 @@ class Adapter:
         shape = self.file.shapes[key]
         return Replacement(name, matrix(shape), lambda start, stop: self.file.read(key, start, stop))
 
-    def linear(self, found: Factors, shape: tuple[int, ...]) -> Iterator[tuple[str, LowRank]]:
-        """What the factors of a linear or embedding module do to its weight of ``shape``, and to its bias, by name."""
+    def linear(self, found: Factors, shape: tuple[int, ...], *, turned: bool) -> Iterator[tuple[str, LowRank]]:
+        """What the factors of a linear or embedding module do to its weight of ``shape``, and to its bias, by name.
+
+        A weight that lies as [in, out] is told by its shape; ``turned`` tells it of a square one. The config's
+        ``fan_in_fan_out`` does not: PEFT sets it by the module that it wrapped last.
+        """
         name, kinds = f"{found.module}.weight", found.kinds
         lengths = kinds.pop("magnitude_vector", None)
         if "embedding_A" in kinds:
@@ -126,8 +130,7 @@ class Adapter:
         bias = kinds.pop("B.bias", None)
         if bias is not None:
             yield f"{found.module}.bias", LowRank(f"{found.module}.bias", bias.unsqueeze(1), torch.ones(1, 1), scale)
-        straight, turned = (b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])
-        if shape == turned and (straight != turned or self.config.get("fan_in_fan_out")):
+        if turned or (shape == (a.shape[1], b.shape[0]) and b.shape[0] != a.shape[1]):
             if lengths is not None:
                 raise AdapterError(f"{name}: DoRA on a weight that is stored as [in, out] is not merged")
             yield name, LowRank(name, a.T.contiguous(), b.T.contiguous(), scale)

@@ -234,7 +234,7 @@ def _write_config(folder: Path, config: dict[str, Any], save_dtype: str, plan: "
         if part is config or "dtype" in part or "torch_dtype" in part:
             part["dtype"] = DTYPES[save_dtype]
             part.pop("torch_dtype", None)
-        if plan.unties and (part is config or "tie_word_embeddings" in part):
+        if plan.unties and part:
             part["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
