@@ -118,6 +118,7 @@ def _train_help(verb: str) -> int:
 def _merge(words: list[str]) -> int:
     from ..merge.merge_lora import main as merge
 
+    _leave_nothing()
     return merge(words)
 
 
@@ -142,9 +143,14 @@ def _data(words: list[str]) -> int:
     if verb is None:
         raise ValueError(usage)
     module, name = verb
-    with suppress(ValueError):  # not in a thread that is not the first one
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: nothing half-written stays
+    _leave_nothing()
     return import_module(f"..data_tools.{module}", __package__).__dict__[name](words[1:])
+
+
+def _leave_nothing() -> None:
+    """Have SIGTERM end the verb like Ctrl-C does: nothing half-written stays."""
+    with suppress(ValueError):  # not in a thread that is not the first one
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _example(words: list[str]) -> int:
