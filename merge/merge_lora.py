@@ -166,6 +166,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--export_adapter takes one --adapter_model_path")
     if args.prompts and not args.verify:
         raise ValueError("--prompts is for --verify; give both or none")
+    if args.prompts:
+        try:
+            args.prompts.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise ValueError(f"--prompts {args.prompts}: not a text file in UTF-8: {error}") from None
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers}: at least 1 is needed")
 

@@ -5,6 +5,7 @@ Every tensor of every adapter gets exactly one place or the plan fails, before a
 
 import functools
 import math
+import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -111,7 +112,11 @@ class Planner:
         """Groups of parameters that share one tensor, that which is on disk first; none when no adapter changes any."""
         names = {name for adapter in adapters for name in adapter.names}
         sizes = set(_vocabularies(self.config))
-        if sizes and not any((self.base.shapes.get(name) or (*sizes,))[0] in sizes for name in names):
+        if sizes:
+            shared = any((self.base.shapes.get(name) or (*sizes,))[0] in sizes for name in names)
+        else:  # embeddings and heads are in no numbered layer
+            shared = not all(re.search(r"\.\d+\.", name) for name in names)
+        if not shared:
             return []  # so the model's class need not be asked
         groups: dict[str, list[str]] = {}
         for name, source in self.placement.tied(names):
