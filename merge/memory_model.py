@@ -111,10 +111,8 @@ class MemoryModel:
         return (own, region) if region is not None else None
 
     def tied(self) -> list[tuple[str, str]]:
-        """(output embedding's weight, input embedding's weight) that are one tensor."""
-        head = self._model.get_output_embeddings()
-        pairs = self._model.all_tied_weights_keys.items()
-        return [pair for pair in pairs if self.modules[pair[0].rpartition(".")[0]] is head]
+        """Pairs of parameters that are one tensor; the second is alike in all of a group."""
+        return list(self._model.all_tied_weights_keys.items())
 
     def _tie(self, name: str) -> str:
         other = dict(self.tied()).get(name)
@@ -128,6 +126,7 @@ class MemoryModel:
                 return candidate
         raise PlacementError(f"{name}: {made}, which holds a part of it, is not on disk")
 
+    @functools.cache  # noqa: B019
     def _known_conversions(self) -> list[Any]:
         found = get_model_conversion_mapping(self._model, add_legacy=False)
         return [conversion for conversion in found if not isinstance(conversion, PrefixChange)]

@@ -99,7 +99,7 @@ def every_weight_is_found(
     placement: Placement, memory: dict[str, torch.Tensor], disk: dict[str, torch.Tensor]
 ) -> dict[str, list[Part]]:
     """Hold every parameter against the disk, bit for bit; every tensor on disk is used once."""
-    tied = dict(placement.tied())
+    tied = dict(placement.tied(memory))
     found = {name: placement.parts(name, tuple(memory[name].shape)) for name in memory if name not in tied}
     for name, parts in found.items():
         assert torch.equal(rebuilt(parts, memory[name], disk), memory[name]), name
@@ -303,7 +303,8 @@ def test_tied_embeddings(tied: bool, tmp_path: Path) -> None:
     memory, disk = saved(tiny("llama", tie_word_embeddings=tied), tmp_path)
     pairs = [("lm_head.weight", "model.embed_tokens.weight")] if tied else []
     placement = stored(tmp_path, disk)
-    assert placement.tied() == pairs
+    assert placement.tied(["model.embed_tokens.weight"]) == pairs
+    assert placement.tied(["model.norm.weight"]) == []
     assert ("lm_head.weight" in disk) is not tied
     if tied:
         with pytest.raises(
@@ -317,7 +318,7 @@ def test_names_that_are_on_disk_need_no_transformers(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from finebridge.merge.placement import Placement\n"
         f"p = Placement(Path({str(tmp_path)!r}), ['a.weight', 'b.weight'], shapes={{'a.weight': (4, 6), 'b.weight': (4,)}})\n"
-        "print(p.parts('a.weight', (4, 6)), p.parts('b.weight', (4,)), p.fused('a.weight'), p.tied())\n"
+        "print(p.parts('a.weight', (4, 6)), p.parts('b.weight', (4,)), p.fused('a.weight'), p.tied(['a.weight']))\n"
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
