@@ -1,6 +1,6 @@
 """The bridge against real Megatron-Core: it loads what the command writes, and the command reads what it writes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +8,11 @@ import pytest
 import torch
 from finebridge.bridge.convert_cli import main
 from finebridge.storage.safetensors_io import Checkpoint
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from .oracle import load_with_megatron, needs_megatron, save_with_megatron
-from .test_oracle import canonical_of, same
+from .test_oracle import canonical_of, same, with_further_layers
 
 pytestmark = [needs_megatron, pytest.mark.distributed]
 Models = Callable[[str], Path]
@@ -20,6 +21,11 @@ Sizes = dict[str, int]
 
 def model_in(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def without_further(model: Any) -> dict[str, Any]:
+    """The config of what the files hold: transformers does not load layers that predict further tokens."""
+    return model.config.to_dict() | {"num_nextn_predict_layers": 0}
 
 
 def convert(source: Path, target: Path, *words: str) -> None:
@@ -37,8 +43,10 @@ def test_megatron_loads_our_torch_dist(name: str, hf_models: Models, tmp_path: P
     base = hf_models(name)
     convert(base, tmp_path / "ours", "--to", "mcore", "--ckpt_format", "torch_dist")
     model = model_in(base)
-    config = model.config.to_dict() | {"num_nextn_predict_layers": 0}
-    same(load_with_megatron(config, tmp_path / "ours" / "release", rows=72, **DIST[name]), canonical_of(model))
+    same(
+        load_with_megatron(without_further(model), tmp_path / "ours" / "release", rows=72, **DIST[name]),
+        canonical_of(model),
+    )
 
 
 TORCH: dict[str, Sizes] = {
@@ -54,34 +62,51 @@ def test_megatron_loads_our_torch(name: str, hf_models: Models, tmp_path: Path) 
     if "tp" in sizes and "ep" in sizes:
         words += ["--etp", str(sizes["tp"])]  # Megatron's default
     convert(base, tmp_path / "ours", "--to", "mcore", "--ckpt_format", "torch", "--dialect", "mcore-local", *words)
-    model = model_in(base)
-    config = model.config.to_dict() | {"num_nextn_predict_layers": 0}
-    got = load_with_megatron(config, tmp_path / "ours" / "release", form="torch", rows=128 * sizes.get("tp", 1), **sizes)
-    same(got, canonical_of(model))
+    model, rows = model_in(base), 128 * sizes.get("tp", 1)
+    same(
+        load_with_megatron(without_further(model), tmp_path / "ours" / "release", form="torch", rows=rows, **sizes),
+        canonical_of(model),
+    )
 
 
-THEIRS = [
+THEIRS: list[tuple[str, str, Sizes]] = [
     ("llama_tied", "torch", {"tp": 2, "pp": 2}), ("qwen2", "torch", {"pp": 2, "vpp": 2}), ("qwen3_moe", "torch", {"ep": 2}),
-    ("deepseek_v3", "torch", {"tp": 2}), ("qwen2_tied", "torch_dist", {"pp": 2}), ("qwen3_moe", "torch_dist", {"ep": 2}),
-    ("qwen3_moe_mixed", "torch_dist", {"tp": 2}), ("deepseek_v2", "torch_dist", {"tp": 2}),
+    ("deepseek_v3", "torch", {"tp": 2}), ("qwen2_tied", "torch_dist mcore", {"pp": 2}),
+    ("qwen3_moe", "torch_dist mcore", {"ep": 2}), ("qwen3_moe_mixed", "torch_dist mcore-local", {"tp": 2}),
+    ("deepseek_v2", "torch_dist mcore-local", {"tp": 2}),
 ]  # fmt: skip
 
 
+def save_run(config: Any, canonical: Mapping[str, Tensor], run: Path, **more: Any) -> None:
+    """A folder of a run: one iteration and the tracker."""
+    save_with_megatron(config, canonical, run / "iter_0000001", rows=256, **more)
+    (run / "latest_checkpointed_iteration.txt").write_text("1")
+
+
 @pytest.mark.parametrize(("name", "form", "sizes"), THEIRS)
-@pytest.mark.parametrize("dialect", ["mcore", "mcore-local"])
 def test_the_bridge_reads_what_megatron_wrote(
-    name: str, form: str, sizes: Sizes, dialect: str, hf_models: Models, tmp_path: Path
+    name: str, form: str, sizes: Sizes, hf_models: Models, tmp_path: Path
 ) -> None:
-    if form == "torch" and dialect == "mcore":
-        pytest.skip("without Transformer Engine torch files are of the local spec")
     base = hf_models(name)
     model = model_in(base)
-    config = model.config.to_dict() | {"num_nextn_predict_layers": 0}
-    iteration = tmp_path / "theirs" / "iter_0000001"
-    save_with_megatron(config, canonical_of(model), iteration, form=form, rows=256, dialect=dialect, **sizes)
-    (tmp_path / "theirs" / "latest_checkpointed_iteration.txt").write_text("1")
+    kind, _, dialect = form.partition(" ")
+    save_run(without_further(model), canonical_of(model), tmp_path / "theirs", form=kind, dialect=dialect, **sizes)
     convert(tmp_path / "theirs", tmp_path / "back", "--to", "hf", "--hf_config", str(base))
     with Checkpoint(base) as first, Checkpoint(tmp_path / "back") as second:
         assert set(first) == set(second)
         for key in first:
             assert torch.equal(first.get(key), second.get(key)), key
+
+
+@pytest.mark.parametrize("form", ["torch", "torch_dist"])
+def test_layers_that_predict_further_tokens(form: str, hf_models: Models, tmp_path: Path) -> None:
+    """Written by Megatron-Core, to Hugging Face and back, loaded by Megatron-Core: all of it is there."""
+    model = model_in(hf_models("deepseek_v3"))
+    canonical = with_further_layers(canonical_of(model))
+    save_run(model.config, canonical, tmp_path / "theirs", form=form, pp=2)
+    model.config.save_pretrained(tmp_path / "config")
+    assert model.config.num_nextn_predict_layers == 1
+    convert(tmp_path / "theirs", tmp_path / "hf", "--to", "hf", "--hf_config", str(tmp_path / "config"))
+    words = ["--to", "mcore", "--ckpt_format", form, *(["--dialect", "mcore-local"] if form == "torch" else [])]
+    convert(tmp_path / "hf", tmp_path / "ours", *words)
+    same(load_with_megatron(model.config, tmp_path / "ours" / "release", form=form, rows=128), canonical)
