@@ -45,14 +45,8 @@ def patch() -> None:
     from megatron.core.fusions import fused_softmax
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
-    class Stream:
-        def wait_stream(self, *_: Any) -> None: ...
-
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda *_: None
-    torch.cuda.Stream = torch.cuda.current_stream = lambda *_: Stream()
-    torch.cuda.stream = lambda _: contextlib.nullcontext()
-    torch.Tensor.record_stream = lambda *_: None
     torch.Tensor.cuda = lambda self, *_, **__: self
     CudaRNGStatesTracker.fork = lambda *_: contextlib.nullcontext()
     megatron.core.transformer.moe.moe_utils.te_general_gemm = None  # a name that only Transformer Engine binds

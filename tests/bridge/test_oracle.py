@@ -162,7 +162,7 @@ def with_further_layers(canonical: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**canonical, **made}
 
 
-def same(got: Mapping[str, Tensor], canonical: Mapping[str, Tensor]) -> None:
+def assert_same(got: Mapping[str, Tensor], canonical: Mapping[str, Tensor]) -> None:
     assert got.keys() == canonical.keys()
     for key, value in canonical.items():
         assert torch.equal(got[key][: value.shape[0]], value), key
@@ -179,4 +179,4 @@ def test_megatron_loads_what_it_wrote(
     if name == "deepseek_v3":
         canonical = with_further_layers(canonical)
     save_with_megatron(model.config, canonical, tmp_path / "saved", form=form, rows=128, **written)
-    same(load_with_megatron(model.config, tmp_path / "saved", form=form, rows=128, **loaded), canonical)
+    assert_same(load_with_megatron(model.config, tmp_path / "saved", form=form, rows=128, **loaded), canonical)

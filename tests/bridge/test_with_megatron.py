@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from .oracle import load_with_megatron, needs_megatron, save_with_megatron
-from .test_oracle import canonical_of, same, with_further_layers
+from .test_oracle import assert_same, canonical_of, with_further_layers
 
 pytestmark = [needs_megatron, pytest.mark.distributed]
 Models = Callable[[str], Path]
@@ -43,7 +43,7 @@ def test_megatron_loads_our_torch_dist(name: str, hf_models: Models, tmp_path: P
     base = hf_models(name)
     convert(base, tmp_path / "ours", "--to", "mcore", "--ckpt_format", "torch_dist")
     model = model_in(base)
-    same(
+    assert_same(
         load_with_megatron(without_further(model), tmp_path / "ours" / "release", rows=72, **DIST[name]),
         canonical_of(model),
     )
@@ -63,7 +63,7 @@ def test_megatron_loads_our_torch(name: str, hf_models: Models, tmp_path: Path) 
         words += ["--etp", str(sizes["tp"])]  # Megatron's default
     convert(base, tmp_path / "ours", "--to", "mcore", "--ckpt_format", "torch", "--dialect", "mcore-local", *words)
     model, rows = model_in(base), 128 * sizes.get("tp", 1)
-    same(
+    assert_same(
         load_with_megatron(without_further(model), tmp_path / "ours" / "release", form="torch", rows=rows, **sizes),
         canonical_of(model),
     )
@@ -109,4 +109,4 @@ def test_layers_that_predict_further_tokens(form: str, hf_models: Models, tmp_pa
     convert(tmp_path / "theirs", tmp_path / "hf", "--to", "hf", "--hf_config", str(tmp_path / "config"))
     words = ["--to", "mcore", "--ckpt_format", form, *(["--dialect", "mcore-local"] if form == "torch" else [])]
     convert(tmp_path / "hf", tmp_path / "ours", *words)
-    same(load_with_megatron(model.config, tmp_path / "ours" / "release", form=form, rows=128), canonical)
+    assert_same(load_with_megatron(model.config, tmp_path / "ours" / "release", form=form, rows=128), canonical)
