@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         dest="source",
         type=_side,
         choices=SIDES,
-        help="what --load is (default: what it looks like)",
+        help="what --load is (default: told by its files)",
     )
     add(
         "--to", "--save-model-type", dest="target", required=True, type=_side, choices=SIDES, help="what --save will be"
