@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,7 @@ from .errors import BridgeError
 from .families import family_of
 from .family import Family
 from .hf import HFCheckpoint, write_hf
+from .mapping import hf_shapes, mcore_shape
 from .parallel import Layout
 from .torch_format import TRACKER, TorchCheckpoint, tracked
 from .torch_writer import write_torch
@@ -32,18 +33,8 @@ Form = Literal["hf", "torch", "torch_dist"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class Checkpoint(Protocol):
-    """Canonical tensors of any form on disk: shapes and dtypes by name from headers, content one tensor at a time."""
-
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, torch.dtype]
-    said: list[str]
-
-    def get(self, name: str) -> torch.Tensor: ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *_: object) -> None: ...
+# Canonical tensors of any form on disk: shapes and dtypes by name from headers, content one tensor at a time.
+Checkpoint = HFCheckpoint | TorchCheckpoint | DistCheckpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +149,8 @@ def plan(source: Source, target: Target) -> Plan:
     specs: list[Spec] = []
     for name, row in wanted.items():
         try:
-            parts = row.rule.to_hf(torch.empty(tensors.shapes[name], device="meta"))
-            shape = tuple(row.rule.to_mcore(parts).shape)  # a padded vocabulary is not written
+            parts = hf_shapes(row.rule, tensors.shapes[name])
+            shape = mcore_shape(row.rule, parts)  # a padded vocabulary is not written
         except BridgeError as error:
             raise BridgeError(f"{source.folder}: {name}: {error}") from None
         stored = tensors.dtypes[name]

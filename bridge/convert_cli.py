@@ -33,9 +33,17 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
-    side = {"type": _side, "choices": SIDES, "metavar": "{hf,mcore}"}
-    add("--from", "--load-model-type", dest="source", **side, help="what --load is (default: what it looks like)")
-    add("--to", "--save-model-type", dest="target", required=True, **side, help="what --save will be")
+    add(
+        "--from",
+        "--load-model-type",
+        dest="source",
+        type=_side,
+        choices=SIDES,
+        help="what --load is (default: told by its files)",
+    )
+    add(
+        "--to", "--save-model-type", dest="target", required=True, type=_side, choices=SIDES, help="what --save will be"
+    )
     add("--load", "--load-dir", type=Path, required=True, help="folder of the checkpoint")
     add("--save", "--save-dir", type=Path, help="new folder")
     add("--hf_config", "--hf-cfg-dir", type=Path, help="folder of config.json and tokenizer (default: --load)")

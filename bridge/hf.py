@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,6 +16,7 @@ from ..storage.safe_load import open_weights
 from ..storage.safetensors_io import Spec, bytes_of, plan_shards, write_header, write_index
 from .errors import BridgeError
 from .family import Family, Row
+from .mapping import hf_shapes, mcore_shape
 
 _SCALE = "_scale_inv"  # what DeepSeek appends to the name of an fp8 weight for its scales, a block of 128 x 128 each
 _FUSED = re.compile(r"(?P<experts>.*\.experts)\.(?P<kind>gate_up_proj|down_proj)")
@@ -53,10 +53,9 @@ class HFCheckpoint:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._check_names(family)
-        shape_of = lru_cache(maxsize=None)(_canonical_shape)
         for name, row in self._rows.items():
             try:
-                self.shapes[name] = shape_of(row.rule, tuple(self._parts[part].shape for part in row.hf))
+                self.shapes[name] = mcore_shape(row.rule, tuple(self._parts[part].shape for part in row.hf))
             except BridgeError as error:
                 raise BridgeError(f"{folder}: {row.hf[0]}: {error}") from None
             kinds = {self._dtype(part) for part in row.hf}
@@ -150,10 +149,9 @@ def write_hf(
     """
     source: dict[str, tuple[Row, int]] = {}
     tensors: list[Spec] = []
-    shapes = lru_cache(maxsize=None)(_part_shapes)
     for row in rows:
         spec = specs[row.mcore]
-        for number, (name, shape) in enumerate(zip(row.hf, shapes(row.rule, spec.shape), strict=True)):
+        for number, (name, shape) in enumerate(zip(row.hf, hf_shapes(row.rule, spec.shape), strict=True)):
             source[name] = row, number
             tensors.append(Spec(name, spec.dtype, shape))
     by_name = {spec.name: spec for spec in tensors}
@@ -184,14 +182,6 @@ def write_hf(
         list(pool.map(one, shards.items()))
     write_index(folder, shards, ledger)
     return ledger.entries
-
-
-def _canonical_shape(rule: Any, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
-    return tuple(rule.to_mcore([torch.empty(shape, device="meta") for shape in shapes]).shape)
-
-
-def _part_shapes(rule: Any, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    return [tuple(part.shape) for part in rule.to_hf(torch.empty(shape, device="meta"))]
 
 
 def _scaled(values: torch.Tensor, scales: torch.Tensor, name: str, block: int = 128) -> torch.Tensor:

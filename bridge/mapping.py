@@ -7,6 +7,7 @@ the vocabulary unpadded, names of its Transformer Engine modules (https://github
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -15,7 +16,7 @@ from .errors import BridgeError
 
 
 class Rule(Protocol):
-    """How parts become one tensor and one tensor its parts. Tensors may lie on the meta device: only shapes then."""
+    """How parts become one tensor and one tensor its parts. Both look at the first dimension only; it may hash."""
 
     def to_mcore(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """The canonical tensor of the parts. Raises BridgeError when shapes do not fit the rule."""
@@ -88,7 +89,7 @@ class QKV:
                 raise BridgeError(f"{part.shape[0]} rows where {self.groups * size} are expected ({self})")
         tail = parts[0].shape[1:]
         grouped = [part.reshape(self.groups, size, *tail) for part, size in zip(parts, sizes, strict=True)]
-        return torch.cat(grouped, dim=1).reshape(-1, *tail)
+        return torch.cat(grouped, dim=1).reshape(self.groups * sum(sizes), *tail)
 
     def to_hf(self, whole: torch.Tensor) -> list[torch.Tensor]:
         sizes = self._sizes()
@@ -96,8 +97,28 @@ class QKV:
             raise BridgeError(f"{whole.shape[0]} rows where {self.groups * sum(sizes)} are expected ({self})")
         tail = whole.shape[1:]
         grouped = whole.reshape(self.groups, sum(sizes), *tail)
-        return [part.reshape(-1, *tail) for part in grouped.split(sizes, dim=1)]
+        return [part.reshape(self.groups * part.shape[1], *tail) for part in grouped.split(sizes, dim=1)]
 
     def _sizes(self) -> list[int]:
         """Rows of a group's queries, key and value."""
         return [self.heads // self.groups * self.head_dim, self.head_dim, self.head_dim]
+
+
+@cache
+def mcore_shape(rule: Rule, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    """The shape of the canonical tensor of parts of these shapes. Raises BridgeError when they do not fit the rule."""
+    tails = {shape[1:] for shape in shapes}
+    if len(tails) > 1:
+        raise BridgeError(f"the shapes {', '.join(map(str, shapes))} do not fit together")
+    return tuple(rule.to_mcore([_rows(shape) for shape in shapes]).shape[:1]) + tails.pop()
+
+
+@cache
+def hf_shapes(rule: Rule, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the parts of a canonical tensor. Raises BridgeError when its shape does not fit the rule."""
+    return tuple(tuple(part.shape[:1]) + shape[1:] for part in rule.to_hf(_rows(shape)))
+
+
+def _rows(shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor with this first dimension and no content: torch's own one without content takes a second to import."""
+    return torch.empty(*shape[:1], 0)

@@ -105,7 +105,7 @@ def merge(
     from .stream import write_plan
 
     made_from: dict[str, Any] = {
-        "base": str(base), "adapters": dict(zip(map(str, adapters), factors, strict=True)), "save_dtype": save_dtype,
+        "base": str(base), "adapters": list(zip(map(str, adapters), factors, strict=True)), "save_dtype": save_dtype,
     }  # fmt: skip
     written: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:

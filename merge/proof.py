@@ -68,9 +68,12 @@ class Proof:
                 f"the change is smaller than what {save_dtype} can hold: nothing of it is left; use fp32"
             )
 
-    def table(self) -> dict[str, dict[str, float]]:
-        """By weight: ``relative`` change and share ``kept``, for the manifest."""
-        return {name: {"relative": sums.relative, "kept": sums.kept} for name, sums in self.sums.items()}
+    def table(self) -> dict[str, dict[str, float | None]]:
+        """By weight: ``relative`` change (None where the base is 0) and share ``kept``, for the manifest."""
+        return {
+            name: {"relative": sums.relative if sums.base else None, "kept": sums.kept}
+            for name, sums in self.sums.items()
+        }
 
     def lines(self, save_dtype: str) -> list[str]:
         """What a user should know."""
