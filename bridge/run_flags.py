@@ -44,10 +44,9 @@ def run_notes(args: Mapping[str, Any]) -> list[str]:
     if words := run_flags(args):
         said.append(f"Megatron-LM needs beside --use-checkpoint-args: {shlex.join(words)}")
     fixed = [f"{name} {args[name]} ({was} holds)" for name, was in _FIXED.items() if args.get(name, was) != was]
-    if args.get("use_rope_scaling") and args["rope_scaling_factor"] != _FLAGS["rope_scaling_factor"]:
-        fixed.append(
-            f"rope_scaling_factor {args['rope_scaling_factor']} (gpt_builders.py does not pass it on, 8 holds)"
-        )
+    for name, since in _NOT_PASSED.items():
+        if args.get(name, _FLAGS[name]) != _FLAGS[name]:
+            fixed.append(f"{name} {args[name]} (gpt_builders.py does not pass it to the model{since})")
     if fixed:
         said.append(f"Megatron-LM computes otherwise until its code is changed: {', '.join(fixed)}")
     return said
