@@ -10,11 +10,6 @@ process's anonymous memory. Medians of the rounds are added to ``bridge_speed.cs
 
 import argparse
 import json
-import os
-import shutil
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -65,31 +60,13 @@ def one(way: str, folder: Path) -> None:
     print("RESULT " + json.dumps(told), flush=True)
 
 
-def measure(way: str, folder: Path) -> dict[str, float]:
-    """One measurement in a process of its own; nothing that an earlier one left to the system is part of it."""
-    shutil.rmtree(folder / "out", ignore_errors=True)
-    os.sync()
-    words = [sys.executable, __file__, "--one", way, str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"error: {way} failed\n{done.stdout}{done.stderr}")
-    return json.loads(done.stdout.rpartition("RESULT ")[2])
-
-
 def rows_of(name: str, rounds: int, folder: Path) -> list[dict[str, Any]]:
     """A line for each way."""
     merge_speed.build(name, folder)
     size = sum(path.stat().st_size for path in (folder / "base").iterdir())
     for form in ("torch_dist", "torch"):
         convert(folder / "base", folder / form, ["--to", "mcore", "--ckpt_format", form])
-    told: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for _ in range(rounds):
-        for way in WAYS:
-            told[way].append(measure(way, folder))
-    medians = {
-        way: {figure: statistics.median(each[figure] for each in results) for figure in FIGURES}
-        for way, results in told.items()
-    }
+    medians = merge_speed.medians_of(WAYS, FIGURES, rounds, folder, __file__)
     rows: list[dict[str, Any]] = []
     for way, figures in medians.items():
         row: dict[str, Any] = {"model": name, "bytes": size, "rounds": rounds, "way": way}

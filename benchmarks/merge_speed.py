@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -148,31 +148,38 @@ def one(way: str, folder: Path) -> None:
     print("RESULT " + json.dumps(told), flush=True)
 
 
-def measure(way: str, folder: Path) -> dict[str, float]:
+def measure(way: str, folder: Path, script: str = __file__) -> dict[str, float]:
     """One measurement in a process of its own; nothing that an earlier one left to the system is part of it."""
     shutil.rmtree(folder / "out", ignore_errors=True)
     os.sync()
     done = subprocess.run(
-        [sys.executable, __file__, "--one", way, str(folder)], capture_output=True, text=True, check=False
+        [sys.executable, script, "--one", way, str(folder)], capture_output=True, text=True, check=False
     )
     if done.returncode:
         sys.exit(f"error: {way} failed\n{done.stdout}{done.stderr}")
     return json.loads(done.stdout.rpartition("RESULT ")[2])
 
 
+def medians_of(
+    ways: Iterable[str], figures: Iterable[str], rounds: int, folder: Path, script: str = __file__
+) -> dict[str, dict[str, float]]:
+    """Each way's figures, the ways being measured in turn by ``script --one``."""
+    measure("copy", folder, script)  # so that no way is the first to read the base
+    told: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, results in told.items():
+            results.append(measure(way, folder, script))
+    return {
+        way: {figure: statistics.median(each[figure] for each in results) for figure in figures}
+        for way, results in told.items()
+    }
+
+
 def rows_of(name: str, rounds: int, folder: Path) -> list[dict[str, Any]]:
     """A line for each way."""
     build(name, folder)
     size = sum(path.stat().st_size for path in (folder / "base").iterdir())
-    measure("copy", folder)  # so that no way is the first to read the base
-    told: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for _ in range(rounds):
-        for way in WAYS:
-            told[way].append(measure(way, folder))
-    medians = {
-        way: {figure: statistics.median(each[figure] for each in results) for figure in FIGURES}
-        for way, results in told.items()
-    }
+    medians = medians_of(WAYS, FIGURES, rounds, folder)
     rows: list[dict[str, Any]] = []
     for way, figures in medians.items():
         row: dict[str, Any] = {"model": name, "bytes": size, "rounds": rounds, "way": way}

@@ -16,7 +16,7 @@ import torch
 
 from ..storage.assets import carry, read_json
 from ..storage.publish import publish
-from ..storage.safetensors_io import Spec
+from ..storage.safetensors_io import Spec, main_dtype
 from ..storage.space import free_bytes
 from .args import to_args, to_config
 from .dist_format import DistCheckpoint, write_dist
@@ -156,7 +156,7 @@ def plan(source: Source, target: Target) -> Plan:
         raise BridgeError(
             f"{source.folder}: {len(left)} tensors are in no table of {family.name}, the first is {left[0]}"
         )
-    own = _own_dtype(tensors)
+    own = main_dtype(tensors.shapes, tensors.dtypes)
     asked = DTYPES[target.dtype] if target.dtype else None
     specs: list[Spec] = []
     for name, row in wanted.items():
@@ -272,12 +272,3 @@ def same(one: Checkpoint, other: Checkpoint) -> list[str]:
         elif not torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8)):
             found.append(f"{name}: {int((first != second).sum())} of {first.numel()} values differ")
     return found
-
-
-def _own_dtype(tensors: Checkpoint) -> torch.dtype:
-    """The floating-point type that most of a model's bytes have."""
-    sizes: dict[torch.dtype, int] = {}
-    for name, dtype in tensors.dtypes.items():
-        if dtype.is_floating_point:
-            sizes[dtype] = sizes.get(dtype, 0) + math.prod(tensors.shapes[name]) * dtype.itemsize
-    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..storage.safe_load import Weights
-from ..storage.safetensors_io import Spec
+from ..storage.safetensors_io import Spec, main_dtype
 from .adapter import Adapter, Factors
 from .lora_delta import AdapterError, Change, LowRank, Placed
 from .placement import Part, Placement, PlacementError
@@ -84,7 +84,7 @@ class Planner:
                     f"{name}: the base is stored in {stored}, numbers that mean nothing without their scales; merge into "
                     "the model in bf16 or fp32 that it was made from"
                 )
-        own = _own_dtype(base)
+        own = main_dtype(base.shapes, base.dtypes)
         self.outputs: dict[str, Output] = {}
         for name in base:
             stored = base.dtypes[name]
@@ -340,12 +340,3 @@ def _experts(change: Change, shape: tuple[int, ...]) -> list[Change]:
         change.part(slice(start, start + rows), slice(0, cols), transposed=False)
         for start in range(0, change.shape[0], rows)
     ]
-
-
-def _own_dtype(base: Weights) -> torch.dtype:
-    """The floating-point type that most of a model's bytes have."""
-    sizes: dict[torch.dtype, int] = {}
-    for name, dtype in base.dtypes.items():
-        if dtype.is_floating_point:
-            sizes[dtype] = sizes.get(dtype, 0) + math.prod(base.shapes[name]) * dtype.itemsize
-    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)

@@ -223,6 +223,15 @@ def _shard_name(number: int, count: int) -> str:
     return SINGLE_NAME if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
+def main_dtype(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    """The floating-point type that most of a model's bytes have; fp32 when it has none."""
+    sizes: dict[torch.dtype, int] = {}
+    for name, dtype in dtypes.items():
+        if dtype.is_floating_point:
+            sizes[dtype] = sizes.get(dtype, 0) + math.prod(shapes[name]) * dtype.itemsize
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
 class ShardWriter:
     """Writes tensors into numbered shards of at most ``max_bytes`` and then the index; call ``close`` at the end.
 
