@@ -90,8 +90,13 @@ class RankFiles:
             for path in sorted(folder.iterdir())
             if _RANK.fullmatch(path.name)
         }
-        first = next(iter(contents.values()))
-        self.args = _arguments(first, folder)
+        arguments = {name: _arguments(content, folder / name / FILE) for name, content in contents.items()}
+        self.args = next(iter(arguments.values()))
+        for name, args in arguments.items():
+            if _sizes(args) != _sizes(self.args):
+                raise BridgeError(
+                    f"{folder / name / FILE}: is of another run: {_sizes(args)}, others {_sizes(self.args)}"
+                )
         number = re.fullmatch(r"iter_(\d+)", folder.name)
         self.iteration = int(number[1]) if number else None
         self.said = _skipped(contents, folder)
@@ -114,13 +119,12 @@ class RankFiles:
         if len({len(one) for one in numbers}) > 1 or len(counts) > 1:
             raise BridgeError(f"{self.folder}: its folders are of several checkpoints: {', '.join(chunks)}")
         if any(_SIZES[flag] in self.args for flag in ("tp", "pp", "ep")):
-            sizes = {flag: self.args.get(key) or None for flag, key in _SIZES.items()}
-            layout = Layout(**{flag: size for flag, size in sizes.items() if size})
+            layout = Layout(**_sizes(self.args))
         else:
             most = [max(column) + 1 for column in zip(*numbers, strict=True)]
             if len(most) == 2 and all(_ends(states) for states in chunks.values()):  # noqa: PLR2004 - mp_rank_TT_EEE
                 most.insert(1, 1)
-            layout = Layout(*most[:2], vpp=max(counts), ep=most[2] if len(most) > 2 else 1)  # noqa: PLR2004
+            layout = Layout(*most[:2], vpp=max(counts) if max(counts) > 1 else None, ep=most[2] if len(most) > 2 else 1)  # noqa: PLR2004
         self._check_names(chunks, layout)
         if counts != {layout.chunks}:
             raise BridgeError(
@@ -261,12 +265,17 @@ class TorchCheckpoint:
             self.shapes[name] = (asked, *rest)
 
 
-def _arguments(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _sizes(args: Mapping[str, Any]) -> dict[str, int]:
+    """The parallel sizes that training arguments name."""
+    return {flag: args[key] for flag, key in _SIZES.items() if args.get(key)}
+
+
+def _arguments(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The training arguments in a file. Raises BridgeError for a checkpoint of an older form."""
     version = content.get("checkpoint_version", 0)
     if version != VERSION:
         raise BridgeError(
-            f"{folder}: checkpoint_version {version}; only {VERSION} is read: older ones order the rows of linear_qkv otherwise"
+            f"{path}: checkpoint_version {version}; only {VERSION} is read: older ones order the rows of linear_qkv otherwise"
         )
     args = content.get("args")
     return dict(vars(args)) if isinstance(args, Namespace) else {}
