@@ -265,7 +265,7 @@ class TorchCheckpoint:
             self.shapes[name] = (asked, *rest)
 
 
-def _sizes(args: Mapping[str, Any]) -> dict[str, int]:
+def _sizes(args: Mapping[str, Any]) -> dict[str, Any]:
     """The parallel sizes that training arguments name."""
     return {flag: args[key] for flag, key in _SIZES.items() if args.get(key)}
 
@@ -308,8 +308,12 @@ def _chunks(content: Mapping[str, Any], path: Path) -> list[State]:
 def _canonical(state: State, ep: int) -> State:
     """A rank's state dict by canonical names, in its own counting."""
     parted = ungrouped(state, ep)
-    names = canonical_names(parted)
-    return {names[name]: tensor.detach() for name, tensor in parted.items()}
+    result: State = {}
+    for name, canonical in canonical_names(parted).items():
+        if canonical in result:
+            raise BridgeError(f"tensor {canonical} is there under two names, one of them is {name}")
+        result[canonical] = parted[name].detach()
+    return result
 
 
 def _ends(states: list[State]) -> bool:
