@@ -238,18 +238,26 @@ class TorchCheckpoint:
         """Raise BridgeError unless the ranks hold exactly what the layout says, in equal shapes and dtypes."""
         grid = set(self.layout.ranks())
         for name, parts in self._parts.items():
-            expected = pieces(name, self.shapes[name], self.layout, self._model, local_spec=self._local)
-            wanted = {(piece.rank, piece.chunk, piece.name): piece.shape(self.shapes[name]) for piece in expected}
+            found = pieces(name, self.shapes[name], self.layout, self._model, local_spec=self._local)
+            wanted = {self._place(name, piece.rank, piece.chunk, piece.name): piece for piece in found}
+            missing = dict(wanted)
             for part in parts:
                 path = self._files.path(part.rank)
-                shape = wanted.pop((part.rank, part.chunk, part.name), None)
-                if shape is None and part.rank in grid:
+                place = self._place(name, *part[:3])
+                missing.pop(place, None)
+                if place not in wanted and part.rank in grid:
                     raise BridgeError(f"{path}: tensor {part.name} is not expected there; it is a part of {name}")
                 if (mine := _kind(part.tensor)) != (other := _kind(parts[0].tensor)):
                     where = self._files.path(parts[0].rank).parent.name
                     raise BridgeError(f"{path}: tensor {part.name} is {mine}, in {where} it is {other}")
-            for rank, _, missing in wanted:
-                raise BridgeError(f"{self._files.path(rank)}: tensor {missing} is missing; it is a part of {name}")
+            for piece in missing.values():
+                path = self._files.path(piece.rank)
+                raise BridgeError(f"{path}: tensor {piece.name} is missing; it is a part of {name}")
+
+    def _place(self, name: str, rank: Rank, chunk: int, local: str) -> tuple[object, ...]:
+        """Where a part must be: the stage of multi-token prediction, with its copy of the embedding, may be any."""
+        free = name.startswith("mtp.") or (local == EMBEDDING and self._model.mtp)
+        return (rank.tp, rank.ep, local) if free else (*rank, chunk, local)
 
     def _unpad(self, vocab_size: int | None) -> None:
         """Leave the vocabulary's padding out. Raises BridgeError when there are fewer rows than asked for."""

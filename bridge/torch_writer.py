@@ -104,7 +104,7 @@ class _Plan:
         model = model_of(shapes)
         if EMBEDDING not in shapes or not model.layers:
             raise BridgeError(f"the model has no {EMBEDDING} or no layers; it is no model of Megatron-Core")
-        self.layout, self._dialect = layout, dialect
+        self.layout = layout
         vocab = shapes[EMBEDDING][0]
         padded = padded_rows(vocab, divisible_by, layout.tp)
         self.pieces: dict[str, list[Piece]] = {}
@@ -118,14 +118,18 @@ class _Plan:
             for piece in found:
                 here = Spec(stored_name(piece.name, dialect), spec.dtype, piece.shape(shape))
                 self.states[piece.rank, piece.chunk][piece.name] = here
+        even = layout.layer_list is None and layout.chunks > 1
         self.args = dict(args) | {
-            "num_layers": model.layers, "vocab_size": vocab, "padded_vocab_size": padded,
+            "ckpt_format": "torch", "num_layers": model.layers, "vocab_size": vocab, "padded_vocab_size": padded,
             "make_vocab_size_divisible_by": divisible_by, "untie_embeddings_and_output_weights": not model.tied,
             "mtp_num_layers": model.mtp or None, "tensor_model_parallel_size": layout.tp,
             "pipeline_model_parallel_size": layout.pp, "expert_model_parallel_size": layout.ep,
             "expert_tensor_parallel_size": layout.expert_tp,
             "virtual_pipeline_model_parallel_size": layout.vpp if layout.chunks > 1 else None,
+            "num_layers_per_virtual_pipeline_stage": model.layers // layout.pp // layout.chunks if even else None,
             "pipeline_model_parallel_layout": layout.megatron_layout(model.layers, model.mtp),
+            "transformer_impl": "transformer_engine" if dialect == "mcore" else "local",
+            "moe_grouped_gemm": dialect == "mcore" and model.experts > 0,
         }  # fmt: skip
 
     def content(self, rank: Rank) -> dict[str, dict[str, Spec]]:

@@ -254,6 +254,30 @@ def test_files_of_all_pairs_of_ranks_are_read_too(tmp_path: Path) -> None:
     refused(tmp_path, "mp_rank_00_001/.* is not equal to")
 
 
+def test_multi_token_prediction_may_be_on_any_stage(tmp_path: Path) -> None:
+    """As ``--pipeline-model-parallel-layout Et|t|t|m|L`` puts it."""
+    model = tiny_model(3, mtp=1)
+    write(tmp_path, model, Layout(pp=4, layer_list=(1, 1, 1, 0)))
+    stages = [tmp_path / "release" / f"mp_rank_00_{number:03d}" for number in range(4)]
+    last = torch.load(stages[3] / FILE, weights_only=False)["model"]
+    moved = {name: value for name, value in last.items() if name.startswith(("mtp.", EMBEDDING))}
+    change(stages[2], lambda content: content["model"].update(moved))
+    change(stages[3], lambda content: [content["model"].pop(name) for name in moved])
+    found = read(tmp_path)
+    assert [name for name, tensor in model.items() if not torch.equal(found[name], tensor)] == []
+    change(stages[2], lambda content: content["model"][EMBEDDING].add_(1))
+    refused(tmp_path, "mp_rank_00_002/.*: embedding.* is not equal to")
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, tiny_model(2))
+    change(
+        tmp_path / "release" / "mp_rank_00",
+        lambda content: content["model"].update({"decoder.layers.0.input_layernorm.weight": torch.ones(16)}),
+    )
+    refused(tmp_path, f"tensor {NORM} is there under two names")
+
+
 # Hostile files
 
 

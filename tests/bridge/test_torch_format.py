@@ -18,10 +18,8 @@ from finebridge.storage.hashing import file_entry
 from finebridge.storage.safetensors_io import Spec
 
 
-def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor), name
+def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == wanted.keys() and all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 # There and back
@@ -45,7 +43,7 @@ def test_what_is_written_is_read(tmp_path: Path, layout: Layout, dialect: str) -
             assert checkpoint.layout == Layout(
                 layout.tp, layout.pp, layout.vpp, layout.ep, layout.expert_tp, layout.layer_list
             )
-        same(read(tmp_path / str(number)), model)
+        assert same(read(tmp_path / str(number)), model)
 
 
 def test_the_names_of_files_and_what_they_hold(tmp_path: Path) -> None:
@@ -79,12 +77,22 @@ def test_the_arguments_say_how_the_model_is_spread(tmp_path: Path) -> None:
     write(tmp_path, tiny_model(tied=True, mtp=1), Layout(tp=2, pp=2, layer_list=(1, 3)), args={"rotary_base": 500})
     with TorchCheckpoint(tmp_path) as checkpoint:
         assert checkpoint.args == {
-            "rotary_base": 500, "num_layers": 4, "vocab_size": 100, "padded_vocab_size": 112,
+            "rotary_base": 500, "ckpt_format": "torch", "num_layers": 4, "vocab_size": 100, "padded_vocab_size": 112,
             "make_vocab_size_divisible_by": 8, "untie_embeddings_and_output_weights": False, "mtp_num_layers": 1,
             "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 1,
             "expert_tensor_parallel_size": 2, "virtual_pipeline_model_parallel_size": None,
-            "pipeline_model_parallel_layout": "Et*1|t*3mL",
+            "num_layers_per_virtual_pipeline_stage": None, "pipeline_model_parallel_layout": "Et*1|t*3mL",
+            "transformer_impl": "transformer_engine", "moe_grouped_gemm": False,
         }  # fmt: skip
+
+
+def test_the_arguments_say_which_layers_the_model_has(tmp_path: Path) -> None:
+    write(tmp_path / "1", tiny_model(experts=2), Layout(pp=2, vpp=2))
+    write(tmp_path / "2", tiny_model(experts=2), dialect="mcore-local")
+    with TorchCheckpoint(tmp_path / "1") as grouped, TorchCheckpoint(tmp_path / "2") as local:
+        assert (grouped.args["moe_grouped_gemm"], grouped.args["transformer_impl"]) == (True, "transformer_engine")
+        assert (grouped.args["num_layers_per_virtual_pipeline_stage"], local.args["moe_grouped_gemm"]) == (1, False)
+        assert local.args["transformer_impl"] == "local"
 
 
 def test_the_vocabulary_is_padded_with_zeros_and_cut_again(tmp_path: Path) -> None:
@@ -127,7 +135,7 @@ def test_each_tensor_is_asked_for_once_in_order(tmp_path: Path) -> None:
 def test_tensors_that_do_not_lie_in_order_are_written_right(tmp_path: Path) -> None:
     model = {name: tensor.t().contiguous().t() if tensor.dim() > 1 else tensor for name, tensor in tiny_model().items()}
     write(tmp_path, model, Layout(tp=2))
-    same(read(tmp_path), model)
+    assert same(read(tmp_path), model)
 
 
 def test_a_part_on_one_rank_is_no_copy(tmp_path: Path) -> None:
