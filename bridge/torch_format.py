@@ -46,20 +46,29 @@ _SIZES = {  # a field of Layout -> its name among the training arguments
 State = dict[str, torch.Tensor]  # one chunk of one rank, by canonical name in that rank's own counting
 
 
+def tracked(folder: Path) -> Path:
+    """Where the files of a Megatron checkpoint lie: the folder itself, or the one that its tracker file names.
+
+    Raises FileNotFoundError, BridgeError when the tracker names none.
+    """
+    tracker = folder / TRACKER
+    if not tracker.is_file():
+        return folder
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if not text.isdecimal() and text != "release":
+        raise BridgeError(f'{tracker}: says {text[:40]!r}; "release" or an iteration is expected')
+    found = folder / (text if text == "release" else f"iter_{int(text):07d}")
+    if not found.is_dir():
+        raise FileNotFoundError(f"{found}: {tracker.name} names this checkpoint, but it is missing")
+    return found
+
+
 def checkpoint_folder(folder: Path) -> Path:
     """The folder with the ranks' files: ``folder`` itself, or the one that its tracker file names.
 
     Raises FileNotFoundError, BridgeError when there is no such checkpoint.
     """
-    tracker = folder / TRACKER
-    if tracker.is_file():
-        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        if not text.isdecimal() and text != "release":
-            raise BridgeError(f'{tracker}: says {text[:40]!r}; "release" or an iteration is expected')
-        found = folder / (text if text == "release" else f"iter_{int(text):07d}")
-        if not found.is_dir():
-            raise FileNotFoundError(f"{found}: {tracker.name} names this checkpoint, but it is missing")
-        folder = found
+    folder = tracked(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     if any(_RANK.fullmatch(path.name) for path in folder.iterdir()):

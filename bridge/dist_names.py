@@ -1,0 +1,168 @@
+"""The keys of ``torch_dist`` and the canonical names, both ways.
+
+Megatron stores a layer under its number or all layers of the decoder in one tensor with the layers as its first dimension
+(TransformerBlock.sharded_state_dict), the experts always in one tensor with the experts before the weight's own dimensions
+(SequentialMLP.sharded_state_dict), a gated layer's halves sometimes as two tensors (apply_swiglu_sharded_factory). The
+norms' keys depend on the layer spec that trained: of MLA and of MoE layers the local spec keeps other ones than Transformer
+Engine's. All of these are read; written are Transformer Engine's.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from .dist_records import Chunk, Stored
+from .errors import BridgeError
+
+_LAYER = re.compile(
+    r"(?P<head>.*\blayers\.)(?P<number>\d+\.)?(?P<inner>transformer_layer\.|mtp_model_layer\.)?(?P<rest>.+)"
+)
+_EXPERTS = re.compile(r"mlp\.experts\.experts\.(?:(\d+)\.)?(linear_fc[12]\..+)")
+_EXPERT = re.compile(r"(.*\bmlp\.experts\.)local_experts\.(\d+)\.(.+)")
+_DECODER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
+
+# (of a stored key, of the canonical name, the neighbour in the same layer that tells that this row holds)
+_NORMS = [
+    ("input_layernorm.", "self_attention.linear_qkv.layer_norm_", "self_attention.linear_qkv.weight"),
+    ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_", "self_attention.linear_q_up_proj.weight"),
+    ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_", "self_attention.linear_kv_up_proj.weight"),
+    ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_", "mlp.linear_fc2.weight"),
+    ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.", "mlp.router.weight"),
+]  # fmt: skip
+
+
+class Piece(NamedTuple):
+    """A canonical tensor, or a half of one, within what is stored: the key, the place in its leading dimensions, the chunks."""
+
+    key: str
+    at: tuple[int, ...]
+    shape: tuple[int, ...]
+    chunks: list[Chunk]
+
+
+def pieces_of(tensors: Mapping[str, Stored]) -> dict[str, list[Piece]]:
+    """Of each canonical name the pieces that, joined on the first dimension, are its tensor.
+
+    Raises BridgeError for two keys of the same tensor and for half a tensor.
+    """
+    neighbours: dict[str, set[str]] = {}
+    for key in tensors:
+        if found := _LAYER.fullmatch(key):
+            neighbours.setdefault(key[: found.start("rest")], set()).add(found["rest"])
+    names: dict[str, dict[str, Piece]] = {}
+    for key, stored in tensors.items():
+        pattern, half, depth = _canonical(key, neighbours)
+        if len(stored.shape) <= depth:
+            raise BridgeError(f"tensor {key}: the shape {stored.shape} has no dimension for its layers or experts")
+        for index, chunks in _split(stored, depth).items():
+            name = pattern
+            for number in index:
+                name = name.replace("{}", str(number), 1)
+            halves = names.setdefault(name, {})
+            if half in halves:
+                raise BridgeError(f"tensor {name}: stored twice, as {halves[half].key} and as {key}")
+            halves[half] = Piece(key, index, stored.shape[depth:], chunks)
+    for name, halves in names.items():
+        if halves.keys() not in ({""}, {"_w", "_v"}):
+            raise BridgeError(
+                f"tensor {name}: only its half {', '.join(piece.key for piece in halves.values())} is stored"
+            )
+    return {name: [halves[half] for half in ("", "_w", "_v") if half in halves] for name, halves in names.items()}
+
+
+def _canonical(key: str, neighbours: Mapping[str, set[str]]) -> tuple[str, str, int]:
+    """The canonical name with {} for what is a leading dimension, the half ("", "_w", "_v"), and how many there are."""
+    found = _LAYER.fullmatch(key)
+    if not found:
+        return key, "", 0
+    rest = _renamed(found["rest"], neighbours[key[: found.start("rest")]])
+    half = rest[-2:] if re.search(r"linear_fc1\.(weight|bias)_[wv]$", rest) else ""
+    rest = rest.removesuffix(half)
+    depth = 0 if found["number"] else 1
+    if experts := _EXPERTS.fullmatch(rest):
+        depth += not experts[1]
+        rest = f"mlp.experts.local_experts.{experts[1] or '{}'}.{experts[2]}"
+    inner = "transformer_layer." if found["inner"] else ""
+    return f"{found['head']}{found['number'] or '{}.'}{inner}{rest}", half, depth
+
+
+def _renamed(rest: str, neighbours: set[str]) -> str:
+    for stored, canonical, witness in _NORMS:
+        if rest.startswith(stored) and witness in neighbours:
+            return canonical + rest.removeprefix(stored)
+    return rest
+
+
+def _split(stored: Stored, depth: int) -> dict[tuple[int, ...], list[Chunk]]:
+    """The chunks that share elements with each place in the first ``depth`` dimensions."""
+    places: dict[tuple[int, ...], list[Chunk]] = {}
+    for chunk in stored.chunks:
+        spans = [range(first, first + size) for first, size in zip(chunk.offset, chunk.shape, strict=True)]
+        for index in itertools.product(*spans[:depth]):
+            places.setdefault(index, []).append(chunk)
+    return places
+
+
+class Place(NamedTuple):
+    """Where a canonical tensor is stored: at ``at`` in the leading dimensions ``lead`` of ``key``."""
+
+    key: str
+    at: tuple[int, ...]
+    lead: tuple[int, ...]
+
+
+def places_of(names: Iterable[str], *, uniform: bool) -> dict[str, Place]:
+    """Where each canonical name is stored; ``uniform``: all layers of the decoder in one tensor.
+
+    Raises BridgeError when an expert is absent, and with ``uniform`` when a layer has what another one has not.
+    """
+    split = {name: _key(name, uniform=uniform) for name in names}
+    groups: dict[str, dict[tuple[int, ...], str]] = {}
+    for name, (key, index) in split.items():
+        groups.setdefault(key, {})[index] = name
+    layers = 1 + max((int(found[2]) for found in map(_DECODER.fullmatch, split) if found), default=-1)
+    places: dict[str, Place] = {}
+    for key, members in groups.items():
+        lead = tuple(1 + max(numbers) for numbers in zip(*members, strict=True))
+        if stacked := uniform and key.startswith("decoder.layers."):
+            lead = (layers, *lead[1:])
+        if len(members) < math.prod(lead):
+            missing = next(index for index in itertools.product(*map(range, lead)) if index not in members)
+            kinds = ["layer", "expert"] if stacked else ["expert"]
+            words = ", ".join(f"{kind} {number}" for kind, number in zip(kinds, missing, strict=False))
+            raise BridgeError(f"tensor {key}: nothing for {words}, although there is {next(iter(members.values()))}")
+        places |= {name: Place(key, index, lead) for index, name in members.items()}
+    return places
+
+
+def _key(name: str, *, uniform: bool) -> tuple[str, tuple[int, ...]]:
+    index: tuple[int, ...] = ()
+    if uniform and (layer := _DECODER.fullmatch(name)):
+        name, index = layer[1] + layer[3], (int(layer[2]),)
+    if expert := _EXPERT.fullmatch(name):
+        name, index = f"{expert[1]}experts.{expert[3]}", (*index, int(expert[2]))
+    return name, index
+
+
+# Modules of the canonical names that are no modules of Transformer Engine or whose state Megatron leaves out.
+_STATELESS = re.compile(r"(.*\.)?(word_embeddings|position_embeddings|output_layer|router|shared_experts)")
+
+
+def extra_states_of(places: Mapping[str, Place]) -> list[str]:
+    """Keys of the ``_extra_state`` objects that a model of Transformer Engine asks for, whatever its version.
+
+    Linears always have one, norms and the core attention of some versions; Megatron's default strictness wants each that
+    the model has and does not mind more.
+    """
+    keys: dict[str, None] = {}
+    for place in places.values():
+        module = place.key.rpartition(".")[0]
+        modules = [] if _STATELESS.fullmatch(module) else [module]
+        if attention := re.match(r".*\bself_attention\.", module):
+            modules.append(attention[0] + "core_attention")
+        at, lead = place.at or (0,), place.lead or (1,)
+        for name in modules:
+            keys[f"{name}._extra_state/shard_{'.'.join(map(str, at))}_{'.'.join(map(str, lead))}"] = None
+    return list(keys)
