@@ -21,7 +21,7 @@ from finebridge.bridge.errors import BridgeError
 from finebridge.bridge.parallel import Layout
 from finebridge.bridge.torch_format import FILE, TRACKER, TorchCheckpoint
 from finebridge.bridge.torch_writer import write_torch
-from finebridge.storage.safe_load import Inert, UnsafeFileError, load_namespace_file
+from finebridge.storage.safe_load import Stub, UnsafeFileError, load_namespace_file
 from finebridge.storage.safetensors_io import Spec
 
 Edit = Callable[[dict[str, Any]], object]
@@ -362,7 +362,7 @@ def test_objects_of_megatron_are_kept_as_they_are_told(tmp_path: Path, monkeypat
     monkeypatch.setattr(sys.modules["megatron.core.made_up"], "_Settings", _Settings, raising=False)
     torch.save({"args": Namespace(one=_Settings(3), two=Path("/x"), three=torch.bfloat16)}, tmp_path / FILE)
     args = load_namespace_file(tmp_path / FILE)["args"]
-    assert isinstance(args.one, Inert)
+    assert isinstance(args.one, Stub)
     assert args.one.state == {"value": 3}
     assert repr(args.two) == "PosixPath('/', 'x')"
     assert args.three is torch.bfloat16
