@@ -97,8 +97,12 @@ def open_source(folder: Path, *, hf_config: Path | None = None, family: str | No
         tensors = HFCheckpoint(folder, config, table)
         tensors.check_copies(table)
         return Source(folder, form, tensors, tensors.config, config_folder, table)
-    mcore = DistCheckpoint(tracked(folder)) if form == "torch_dist" else TorchCheckpoint(folder)
-    config = read_json(config_folder / "config.json") if config_folder else to_config(mcore.args)
+    known = read_json(config_folder / "config.json") if config_folder else None
+    if form == "torch_dist":
+        mcore = DistCheckpoint(tracked(folder))
+    else:  # the arguments' own vocab_size may be the tokenizer's, below the rows that the model was made with
+        mcore = TorchCheckpoint(folder, vocab_size=known.get("vocab_size") if known else None)
+    config = known or to_config(mcore.args)
     table = family_of(config, family)
     config = table.without_mtp(config, mcore.shapes, hf=False)
     return Source(folder, form, mcore, config, config_folder, table)
@@ -136,7 +140,9 @@ class Plan:
             f"the largest tensor is {largest.name} {list(largest.shape)}, {largest.size / 1e9:.2f} GB",
         ]
         if self.target.form == "torch":
-            said.append(f"for TP {layout.tp}, PP {layout.pp}, VPP {layout.vpp or 1}, EP {layout.ep}, ETP {layout.etp}")
+            said.append(
+                f"for TP {layout.tp}, PP {layout.pp}, VPP {layout.vpp or 1}, EP {layout.ep}, ETP {layout.expert_tp}"
+            )
         if self.target.form == "torch_dist":
             said.append("one set of files for every TP, PP, VPP, EP and ETP")
         if self.target.form != "hf":

@@ -157,7 +157,7 @@ def _inspect(words: Sequence[str]) -> int:
         )
         if layout:
             print(
-                f"written for TP {layout.tp}, PP {layout.pp}, VPP {layout.vpp or 1}, EP {layout.ep}, ETP {layout.etp}"
+                f"written for TP {layout.tp}, PP {layout.pp}, VPP {layout.vpp or 1}, EP {layout.ep}, ETP {layout.expert_tp}"
             )
         for line in tensors.said:
             print(line)

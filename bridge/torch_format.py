@@ -99,8 +99,13 @@ class RankFiles:
             for path in sorted(folder.iterdir())
             if _RANK.fullmatch(path.name)
         }
-        first = next(iter(contents.values()))
-        self.args = _arguments(first, folder)
+        arguments = {name: _arguments(content, folder / name / FILE) for name, content in contents.items()}
+        self.args = next(iter(arguments.values()))
+        for name, args in arguments.items():
+            if _sizes(args) != _sizes(self.args):
+                raise BridgeError(
+                    f"{folder / name / FILE}: is of another run: {_sizes(args)}, others {_sizes(self.args)}"
+                )
         number = re.fullmatch(r"iter_(\d+)", folder.name)
         self.iteration = int(number[1]) if number else None
         self.said = _skipped(contents, folder)
@@ -123,13 +128,12 @@ class RankFiles:
         if len({len(one) for one in numbers}) > 1 or len(counts) > 1:
             raise BridgeError(f"{self.folder}: its folders are of several checkpoints: {', '.join(chunks)}")
         if any(_SIZES[flag] in self.args for flag in ("tp", "pp", "ep")):
-            sizes = {flag: self.args.get(key) or None for flag, key in _SIZES.items()}
-            layout = Layout(**{flag: size for flag, size in sizes.items() if size})
+            layout = Layout(**_sizes(self.args))
         else:
             most = [max(column) + 1 for column in zip(*numbers, strict=True)]
             if len(most) == 2 and all(_ends(states) for states in chunks.values()):  # noqa: PLR2004 - mp_rank_TT_EEE
                 most.insert(1, 1)
-            layout = Layout(*most[:2], vpp=max(counts), ep=most[2] if len(most) > 2 else 1)  # noqa: PLR2004
+            layout = Layout(*most[:2], vpp=max(counts) if max(counts) > 1 else None, ep=most[2] if len(most) > 2 else 1)  # noqa: PLR2004
         self._check_names(chunks, layout)
         if counts != {layout.chunks}:
             raise BridgeError(
@@ -243,18 +247,26 @@ class TorchCheckpoint:
         """Raise BridgeError unless the ranks hold exactly what the layout says, in equal shapes and dtypes."""
         grid = set(self.layout.ranks())
         for name, parts in self._parts.items():
-            expected = pieces(name, self.shapes[name], self.layout, self._model, local_spec=self._local)
-            wanted = {(piece.rank, piece.chunk, piece.name): piece.shape(self.shapes[name]) for piece in expected}
+            found = pieces(name, self.shapes[name], self.layout, self._model, local_spec=self._local)
+            wanted = {self._place(name, piece.rank, piece.chunk, piece.name): piece for piece in found}
+            missing = dict(wanted)
             for part in parts:
                 path = self._files.path(part.rank)
-                shape = wanted.pop((part.rank, part.chunk, part.name), None)
-                if shape is None and part.rank in grid:
+                place = self._place(name, *part[:3])
+                missing.pop(place, None)
+                if place not in wanted and part.rank in grid:
                     raise BridgeError(f"{path}: tensor {part.name} is not expected there; it is a part of {name}")
                 if (mine := _kind(part.tensor)) != (other := _kind(parts[0].tensor)):
                     where = self._files.path(parts[0].rank).parent.name
                     raise BridgeError(f"{path}: tensor {part.name} is {mine}, in {where} it is {other}")
-            for rank, _, missing in wanted:
-                raise BridgeError(f"{self._files.path(rank)}: tensor {missing} is missing; it is a part of {name}")
+            for piece in missing.values():
+                path = self._files.path(piece.rank)
+                raise BridgeError(f"{path}: tensor {piece.name} is missing; it is a part of {name}")
+
+    def _place(self, name: str, rank: Rank, chunk: int, local: str) -> tuple[object, ...]:
+        """Where a part must be: the stage of multi-token prediction, with its copy of the embedding, may be any."""
+        free = name.startswith("mtp.") or (local == EMBEDDING and self._model.mtp)
+        return (rank.tp, rank.ep, local) if free else (*rank, chunk, local)
 
     def _unpad(self, vocab_size: int | None) -> None:
         """Leave the vocabulary's padding out. Raises BridgeError when there are fewer rows than asked for."""
@@ -270,12 +282,17 @@ class TorchCheckpoint:
             self.shapes[name] = (asked, *rest)
 
 
-def _arguments(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _sizes(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The parallel sizes that training arguments name."""
+    return {flag: args[key] for flag, key in _SIZES.items() if args.get(key)}
+
+
+def _arguments(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The training arguments in a file. Raises BridgeError for a checkpoint of an older form."""
     version = content.get("checkpoint_version", 0)
     if version != VERSION:
         raise BridgeError(
-            f"{folder}: checkpoint_version {version}; only {VERSION} is read: older ones order the rows of linear_qkv otherwise"
+            f"{path}: checkpoint_version {version}; only {VERSION} is read: older ones order the rows of linear_qkv otherwise"
         )
     args = content.get("args")
     return dict(vars(args)) if isinstance(args, Namespace) else {}
@@ -308,8 +325,12 @@ def _chunks(content: Mapping[str, Any], path: Path) -> list[State]:
 def _canonical(state: State, ep: int) -> State:
     """A rank's state dict by canonical names, in its own counting."""
     parted = ungrouped(state, ep)
-    names = canonical_names(parted)
-    return {names[name]: tensor.detach() for name, tensor in parted.items()}
+    result: State = {}
+    for name, canonical in canonical_names(parted).items():
+        if canonical in result:
+            raise BridgeError(f"tensor {canonical} is there under two names, one of them is {name}")
+        result[canonical] = parted[name].detach()
+    return result
 
 
 def _ends(states: list[State]) -> bool:

@@ -9,7 +9,7 @@ import os
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def write_torch(
 ) -> dict[str, dict[str, Any]]:
     """Write a checkpoint of the format ``torch`` into ``folder``; the manifest's entries of its files.
 
-    ``get`` is asked for each tensor of ``specs`` once, in their order; two are never in memory. ``args`` are completed by
+    ``get`` is asked for each tensor of ``specs`` once, in their order; two are in memory at most. ``args`` are completed by
     what follows from the layout and the tensors. ``iteration`` None writes a release. The files are made with holes
     first and filled tensor by tensor, so the memory does not grow with the model. Raises BridgeError before anything is
     written, OSError with ENOSPC when there is no room for all of it, also before.
@@ -58,17 +58,39 @@ def write_torch(
     base = {"args": Namespace(**plan.args), "checkpoint_version": VERSION, "iteration": iteration or 0}
     paths = {rank: folder / name / rank_folder(rank, layout) / FILE for rank in layout.ranks()}
     starts = {rank: _write_holes(path, base, plan.content(rank)) for rank, path in paths.items()}
-    for spec in specs:
-        tensor = get(spec.name)
-        if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-            raise BridgeError(
-                f"tensor {spec.name} is {tuple(tensor.shape)} {tensor.dtype}; {spec.shape} {spec.dtype} was announced"
-            )
-        for piece in plan.pieces[spec.name]:
+
+    def fill(name: str, tensor: torch.Tensor) -> Path:
+        for piece in plan.pieces[name]:
             _fill(paths[piece.rank], starts[piece.rank][piece.chunk, piece.name], piece, tensor)
-        del tensor
+        return paths[plan.pieces[name][0].rank]
+
+    _stream(specs, get, fill)
     (folder / TRACKER).write_text("release" if iteration is None else str(iteration), encoding="utf-8")
     return _finish(folder, [*paths.values(), folder / TRACKER], workers)
+
+
+def _stream(
+    specs: Sequence[Spec], get: Callable[[str], torch.Tensor], fill: Callable[[str, torch.Tensor], Path]
+) -> None:
+    """Fetch each tensor while the one before it is written, and the device takes what was."""
+    with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as device:
+        filled: Future[Path] | None = None
+        synced: Future[None] = device.submit(lambda: None)
+        for spec in specs:
+            tensor = get(spec.name)
+            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+                raise BridgeError(
+                    f"tensor {spec.name} is {tuple(tensor.shape)} {tensor.dtype}; {spec.shape} {spec.dtype} was announced"
+                )
+            path = filled.result() if filled else None
+            if path and synced.done():
+                synced.result()  # the system tells an error of the device once: here, not at the end
+                synced = device.submit(fsync_path, path)
+            filled = writer.submit(fill, spec.name, tensor)
+            del tensor
+        if filled:
+            filled.result()
+        synced.result()
 
 
 class _Plan:
@@ -82,7 +104,7 @@ class _Plan:
         model = model_of(shapes)
         if EMBEDDING not in shapes or not model.layers:
             raise BridgeError(f"the model has no {EMBEDDING} or no layers; it is no model of Megatron-Core")
-        self.layout, self._dialect = layout, dialect
+        self.layout = layout
         vocab = shapes[EMBEDDING][0]
         padded = padded_rows(vocab, divisible_by, layout.tp)
         self.pieces: dict[str, list[Piece]] = {}
@@ -96,14 +118,18 @@ class _Plan:
             for piece in found:
                 here = Spec(stored_name(piece.name, dialect), spec.dtype, piece.shape(shape))
                 self.states[piece.rank, piece.chunk][piece.name] = here
+        even = layout.layer_list is None and layout.chunks > 1
         self.args = dict(args) | {
-            "num_layers": model.layers, "vocab_size": vocab, "padded_vocab_size": padded,
+            "ckpt_format": "torch", "num_layers": model.layers, "vocab_size": vocab, "padded_vocab_size": padded,
             "make_vocab_size_divisible_by": divisible_by, "untie_embeddings_and_output_weights": not model.tied,
             "mtp_num_layers": model.mtp or None, "tensor_model_parallel_size": layout.tp,
             "pipeline_model_parallel_size": layout.pp, "expert_model_parallel_size": layout.ep,
             "expert_tensor_parallel_size": layout.expert_tp,
             "virtual_pipeline_model_parallel_size": layout.vpp if layout.chunks > 1 else None,
+            "num_layers_per_virtual_pipeline_stage": model.layers // layout.pp // layout.chunks if even else None,
             "pipeline_model_parallel_layout": layout.megatron_layout(model.layers, model.mtp),
+            "transformer_impl": "transformer_engine" if dialect == "mcore" else "local",
+            "moe_grouped_gemm": dialect == "mcore" and model.experts > 0,
         }  # fmt: skip
 
     def content(self, rank: Rank) -> dict[str, dict[str, Spec]]:

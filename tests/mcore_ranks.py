@@ -178,6 +178,5 @@ def _truth(chunks: Sequence[Any]) -> list[tuple[str, tuple[int, ...], tuple[slic
         apply_factories(state)
         for tensor in nested_values(state):
             if isinstance(tensor, ShardedTensor):
-                data = tensor.data.detach().reshape([1] * tensor.prepend_axis_num + list(tensor.data.shape))
-                found.append((tensor.key, tensor.global_shape, tensor.global_slice(), data))
+                found.append((tensor.key, tensor.global_shape, tensor.global_slice(), tensor.data.detach()))
     return found

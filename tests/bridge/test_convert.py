@@ -59,6 +59,18 @@ def test_torch_and_back(name: str, layout: str, hf_models: Models, tmp_path: Pat
     assert_same(base, tmp_path / "hf")
 
 
+def test_rows_above_the_tokenizers_own_are_kept(hf_models: Models, tmp_path: Path) -> None:
+    """Training may note the tokenizer's length as vocab_size; config.json knows the rows."""
+    base = hf_models("qwen3")
+    assert run("--to", "mcore", "--load", base, "--save", tmp_path / "mcore", "--ckpt_format", "torch") == 0
+    path = tmp_path / "mcore/release/mp_rank_00/model_optim_rng.pt"
+    content = torch.load(path, weights_only=False)
+    content["args"].vocab_size -= 5
+    torch.save(content, path)
+    assert run("--to", "hf", "--load", tmp_path / "mcore", "--save", tmp_path / "hf") == 0
+    assert_same(base, tmp_path / "hf")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_torch_dist_and_back(name: str, hf_models: Models, tmp_path: Path) -> None:
     base = hf_models(name)
@@ -135,7 +147,7 @@ def test_the_plan_is_shown_and_nothing_is_written(
     assert run("--to", "mcore", "--load", hf_models("qwen3_moe"), "--dry_run", "--ckpt_format", "torch", "--tp", 2) == 0
     said = capsys.readouterr().out
     assert "family qwen3-moe, 63 tensors" in said
-    assert "for TP 2, PP 1, VPP 1, EP 1, ETP" in said
+    assert "for TP 2, PP 1, VPP 1, EP 1, ETP 2" in said
     assert list(tmp_path.iterdir()) == []
 
 

@@ -217,7 +217,10 @@ def test_experts_are_needed_for_expert_ranks() -> None:
 
 
 def test_latent_attention_has_no_query_groups() -> None:
-    check_layout(Layout(tp=4), {"num_attention_heads": 4, "num_query_groups": 1, "multi_latent_attention": True})
+    args = {"num_attention_heads": 4, "num_query_groups": 1}
+    check_layout(Layout(tp=4), args | {"multi_latent_attention": True})
+    with pytest.raises(BridgeError, match="1 query groups"):
+        check_layout(Layout(tp=4), args)
 
 
 def test_a_tensor_that_cannot_be_cut_is_named() -> None:
