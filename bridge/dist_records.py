@@ -88,7 +88,7 @@ def _records(storage_data: dict[Inert, Inert]) -> dict[str, dict[tuple[int, ...]
     for index, info in storage_data.items():
         where, place = _fields(index), _fields(info)
         record = Record(place["relative_path"], int(place["offset"]), int(place["length"]))
-        if Path(record.file).name != record.file:
+        if "/" in record.file or "\\" in record.file:
             raise BridgeError(f"{METADATA_NAME} points outside of the folder: {record.file!r}")
         if place.get("transform_descriptors"):
             raise BridgeError(f"{record.file}: packed with {place['transform_descriptors']}, which is not read here")

@@ -82,7 +82,7 @@ def _model(kind: str, *, engine_keys: bool) -> Any:
         pipeline_model_parallel_size=state.get_pipeline_model_parallel_world_size(),
         expert_model_parallel_size=state.get_expert_model_parallel_world_size(),
     )  # fmt: skip
-    spec = gpt_layer_specs.get_gpt_decoder_block_spec(config, False, "RMSNorm")  # noqa: FBT003
+    spec = gpt_layer_specs.get_gpt_decoder_block_spec(config, False, "RMSNorm")
     for layer in spec.layer_specs if engine_keys else []:
         keys = (
             ENGINE_KEYS if "q_lora_rank" in settings else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
@@ -92,7 +92,7 @@ def _model(kind: str, *, engine_keys: bool) -> Any:
         layer.submodules.sharded_state_dict_keys_map = keys
     further = None
     if config.mtp_num_layers:
-        further = gpt_layer_specs.get_gpt_mtp_block_spec(config, spec, False)  # noqa: FBT003
+        further = gpt_layer_specs.get_gpt_mtp_block_spec(config, spec, False)
     return GPTModel(
         config, spec, vocab_size=48, max_sequence_length=32, share_embeddings_and_output_weights=tied,
         pre_process=state.is_pipeline_first_stage(), post_process=state.is_pipeline_last_stage(),
