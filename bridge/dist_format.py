@@ -60,8 +60,8 @@ class DistCheckpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.said: list[str] = []
-        tensors, objects = read_metadata(folder)
-        self._stored = {key: stored for key, stored in tensors.items() if not _NO_MODEL.fullmatch(key)}
+        table = read_metadata(folder, lambda key: not _NO_MODEL.fullmatch(key))
+        self._stored = table.tensors
         if not self._stored:
             raise BridgeError(f"{folder}: holds no tensor of a model")
         for key, stored in self._stored.items():
@@ -71,8 +71,8 @@ class DistCheckpoint:
         self._pieces = pieces_of(self._stored)
         self.shapes = {name: _joined_shape(name, pieces) for name, pieces in self._pieces.items()}
         self.dtypes = {name: self._stored[pieces[0].key].dtype for name, pieces in self._pieces.items()}
-        self._say_skipped([*(tensors.keys() - self._stored.keys()), *(objects.keys() - {_COMMON_OBJECT})])
-        common = self._common(objects)
+        self._say_skipped([*table.others, *(table.objects.keys() - {_COMMON_OBJECT})])
+        common = self._common(table.objects)
         self.iteration = _iteration(common, folder)
         self.args = self._plain_args(common.get("args"))
 

@@ -54,7 +54,7 @@ def pieces_of(tensors: Mapping[str, Stored]) -> dict[str, list[Piece]]:
     names: dict[str, dict[str, Piece]] = {}
     for key, stored in tensors.items():
         pattern, half, depth = _canonical(key, neighbours)
-        if len(stored.shape) <= depth:
+        if len(stored.shape) < depth:
             raise BridgeError(f"tensor {key}: the shape {stored.shape} has no dimension for its layers or experts")
         for index, chunks in _split(stored, depth).items():
             name = pattern

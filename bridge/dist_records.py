@@ -7,7 +7,7 @@ that holds it: a complete file of torch.save within a ``.distcp`` file. Nothing 
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,8 +43,16 @@ class Stored(NamedTuple):
     chunks: list[Chunk]
 
 
-def read_metadata(folder: Path) -> tuple[dict[str, Stored], dict[str, Record]]:
-    """All tensors and all objects of a checkpoint, by their keys.
+class Table(NamedTuple):
+    """The content of ``.metadata``: tensors, the names of those that were not asked for, and objects."""
+
+    tensors: dict[str, Stored]
+    others: list[str]
+    objects: dict[str, Record]
+
+
+def read_metadata(folder: Path, wanted: Callable[[str], bool]) -> Table:
+    """What a checkpoint holds, by keys; of tensors that are not ``wanted`` the keys alone.
 
     Raises BridgeError when the file is absent, broken, unsafe or does not say where something lies.
     """
@@ -60,20 +68,21 @@ def read_metadata(folder: Path) -> tuple[dict[str, Stored], dict[str, Record]]:
     try:
         fields = _fields(found)
         records = _records(fields["storage_data"])
-        tensors: dict[str, Stored] = {}
-        objects: dict[str, Record] = {}
+        table = Table({}, [], {})
         for key, entry in fields["state_dict_metadata"].items():
             if entry.named.endswith(".BytesStorageMetadata"):
-                objects[key] = next(iter(records[key].values()))
+                table.objects[key] = next(iter(records[key].values()))
+            elif not wanted(key):
+                table.others.append(key)
             else:
-                tensors[key] = _stored(_fields(entry), records[key], f"{path}: tensor {key}")
+                table.tensors[key] = _stored(_fields(entry), records[key], f"{path}: tensor {key}")
     except BridgeError:
         raise
     except Exception as error:  # noqa: BLE001 - what is no metadata at all raises any kind
         raise BridgeError(
             f"{path}: not the metadata of torch.distributed.checkpoint ({type(error).__name__}: {error})"
         ) from None
-    return tensors, objects
+    return table
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -113,7 +122,9 @@ def _stored(fields: dict[str, Any], records: dict[tuple[int, ...], Record], wher
 
 
 def check_tiling(key: str, stored: Stored) -> None:
-    """Raises BridgeError unless the chunks cover the tensor, each element once."""
+    """Raises BridgeError unless there are elements and the chunks cover each of them once."""
+    if 0 in stored.shape:
+        raise BridgeError(f"tensor {key} is empty: {stored.shape}")
     total = 0
     for chunk in stored.chunks:
         if {len(chunk.offset), len(chunk.shape)} != {len(stored.shape)} or any(
@@ -139,21 +150,33 @@ def _box(chunk: Chunk) -> str:
 
 
 def _overlap(chunks: list[Chunk]) -> tuple[Chunk, Chunk] | None:
-    """Two chunks that overlap. A cut that no chunk spans parts them, so that a grid of n chunks costs n log n."""
-    if len(chunks) < 2:  # noqa: PLR2004 - a pair
-        return None
-    for axis in range(len(chunks[0].shape)):
-        groups: list[list[Chunk]] = []
-        end = -1
-        for chunk in sorted(chunks, key=lambda chunk: chunk.offset[axis]):
-            if chunk.offset[axis] >= end:
-                groups.append([])
-            groups[-1].append(chunk)
-            end = max(end, chunk.offset[axis] + chunk.shape[axis])
-        if len(groups) > 1:
-            return next(filter(None, map(_overlap, groups)), None)
-    pairs = ((one, other) for number, one in enumerate(chunks) for other in chunks[:number])
-    return next((pair for pair in pairs if _common(pair[0].offset, pair[0].shape, pair[1])), None)
+    """Two chunks that overlap. Cuts that no chunk spans part them first, so that a grid of n chunks costs n log n."""
+    pending = [chunks]
+    while pending:
+        group = pending.pop()
+        if len(group) < 2:  # noqa: PLR2004 - a pair
+            continue
+        parts = next((parts for axis in range(len(group[0].shape)) if len(parts := _parted(group, axis)) > 1), None)
+        if parts:
+            pending += parts
+            continue
+        for number, one in enumerate(group):
+            for other in group[:number]:
+                if _common(one.offset, one.shape, other) is not None:
+                    return one, other
+    return None
+
+
+def _parted(chunks: list[Chunk], axis: int) -> list[list[Chunk]]:
+    """The chunks in groups whose spans on an axis do not meet."""
+    groups: list[list[Chunk]] = []
+    end = -1
+    for chunk in sorted(chunks, key=lambda chunk: chunk.offset[axis]):
+        if chunk.offset[axis] >= end:
+            groups.append([])
+        groups[-1].append(chunk)
+        end = max(end, chunk.offset[axis] + chunk.shape[axis])
+    return groups
 
 
 def _common(offset: Sequence[int], shape: Sequence[int], chunk: Chunk) -> list[tuple[int, int]] | None:
@@ -207,7 +230,7 @@ class Files:
 
         Raises BridgeError when a record is broken or holds something else than was said.
         """
-        parts = [(chunk, spans) for chunk in stored.chunks if (spans := _common(offset, shape, chunk))]
+        parts = [(chunk, spans) for chunk in stored.chunks if (spans := _common(offset, shape, chunk)) is not None]
         if len(parts) == 1:
             return typed(self._part(key, stored, *parts[0]), stored.dtype)
         whole = torch.empty(*shape, dtype=stored.dtype)
