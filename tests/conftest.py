@@ -19,7 +19,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # spawned ranks import the helper modules by name
 sys.path.insert(1, str(ROOT / "tests" / "distributed"))
-sys.path.insert(1, str(ROOT / "tests" / "bridge"))
 
 from rank_runner import RankRunner  # noqa: E402 - found through the line above
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from dist_by_hand import Box, ByHand, bits, refused, same, simple
 from finebridge.bridge.dist_format import DistCheckpoint, write_dist
 from finebridge.bridge.dist_records import Chunk, Record, Stored, check_tiling
 from finebridge.bridge.errors import BridgeError
@@ -28,6 +27,8 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
+
+from .dist_by_hand import Box, ByHand, bits, refused, same, simple
 
 # Any chunks
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from dist_by_hand import ByHand, read_all, refused, simple
 from finebridge.bridge.errors import BridgeError
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+from .dist_by_hand import ByHand, read_all, refused, simple
 
 # Damage
 
