@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ..storage.hashing import HashingFile, Ledger
-from ..storage.safe_load import Inert
+from ..storage.safe_pickle import Inert
 from ..storage.safetensors_io import Spec, bytes_of
 from .dist_names import Piece, Place, extra_states_of, pieces_of, places_of
 from .dist_records import METADATA_NAME, Files, Record, check_tiling, read_metadata

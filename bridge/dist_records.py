@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..storage.safe_load import Inert, UnsafeFileError, read_pickle, read_torch, tensor_bytes, typed
+from ..storage.safe_load import UnsafeFileError
+from ..storage.safe_pickle import Inert, read_pickle, read_torch, tensor_bytes, typed
 from .errors import BridgeError
 
 METADATA_NAME = ".metadata"
@@ -194,6 +195,7 @@ class Files:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._maps: dict[str, memoryview] = {}
+        self._checked: set[Record] = set()
 
     def check(self, records: Sequence[Record]) -> None:
         """Raises BridgeError when a file is absent or too short for what it is to hold."""
@@ -213,7 +215,7 @@ class Files:
         self._maps.clear()
 
     def read(self, record: Record) -> Any:
-        """What ``read_torch`` gives for a record."""
+        """What ``read_torch`` gives for a record, whose checksums are compared the first time."""
         if record.file not in self._maps:
             with (self._folder / record.file).open("rb") as stream:
                 # A private map: torch takes no memory that must not be written, and nobody writes it.
@@ -221,9 +223,11 @@ class Files:
             self._maps[record.file] = memoryview(whole)
         data = self._maps[record.file][record.start : record.start + record.length]
         try:
-            return read_torch(data, self._where(record))
+            found = read_torch(data, self._where(record), check=record not in self._checked)
         except UnsafeFileError as error:
             raise BridgeError(str(error)) from None
+        self._checked.add(record)
+        return found
 
     def box(self, key: str, stored: Stored, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
         """A box of a tensor; a view of the file when one dense chunk holds it, else the only copy that is made.

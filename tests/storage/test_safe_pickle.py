@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from finebridge.storage.safe_load import Inert, UnsafeFileError, read_pickle, read_torch, tensor_bytes, typed
+from finebridge.storage.safe_load import UnsafeFileError
+from finebridge.storage.safe_pickle import Inert, read_pickle, read_torch, tensor_bytes, typed
 
 TENSORS = {
     "grid": torch.randn(3, 4).bfloat16(),
