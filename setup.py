@@ -16,6 +16,8 @@ PACKAGES = [
     "finebridge.ds_configs",
     "finebridge.data_tools",
     "finebridge.merge",
+    "finebridge.bridge",
+    "finebridge.bridge.families",
     "finebridge.train",
     "finebridge.finetune",
 ]
@@ -38,6 +40,7 @@ setup(
         "finebridge.ds_configs": ["*.json"],
         "finebridge.data_tools": ["chat_templates/*.jinja"],
         "finebridge.merge": ["*.sh"],
+        "finebridge.bridge": ["*.sh"],
         "finebridge.train": ["*.sh"],
         "finebridge.finetune": [
             "*.sh",

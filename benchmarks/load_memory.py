@@ -58,9 +58,11 @@ def peaks(told: dict[str, Any]) -> Generator[None]:
 
     watcher = threading.Thread(target=look)
     watcher.start()
-    yield
-    done.set()
-    watcher.join()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
     told["seconds"] = round(time.perf_counter() - start, 1)
     told["peak_anonymous_mib"] = round((highest[0] - begin[0]) / MIB)
     told["peak_mapped_mib"] = round((highest[1] - begin[1]) / MIB)

@@ -23,6 +23,7 @@ usage: finebridge VERB ...          finebridge VERB --help tells more
                       the same on plain text or Megatron's .bin/.idx, for new models (--config_name) or trained ones
   report OUTPUT_DIR   write report.html and loss.png of a run anew
   merge               merge a LoRA adapter into its base model, offline
+  convert             checkpoints between Hugging Face and Megatron-Core; convert inspect|verify
   checkpoint verify PATH ...
                       prove that checkpoints, merges or prepared data are whole
   checkpoint consolidate CHECKPOINT
@@ -118,7 +119,15 @@ def _train_help(verb: str) -> int:
 def _merge(words: list[str]) -> int:
     from ..merge.merge_lora import main as merge
 
+    _stop_like_ctrl_c()
     return merge(words)
+
+
+def _convert(words: list[str]) -> int:
+    from ..bridge.convert_cli import main as convert
+
+    _stop_like_ctrl_c()
+    return convert(words)
 
 
 def _checkpoint(words: list[str]) -> int:
@@ -142,9 +151,14 @@ def _data(words: list[str]) -> int:
     if verb is None:
         raise ValueError(usage)
     module, name = verb
-    with suppress(ValueError):  # not in a thread that is not the first one
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: nothing half-written stays
+    _stop_like_ctrl_c()
     return import_module(f"..data_tools.{module}", __package__).__dict__[name](words[1:])
+
+
+def _stop_like_ctrl_c() -> None:
+    """From now on SIGTERM does what Ctrl-C does: nothing half-written stays."""
+    with suppress(ValueError):  # not in a thread that is not the first one
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _example(words: list[str]) -> int:
@@ -165,6 +179,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": _pretrain,
     "report": _report,
     "merge": _merge,
+    "convert": _convert,
     "checkpoint": _checkpoint,
     "data": _data,
     "example": _example,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 
@@ -110,8 +110,12 @@ class Adapter:
         shape = self.file.shapes[key]
         return Replacement(name, matrix(shape), lambda start, stop: self.file.read(key, start, stop))
 
-    def linear(self, found: Factors, shape: tuple[int, ...]) -> Iterator[tuple[str, LowRank]]:
-        """What the factors of a linear or embedding module do to its weight of ``shape``, and to its bias, by name."""
+    def linear(self, found: Factors, shape: tuple[int, ...], *, turned: bool) -> Iterator[tuple[str, LowRank]]:
+        """What the factors of a linear or embedding module do to its weight of ``shape``, and to its bias, by name.
+
+        A weight that lies as [in, out] is told by its shape; ``turned`` tells it of a square one. The config's
+        ``fan_in_fan_out`` does not: PEFT sets it by the module that it wrapped last.
+        """
         name, kinds = f"{found.module}.weight", found.kinds
         lengths = kinds.pop("magnitude_vector", None)
         if "embedding_A" in kinds:
@@ -126,8 +130,7 @@ class Adapter:
         bias = kinds.pop("B.bias", None)
         if bias is not None:
             yield f"{found.module}.bias", LowRank(f"{found.module}.bias", bias.unsqueeze(1), torch.ones(1, 1), scale)
-        straight, turned = (b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])
-        if shape == turned and (straight != turned or self.config.get("fan_in_fan_out")):
+        if turned or (shape == (a.shape[1], b.shape[0]) and b.shape[0] != a.shape[1]):
             if lengths is not None:
                 raise AdapterError(f"{name}: DoRA on a weight that is stored as [in, out] is not merged")
             yield name, LowRank(name, a.T.contiguous(), b.T.contiguous(), scale)
@@ -192,9 +195,17 @@ class Adapter:
                 continue
             raise AdapterError(f"{path}: {key} is {value!r}; such adapters are not merged")
         for key in ("lora_alpha", "r"):
-            value = self.config.get(key)
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if not _is_number(value := self.config.get(key)):
                 raise AdapterError(f"{path}: {key} is {value!r}; a number is expected")
+        for key in ("rank_pattern", "alpha_pattern"):
+            value = self.config.get(key) or {}
+            if not isinstance(value, dict) or not all(
+                _is_pattern(name) and _is_number(number) for name, number in cast("dict[str, Any]", value).items()
+            ):
+                raise AdapterError(f"{path}: {key} is {value!r}; numbers by regular expressions are expected")
+        value = self.config.get("target_parameters") or []
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in cast("list[Any]", value)):
+            raise AdapterError(f"{path}: target_parameters is {value!r}; a list of names is expected")
 
     def scale(self, name: str, rank: int) -> float:
         """Alpha / rank, or alpha / sqrt(rank), of a module. Raises AdapterError when the config says another rank."""
@@ -210,6 +221,18 @@ class Adapter:
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """A tensor's shape as rows and columns: a vector has one column, experts lie below each other."""
     return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (math.prod(shape), 1)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def _of_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:

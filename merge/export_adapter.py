@@ -212,10 +212,7 @@ class _Export:
     def _put(self, module: str, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
         """A pair of an experts module, in the dtype of the adapter's file."""
         for kind, value in (("A", a.to(self._dtype)), ("B", self._fold(b.to(self._dtype), scale))):
-            key = f"{_PREFIX}{module}.lora_{kind}.weight"
-            if key in self.tensors:
-                raise AdapterError(f"{key}: two parameters of the adapter belong here")
-            self.tensors[key] = value.contiguous()
+            self.tensors[f"{_PREFIX}{module}.lora_{kind}.weight"] = value.contiguous()
 
     def _zeros(self, name: str, shape: tuple[int, ...]) -> list[LowRank]:
         """Factors that change nothing, for each expert of a stack."""

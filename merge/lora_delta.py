@@ -51,6 +51,11 @@ class LowRank:
     def shape(self) -> tuple[int, int]:
         return self.left.shape[0], self.right.shape[1]
 
+    def square(self) -> float:
+        """The sum of squares of ``left @ right * scale``, from the factors alone, in fp64."""
+        left, right = self.left.double(), self.right.double()
+        return float(((left.T @ left) * (right @ right.T)).sum()) * self.scale**2
+
     def of(self, value: torch.Tensor, rows: slice) -> torch.Tensor:
         summed = torch.addmm(value, self.left[rows], self.right, alpha=self.scale)
         if self.lengths is None:

@@ -75,8 +75,6 @@ class MemoryModel:
         targets = {pattern: entry.target_patterns for entry in converters for pattern in entry.source_patterns}
         for name in sorted(names, key=dot_natural_key):
             own, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-            if own not in state and name in state:  # as loading does: a name that fits is not renamed
-                own, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
             first, *others = targets[pattern] if pattern is not None else [own]
             for target in (first, *others):  # the converter names the first of several
                 self._on_disk[own.replace(first, target)].add(name)
@@ -113,10 +111,8 @@ class MemoryModel:
         return (own, region) if region is not None else None
 
     def tied(self) -> list[tuple[str, str]]:
-        """(output embedding's weight, input embedding's weight) that are one tensor."""
-        head = self._model.get_output_embeddings()
-        pairs = self._model.all_tied_weights_keys.items()
-        return [pair for pair in pairs if self.modules[pair[0].rpartition(".")[0]] is head]
+        """Pairs of parameters that are one tensor; the second is alike in all of a group."""
+        return list(self._model.all_tied_weights_keys.items())
 
     def _tie(self, name: str) -> str:
         other = dict(self.tied()).get(name)
@@ -130,6 +126,7 @@ class MemoryModel:
                 return candidate
         raise PlacementError(f"{name}: {made}, which holds a part of it, is not on disk")
 
+    @functools.cache  # noqa: B019
     def _known_conversions(self) -> list[Any]:
         found = get_model_conversion_mapping(self._model, add_legacy=False)
         return [conversion for conversion in found if not isinstance(conversion, PrefixChange)]
@@ -211,10 +208,9 @@ def _region(piece: Any, probe: Any, shape: tuple[int, ...]) -> Part | None:
     if transposed and not np.array_equal(piece.swapaxes(1, 2), region):
         return None
     down, across = _scaled(top, bottom + 1, rows, true.rows.stop), _scaled(left, right + 1, cols, true.cols.stop)
-    return Part("", expert, down, across, transposed) if down and across else None
+    return Part("", expert, down, across, transposed)
 
 
-def _scaled(start: int, stop: int, small: int, true: int) -> slice | None:
-    """A range of the probe's side as one of the true side; None when it does not come out even."""
-    even = start * true % small == 0 and stop * true % small == 0
-    return slice(start * true // small, stop * true // small) if even else None
+def _scaled(start: int, stop: int, small: int, true: int) -> slice:
+    """A range of the probe's side as one of the true side; where that is not even, the shape on disk does not fit."""
+    return slice(start * true // small, stop * true // small)

@@ -105,7 +105,7 @@ def merge(
     from .stream import write_plan
 
     made_from: dict[str, Any] = {
-        "base": str(base), "adapters": dict(zip(map(str, adapters), factors, strict=True)), "save_dtype": save_dtype,
+        "base": str(base), "adapters": list(zip(map(str, adapters), factors, strict=True)), "save_dtype": save_dtype,
     }  # fmt: skip
     written: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
@@ -152,8 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if not is_disk_full(error):
             raise
-        free = free_bytes(args.output_path or args.export_adapter)
-        print(f"error: {error}; {free:,} bytes are free, nothing is left there", file=sys.stderr)
+        place = args.output_path or args.export_adapter
+        free = f"{free_bytes(place):,} bytes are free"
+        print(
+            f"error: {place}: {error}; {free}, nothing is left there", file=sys.stderr
+        )  # not every OSError names a place
         return EXIT_DISK_FULL
     return 0
 
@@ -166,6 +169,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--export_adapter takes one --adapter_model_path")
     if args.prompts and not args.verify:
         raise ValueError("--prompts is for --verify; give both or none")
+    if args.prompts:
+        try:
+            args.prompts.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise ValueError(f"--prompts {args.prompts}: not a text file in UTF-8: {error}") from None
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers}: at least 1 is needed")
 
@@ -234,7 +242,7 @@ def _write_config(folder: Path, config: dict[str, Any], save_dtype: str, plan: "
         if part is config or "dtype" in part or "torch_dtype" in part:
             part["dtype"] = DTYPES[save_dtype]
             part.pop("torch_dtype", None)
-        if plan.unties and (part is config or "tie_word_embeddings" in part):
+        if plan.unties and part:
             part["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -116,6 +116,15 @@ class Placement:
         """
         return bool(getattr(self._module(module), "is_transposed", False))
 
+    def is_in_out(self, module: str) -> bool:
+        """Whether a module keeps its matrix as [in, out], as transformers' Conv1D of GPT-2 does.
+
+        Raises PlacementError when the model has no such module.
+        """
+        from transformers.pytorch_utils import Conv1D
+
+        return isinstance(self._module(module), Conv1D)
+
     def parameters(self, module: str) -> list[tuple[str, tuple[int, ...]]]:
         """Names and shapes of a module's own parameters, in the order in which its class makes them.
 
@@ -124,6 +133,10 @@ class Placement:
         own = self._module(module).named_parameters(recurse=False)
         return [(name, tuple(parameter.shape)) for name, parameter in own]
 
+    def knows(self, name: str) -> bool:
+        """Whether the model in memory has a parameter ``name``."""
+        return self._owner(name) is not None
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape in memory of the parameter ``name``. Raises PlacementError when the model has none of that name."""
         memory = self._owner(name)
@@ -131,13 +144,18 @@ class Placement:
             raise PlacementError(f"{name}: the model class of the base has no such parameter")
         return memory.shapes[name]
 
-    def tied(self) -> list[tuple[str, str]]:
-        """Pairs (output embedding's weight, input embedding's weight) that are one tensor, by the config and the class."""
+    def tied(self, names: Collection[str]) -> list[tuple[str, str]]:
+        """All pairs of parameters that are one tensor, by the config and the class; none when no pair has one of ``names``.
+
+        The second of a pair is alike in all pairs of a group.
+        """
         config = read_json(self.base / "config.json")
         text = config.get("text_config") or {}
         if config.get("tie_word_embeddings") is False and not text.get("tie_word_embeddings"):
             return []
-        return list(dict.fromkeys(pair for memory in self._models() for pair in memory.tied()))
+        owner = next((memory for memory in self._models() if not memory.shapes.keys().isdisjoint(names)), None)
+        pairs = owner.tied() if owner else []
+        return pairs if any({*pair} & {*names} for pair in pairs) else []
 
     def _models(self) -> Iterator["MemoryModel"]:
         """The classes that an adapter may have been trained on; the second is built only when the first does not do."""

@@ -3,7 +3,9 @@
 Every tensor of every adapter gets exactly one place or the plan fails, before anything is written.
 """
 
+import functools
 import math
+import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ import torch
 
 from ..storage.safe_load import Weights
 from ..storage.safetensors_io import Spec
-from .adapter import Adapter
+from .adapter import Adapter, Factors
 from .lora_delta import AdapterError, Change, LowRank, Placed
 from .placement import Part, Placement, PlacementError
 
@@ -30,13 +32,21 @@ class Wanted(NamedTuple):
     experts: Sequence[Change]
 
 
-@dataclass(slots=True)
+@dataclass
 class Output:
     """One tensor that is written: what it is, which tensor of the base it comes from, what is added."""
 
     spec: Spec
     source: str
     placed: list[Placed] = field(default_factory=list[Placed])
+
+    @functools.cached_property
+    def square(self) -> float | None:
+        """The sum of squares of the change, where it is that of disjoint low-rank products; else None."""
+        changes = [item.change for item in self.placed]
+        if not self.sole or not all(isinstance(change, LowRank) and change.lengths is None for change in changes):
+            return None
+        return sum(item.weight**2 * item.change.square() for item in self.placed if isinstance(item.change, LowRank))
 
     @property
     def sole(self) -> bool:
@@ -84,13 +94,13 @@ class Planner:
             name for name in base if base.dtypes[name].is_floating_point and self.outputs[name].spec.dtype != dtype
         ]:
             self.said.append(f"{len(kept)} tensors stay {base.dtypes[kept[0]]} as in the base, the first is {kept[0]}")
-        self._head: dict[str, str] = {}  # tied output embedding -> the input embedding's tensor that it shares
+        self._holder: dict[str, str] = {}  # tied parameter without a tensor of its own -> the tensor that it shares
 
     def plan(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> Plan:
         """Place everything. Raises AdapterError naming the tensor that has no place."""
-        self._head = self._tied(adapters)
+        groups = self._tied(adapters)
         changes = [self._changes(adapter) for adapter in adapters]
-        unties = self._untie(changes)
+        unties = self._untie(groups, changes)
         for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
             with _hint(adapter):
                 for wanted in changes[number].values():
@@ -106,28 +116,71 @@ class Planner:
 
     # ---- tied embeddings
 
-    def _tied(self, adapters: Sequence[Adapter]) -> dict[str, str]:
-        """Output embeddings that share the input embedding's tensor, where an adapter changes either."""
+    def _tied(self, adapters: Sequence[Adapter]) -> list[list[str]]:
+        """Groups of parameters that share one tensor, that which is on disk first; none when no adapter changes any."""
         names = {name for adapter in adapters for name in adapter.names}
-        vocabulary = self.config.get("vocab_size") or self.config.get("text_config", {}).get("vocab_size")
-        if not any((self.base.shapes.get(name) or (vocabulary,))[0] == vocabulary for name in names):
-            return {}  # so the model's class need not be asked
-        return {head: embedding for head, embedding in self.placement.tied() if names & {head, embedding}}
+        sizes = set(_vocabularies(self.config))
+        if sizes:
+            shared = any((self.base.shapes.get(name) or (*sizes,))[0] in sizes for name in names)
+        else:  # embeddings and heads are in no numbered layer
+            shared = not all(re.search(r"\.\d+\.", name) for name in names)
+        if not shared:
+            return []  # so the model's class need not be asked
+        groups: dict[str, list[str]] = {}
+        for name, source in self.placement.tied(names):
+            groups.setdefault(source, [source]).append(name)
+        found = [self._shared(group) for group in groups.values() if any(map(self._stored, group))]
+        for first, *others in found:
+            self._holder |= dict.fromkeys(others, self._stored(first) or first)
+        return found
 
-    def _untie(self, changes: Sequence[dict[str, Wanted]]) -> bool:
-        """Give a tied head a tensor of its own, which starts as the embedding, unless all adapters change both as one."""
-        parted = False
-        for head, embedding in self._head.items():
-            if all(_same(wanted.get(head), wanted.get(embedding)) for wanted in changes):
+    def _shared(self, group: Sequence[str]) -> list[str]:
+        """A tied group without those that the base stores with numbers of their own: transformers does not tie them."""
+        first = next((name for name in group if self._stored(name)), group[0])
+        others = [name for name in group if name != first]
+        return [first, *(name for name in others if not (own := self._stored(name)) or self._equal(own, first))]
+
+    def _untie(self, groups: Sequence[Sequence[str]], changes: Sequence[dict[str, Wanted]]) -> bool:
+        """Give tied parameters tensors of their own, unless all adapters change those of a group as one.
+
+        Each starts as the shared one. As the config ties all groups or none, one that is parted parts the others.
+        """
+        alike = (
+            _same(wanted.get(group[0]), wanted.get(name)) for group in groups for name in group for wanted in changes
+        )
+        parted = not all(alike)
+        for name in (name for group in groups for name in group[1:]):
+            own, holder = self._stored(name), self._holder[name]
+            if parted and not own:
+                self.outputs[name] = Output(self.outputs[holder].spec._replace(name=name), holder)
+                self.said.append(f"{name} is stored beside {holder} now: they were one tensor, the adapter parts them")
+            elif not parted:
+                self.outputs.pop(own or name, None)  # some files hold both of a tied pair
                 for wanted in changes:
-                    wanted.pop(head, None)
-                self.outputs.pop(head, None)  # some files hold both of a tied pair
-                continue
-            parted = True
-            spec = self.outputs[embedding].spec
-            self.outputs[head] = Output(spec._replace(name=head), embedding)
-            self.said.append(f"{head} is stored beside {embedding} now: they were one tensor, the adapter parts them")
+                    wanted.pop(name, None)
         return parted
+
+    def _stored(self, name: str) -> str | None:
+        """The tensor on disk that is the parameter ``name``, whole and as it is; None when there is none such."""
+        if name in self.base.shapes:
+            return name
+        if not self.placement.knows(name):
+            return None
+        shape = self.placement.shape(name)
+        try:
+            parts = self.placement.parts(name, shape)
+        except PlacementError:  # it shares another's tensor
+            return None
+        return parts[0].name if self.base.shapes[parts[0].name] == shape and not parts[0].transposed else None
+
+    def _equal(self, own: str, other: str) -> bool:
+        """Whether two tensors on disk hold the same numbers."""
+        source, count = self._stored(other) or other, math.prod(self.base.shapes[own])
+        return self.base.shapes[own] == self.base.shapes[source] and all(
+            self.base.read(own, start, stop).equal(self.base.read(source, start, stop))
+            for start in range(0, count, BLOCK)
+            for stop in [min(start + BLOCK, count)]
+        )
 
     # ---- one adapter
 
@@ -137,15 +190,19 @@ class Planner:
             return {wanted.name: wanted for wanted in self._each_change(adapter)}
 
     def _each_change(self, adapter: Adapter) -> Iterator[Wanted]:
-        for module in dict.fromkeys(module for module, _ in adapter.factors):
-            nested = [found for (name, _), found in sorted(adapter.factors.items()) if name == module]
+        by_module: dict[str, list[Factors]] = {}
+        for place in sorted(adapter.factors):
+            by_module.setdefault(place[0], []).append(adapter.factors[place])
+        for module, nested in by_module.items():
             targets = targeted(adapter, module, self.placement)
             if not targets:
                 if len(nested) > 1 or nested[0].nested:
                     raise AdapterError(f"{nested[-1].key}: no target_parameters of {adapter.folder} name this module")
-                shape = self.base.shapes.get(self._head.get(f"{module}.weight", f"{module}.weight"), ())
+                shape = self.base.shapes.get(self._source(f"{module}.weight"), ())
+                turned = self._in_out and len(set(shape)) == 1 and self.placement.is_in_out(module)
                 yield from (
-                    Wanted(name, _vector(change), [change]) for name, change in adapter.linear(nested[0], shape)
+                    Wanted(name, _vector(change), [change])
+                    for name, change in adapter.linear(nested[0], shape, turned=turned)
                 )
             elif len(targets) != len(nested):
                 raise AdapterError(
@@ -164,6 +221,20 @@ class Planner:
         for name in adapter.whole:
             shape, change = adapter.file.shapes[adapter.whole[name]], adapter.replacement(name)
             yield Wanted(name, shape, _experts(change, shape))
+
+    def _source(self, name: str) -> str:
+        """The tensor on disk whose numbers the parameter ``name`` starts with; its own name when none is the whole of it."""
+        return self._stored(name) or self._holder.get(name, name)
+
+    @functools.cached_property
+    def _in_out(self) -> bool:
+        """Whether some weight of the base lies as [in, out], told by its bias. Then a square one needs a second look."""
+        shapes = self.base.shapes
+        return any(
+            shape[1:] == shapes.get(f"{name.removesuffix('.weight')}.bias", ()) != shape[:1]
+            for name, shape in shapes.items()
+            if name.endswith(".weight") and len(shape) == 2  # noqa: PLR2004
+        )
 
     def _place(self, wanted: Wanted, weight: float, number: int) -> None:
         """Put a change on the tensors on disk that hold its parameter. Raises AdapterError, PlacementError."""
@@ -198,7 +269,7 @@ class Planner:
 
     def _compare(self, name: str, key: str, adapter: Adapter) -> None:
         """An adapter's copy of a frozen weight must be the base's own. Raises AdapterError."""
-        source = self._head.get(name, name)
+        source = self._source(name)
         if self.base.shapes.get(source) != adapter.file.shapes[key]:
             raise AdapterError(
                 f"{name}: the adapter holds a copy {adapter.file.shapes[key]} of this weight, the base's is "
@@ -244,6 +315,15 @@ def _same(one: Wanted | None, other: Wanted | None) -> bool:
         for start in range(0, rows, step)
         for stop in [min(start + step, rows)]
     )
+
+
+def _vocabularies(config: dict[str, Any]) -> Iterator[int]:
+    """Every size of a vocabulary in a model's config and the configs of its parts."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _vocabularies(value)
+        elif key == "vocab_size" and value:
+            yield value
 
 
 def _vector(change: LowRank) -> tuple[int, ...]:

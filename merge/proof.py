@@ -1,4 +1,7 @@
-"""What a merge changed and what of it outlived the rounding, measured on the numbers that are written."""
+"""What a merge changed and what of it outlived the rounding, measured on the numbers that are written.
+
+The change is exact. The loss of a large weight is measured on an eighth of it, evenly spread, and scaled up.
+"""
 
 import math
 import re
@@ -11,6 +14,7 @@ from .lora_delta import AdapterError
 from .plan import Output
 
 _ENOUGH = 0.99  # share of the change that a merge should keep
+_NOTHING = 1e-3  # and the one below which it is no merge
 
 
 @dataclass(slots=True)
@@ -59,14 +63,17 @@ class Proof:
                 f"{unchanged[0]}: the adapter leaves this weight as it is, with {len(unchanged)} of {len(self.sums)}; it "
                 "was not trained there, or not saved whole. If that is right, give --allow_unchanged"
             )
-        if not any(sums.kept for sums in self.sums.values()):
+        if all(sums.kept < _NOTHING for sums in self.sums.values()):
             raise AdapterError(
                 f"the change is smaller than what {save_dtype} can hold: nothing of it is left; use fp32"
             )
 
-    def table(self) -> dict[str, dict[str, float]]:
-        """By weight: ``relative`` change and share ``kept``, for the manifest."""
-        return {name: {"relative": sums.relative, "kept": sums.kept} for name, sums in self.sums.items()}
+    def table(self) -> dict[str, dict[str, float | None]]:
+        """By weight: ``relative`` change (None where the base is 0) and share ``kept``, for the manifest."""
+        return {
+            name: {"relative": sums.relative if sums.base else None, "kept": sums.kept}
+            for name, sums in self.sums.items()
+        }
 
     def lines(self, save_dtype: str) -> list[str]:
         """What a user should know."""

@@ -23,18 +23,24 @@ from .lora_delta import AdapterError, merged_rows
 from .plan import BLOCK, Output
 from .proof import Proof, Sums
 
+_MEASURED = 8  # of so many blocks one, the first, is looked at for what rounding took: that costs as much as the merge
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _KEPT = 2**26  # bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Rows ``first`` to ``last`` of an output, seen as a matrix of ``width`` columns."""
+    """Rows ``first`` to ``last`` of an output, seen as a matrix of ``width`` columns; the ``number``-th of its blocks.
+
+    ``share`` is how many times the elements of measured blocks the output has, see ``_MEASURED``.
+    """
 
     output: Output
     first: int
     last: int
     width: int
+    number: int
+    share: float
 
 
 def write_plan(
@@ -88,8 +94,9 @@ def _blocks(output: Output) -> Iterator[Block]:
     """An output in blocks of about ``BLOCK`` elements."""
     rows, width = matrix(output.spec.shape)
     step = max(1, BLOCK // max(1, width))
-    for first in range(0, rows, step):
-        yield Block(output, first, min(first + step, rows), width)
+    share = rows / sum(min(step, rows - first) for first in range(0, rows, step * _MEASURED))
+    for number, first in enumerate(range(0, rows, step)):
+        yield Block(output, first, min(first + step, rows), width, number, share)
 
 
 def _merged(base: Weights, block: Block) -> tuple[torch.Tensor, Sums | None]:
@@ -103,12 +110,18 @@ def _merged(base: Weights, block: Block) -> tuple[torch.Tensor, Sums | None]:
         return stored, None
     value = stored.float().view(-1, block.width)
     result = merged_rows(value, block.first, output.placed, sole=output.sole)
-    sums = Sums(base=_square(value))
-    sums.change = _square(torch.sub(result, value, out=value))  # in place: new memory costs more than the arithmetic
     stored = result if dtype == torch.float32 else result.to(dtype)
-    if dtype != torch.float32:
-        sums.lost = _square(torch.sub(value.copy_(stored), result, out=value))
-    if not math.isfinite(sums.change + sums.lost) and not stored.isfinite().all():
+    sums = Sums(base=_square(value))
+    if output.square is None:
+        sums.change = _square(
+            torch.sub(result, value, out=value)
+        )  # in place: new memory costs more than the arithmetic
+    elif block.first == 0:
+        sums.change = output.square
+    if dtype != torch.float32 and block.number % _MEASURED == 0:
+        sums.lost = _square(torch.sub(value.copy_(stored), result, out=value)) * block.share
+    wide = float(stored.abs().amax()) if dtype == torch.float16 else sums.base + sums.change + sums.lost
+    if not math.isfinite(wide) and not stored.isfinite().all():
         raise _not_finite(output, result, dtype)
     return stored, sums
 

@@ -98,8 +98,10 @@ def commit(
         if old:
             old.rename(target)
         raise
-    if old:
+    if old and old.is_dir() and not old.is_symlink():
         shutil.rmtree(old, ignore_errors=True)
+    elif old:
+        old.unlink()
 
 
 def remove(target: Path) -> None:

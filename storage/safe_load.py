@@ -1,13 +1,16 @@
-"""Weights in ``.bin`` files (``pytorch_model.bin``, or shards with an index), read without running what they hold.
+"""Pickles, read without running what they hold: weights in ``.bin`` files, and what Megatron writes.
 
-Such a file is a pickle, which may name any code. ``torch.load`` is told ``weights_only=True`` here in so many words: then
-it builds tensors and plain containers only, whatever the environment says
-(https://pytorch.org/docs/stable/notes/serialization.html).
+Such a file may name any code. For weights (``pytorch_model.bin``, or shards with an index) ``torch.load`` is told
+``weights_only=True`` here in so many words: then it builds tensors and plain containers only, whatever the environment says
+(https://pytorch.org/docs/stable/notes/serialization.html); ``load_namespace_file`` does so for files that hold settings
+beside tensors.
 """
 
+import math
 import re
 import threading
 import zipfile
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +27,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class UnsafeFileError(ValueError):
-    """A pickle is broken or holds what it should not; the message names the file."""
+    """A pickle is broken or names what it should not; the message names the file."""
 
 
 def open_weights(folder: Path) -> "Weights":
@@ -41,8 +44,9 @@ class BinCheckpoint:
     """The tensors of a checkpoint in ``.bin`` files, in the order of its files; use it as a context manager.
 
     Zip files (torch 1.6 and later) are memory-mapped and cost no memory of their own. Older files cannot be mapped: the
-    one that was asked for last is in memory, so read in the order of the names, in one thread. Raises FileNotFoundError
-    when there are no such weights, ValueError when the index is wrong, UnsafeFileError for a file.
+    one that was asked for last is in memory, so read in the order of the names. Several threads may read.
+
+    Raises FileNotFoundError when there are no such weights, ValueError when the index is wrong, UnsafeFileError for a file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,24 +86,31 @@ class BinCheckpoint:
         return len(self._where)
 
     def get(self, name: str) -> torch.Tensor:
-        """One tensor on the CPU in its stored dtype, a view of its file. Raises KeyError when there is none of that name."""
+        """A copy of one tensor on the CPU in its stored dtype. Raises KeyError when there is none of that name."""
+        shape = self.shapes[name]
+        return self.read(name, 0, math.prod(shape)).view(shape)
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements ``start`` to ``stop`` of a tensor seen flat in row-major order: a 1-D copy in its stored dtype."""
         path = self._where[name]
         if path in self._mapped:
-            return self._mapped[path][name]
+            return _elements(self._mapped[path][name], start, stop)
         with self._lock:
             if self._last is None or self._last[0] != path:
                 self._last = None  # before the next one is read: two are never in memory
                 self._last = path, load_tensors(path)
-            return self._last[1][name]
+            return _elements(self._last[1][name], start, stop)
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """The elements ``start`` to ``stop`` of a tensor seen flat in row-major order: 1-D, in its stored dtype."""
-        tensor = torch.atleast_1d(self.get(name))
-        if not tensor.numel():
-            return tensor.reshape(-1)
-        row = tensor.numel() // len(tensor)
-        first = start // row  # only the rows in question are copied when the tensor is stored in another order
-        return tensor[first : -(-stop // row)].reshape(-1)[start - first * row : stop - first * row]
+
+def _elements(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """A copy of some elements; of a tensor that is stored in another order only the rows in question are put in order."""
+    rows = torch.atleast_1d(tensor)
+    if rows.numel():
+        width = rows.numel() // len(rows)
+        first = start // width
+        rows = rows[first : -(-stop // width)]
+        start, stop = start - first * width, stop - first * width
+    return rows.reshape(-1)[start:stop].clone(memory_format=torch.contiguous_format)
 
 
 Weights = Checkpoint | BinCheckpoint  # what open_weights gives
@@ -136,13 +147,7 @@ def load_tensors(path: Path, *, content: bool = True) -> Tensors:
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 - torch raises many kinds for a broken or hostile file
-        if named := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UnsafeFileError(
-                f"{path}: holds more than tensors (it names {named[1]}), which could run code; it was not read. "
-                "Ask its makers for safetensors"
-            ) from None
-        cause = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
-        raise UnsafeFileError(f"{path}: broken, or no file of tensors that torch.save wrote ({cause})") from None
+        raise _refusal(path, error, "more than tensors") from None
     if not isinstance(loaded, dict):
         raise UnsafeFileError(f"{path}: holds a {type(loaded).__name__}; a dictionary of tensors by name is expected")
     tensors = {_name(name, path): _dense(name, value, path) for name, value in loaded.items()}
@@ -150,6 +155,66 @@ def load_tensors(path: Path, *, content: bool = True) -> Tensors:
     if sum(storages.values()) > path.stat().st_size:
         raise UnsafeFileError(f"{path}: {path.stat().st_size} bytes, its tensors have more; the file was cut")
     return tensors if mapped or content else {name: tensor.to("meta") for name, tensor in tensors.items()}
+
+
+class Stub:
+    """What stands for an object of a class that is not loaded: it keeps what the file says of it and does nothing."""
+
+    arguments: tuple[object, ...]
+
+    def __new__(cls, *arguments: object) -> Self:
+        self = super().__new__(cls)
+        self.arguments = arguments
+        return self
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self.arguments))})"
+
+
+# What checkpoints of Megatron-Core and its kin name beside tensors: settings, states of random numbers and of fp8.
+_KNOWN = re.compile(
+    r"(megatron|mindspeed|mindspeed_llm|transformer_engine)\..+|types\.SimpleNamespace|signal\.Signals|_?io\.BytesIO"
+    r"|pathlib\.(Pure)?(Posix|Windows)?Path|enum\.\w+|datetime\.\w+|collections\.(deque|defaultdict)"
+    r"|numpy(\._?core\.multiarray)?\.(_reconstruct|scalar|ndarray|dtype)|numpy\.dtypes\.\w+DType|torch\.nn\.functional\.\w+"
+)
+
+
+def load_namespace_file(path: Path) -> dict[str, Any]:
+    """A file of ``torch.save`` with an ``argparse.Namespace`` and other settings in it, its tensors mapped; runs nothing.
+
+    Objects of the classes that such checkpoints are known to hold become ``Stub``; a file that names anything else is
+    refused. Raises FileNotFoundError, UnsafeFileError.
+    """
+    if not _is_zip(path):
+        raise UnsafeFileError(f"{path}: broken, or not in the format that torch.save writes since 1.6")
+    try:
+        _check_stored(path)
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        stubs: list[Any] = [
+            (type(name.rpartition(".")[2], (Stub,), {}), name) for name in named if _KNOWN.fullmatch(name)
+        ]
+        with torch.serialization.safe_globals([Namespace, *stubs]):
+            loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001 - torch raises many kinds for a broken or hostile file
+        raise _refusal(path, error, "more than a checkpoint does") from None
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise UnsafeFileError(f"{path}: a dictionary by name is expected, as training writes it")
+    return loaded
+
+
+def _refusal(path: Path, error: Exception, more: str) -> UnsafeFileError:
+    """What to tell of a file that torch could not load, or would not."""
+    if named := re.search(r"GLOBAL (\S+)", str(error)):
+        return UnsafeFileError(
+            f"{path}: holds {more} (it names {named[1]}), which could run code; it was not read. Ask its makers for safetensors"
+        )
+    cause = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+    return UnsafeFileError(f"{path}: broken, or no file of tensors that torch.save wrote ({cause})")
 
 
 def _is_zip(path: Path) -> bool:

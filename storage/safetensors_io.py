@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from safetensors import safe_open
@@ -44,11 +44,11 @@ class Checkpoint:
         self._lock = Lock()
         for name in files or _shard_names(folder):
             start = data_start(folder / name)
-            for key, entry in safetensors_header(folder / name).items():
+            header = safetensors_header(folder / name)
+            _check_places(folder / name, header)
+            for key, entry in header.items():
                 if key in self._where:
                     raise ValueError(f"{folder / name}: tensor {key} is in {self._where[key]} too")
-                if entry["dtype"] not in _TYPES:
-                    raise ValueError(f"{folder / name}: tensor {key} has the unknown type {entry['dtype']}")
                 self._where[key] = name
                 self._starts[key] = start + entry["data_offsets"][0]
                 self.shapes[key] = tuple(entry["shape"])
@@ -120,7 +120,7 @@ def plan_shards(tensors: Iterable[Spec], max_bytes: int) -> dict[str, list[Spec]
     """Which file holds which tensors, in the order given: file name -> tensors in the order of their bytes.
 
     Files have at most ``max_bytes`` of tensors; a larger tensor gets one of its own. One file alone is
-    ``model.safetensors``.
+    ``model.safetensors``. Within a file the order given stays, but for wide types, which come first.
     """
     shards: list[list[Spec]] = [[]]
     size = 0
@@ -172,7 +172,7 @@ def write_tensors(stream: HashingFile, tensors: Mapping[str, torch.Tensor]) -> N
 
     Raises ValueError for an empty tensor, see ``write_header``.
     """
-    specs = _ordered(Spec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
+    specs = _ordered(Spec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in sorted(tensors.items()))
     write_header(stream, specs)
     for spec in specs:
         stream.write(bytes_of(tensors[spec.name]))
@@ -194,7 +194,29 @@ _TYPES = {name: dtype for dtype, name in _DTYPES.items()}
 
 def _ordered(tensors: Iterable[Spec]) -> list[Spec]:
     """Wide types first: then every tensor lies at a multiple of its own width, whatever stands before it."""
-    return sorted(tensors, key=lambda spec: (-_ORDER.get(spec.dtype, 0), spec.name))
+    return sorted(tensors, key=lambda spec: -_ORDER.get(spec.dtype, 0))
+
+
+def _check_places(path: Path, header: Mapping[str, Any]) -> None:
+    """Raise ValueError when tensors have not the bytes of their shapes, or overlap, or leave a gap.
+
+    The format's own reader does the same; ``read`` would take them from whatever lies there.
+    """
+    end = 0
+    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        kind, shape = entry.get("dtype"), entry.get("shape")
+        if kind not in _TYPES:
+            raise ValueError(f"{path}: tensor {key} has the unknown type {kind}")
+        if not isinstance(shape, list) or not all(
+            isinstance(side, int) and side >= 0 for side in cast("list[Any]", shape)
+        ):
+            raise ValueError(f"{path}: tensor {key} has the shape {shape}")
+        start, end = end, end + math.prod(cast("list[int]", shape)) * _TYPES[kind].itemsize
+        if entry["data_offsets"] != [start, end]:
+            raise ValueError(
+                f"{path}: tensor {key}, {kind} {shape}, lies at {entry['data_offsets']}, expected is {[start, end]}; the "
+                "header is damaged"
+            )
 
 
 def _shard_name(number: int, count: int) -> str:

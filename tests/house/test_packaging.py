@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("storage", "ds_configs", "data_tools", "merge", "train", "finetune")
+ROOMS = ("storage", "ds_configs", "data_tools", "merge", "bridge", "train", "finetune")
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,12 @@ import torch
 from families import tiny
 from finebridge.merge.export_adapter import export_adapter
 from finebridge.merge.lora_delta import AdapterError
-from finebridge.merge.placement import PlacementError
+from finebridge.merge.placement import Placement, PlacementError
 from finebridge.storage.manifest import verify
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GptOssConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from .conftest import load, peft_logits
 
@@ -44,6 +45,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         family, _, fused = kind.partition(" ")
         folder = made[kind] = tmp_path_factory.mktemp("base")
         small = {"intermediate_size": INNER} if family in ("mixtral", "hunyuan_v1_moe") else {}
+        small |= {"attention_bias": True} if family == "llama" else {}
         model = gpt_oss() if family == "gpt_oss" else tiny(family, **small)
         model.save_pretrained(folder)
         if fused:
@@ -209,6 +211,26 @@ def test_every_scale_becomes_the_one_that_vllm_knows(
     torch.testing.assert_close(peft_logits(base, out), peft_logits(base, adapter), atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}},
+        {"alpha_pattern": {"v_proj": 5}, "lora_bias": True},
+        {"target_modules": ["embed_tokens", "q_proj"], "alpha_pattern": {"embed_tokens": 3}},
+    ],
+    ids=["rslora", "bias", "embedding"],
+)
+def test_scales_of_an_adapter_without_experts(
+    settings: dict[str, Any], bases: Callable[[str], Path], make: Make, tmp_path: Path
+) -> None:
+    base, adapter = bases("llama"), make("llama", target_parameters=None, **settings)
+    export_adapter(adapter, base, tmp_path / "out", say=lambda _: None)
+    torch.testing.assert_close(peft_logits(base, tmp_path / "out"), peft_logits(base, adapter), atol=2e-5, rtol=0)
+    tensors, _, scale = exported(tmp_path / "out")
+    queries = {name: tensor for name, tensor in tensors.items() if "q_proj" in name and "bias" not in name}
+    same(attention(queries, scale), {k: v for k, v in deltas(base, adapter).items() if "q_proj.weight" in k})
+
+
 def test_patterns_name_what_is_written(bases: Callable[[str], Path], make: Make, tmp_path: Path) -> None:
     adapter = make("qwen3_moe", rank_pattern={"q_proj": 2, "experts.gate_up_proj": 3})
     export_adapter(adapter, bases("qwen3_moe"), tmp_path / "out", say=lambda _: None)
@@ -302,3 +324,37 @@ def test_what_cannot_be_exported(bases: Callable[[str], Path], make: Make, tmp_p
         PlacementError, match=r"layers\.0\.mlp\.experts: the model class of the base has no such module"
     ):
         export_adapter(adapter, bases("llama"), tmp_path / "other", say=lambda _: None)
+
+
+def test_forms_that_vllm_has_not_are_refused(
+    bases: Callable[[str], Path], make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = make("gpt_oss", target_parameters=[*BOTH, "mlp.experts.gate_up_proj_bias"])
+    with pytest.raises(AdapterError, match=r"experts\.gate_up_proj_bias: vLLM has no LoRA on a parameter like this"):
+        export_adapter(beside, bases("gpt_oss"), tmp_path / "out")
+    adapter, fused = make("qwen3_moe fused"), bases("qwen3_moe fused")
+    in_order = Placement.parameters
+    monkeypatch.setattr(Placement, "parameters", lambda self, module: in_order(self, module)[::-1])
+    with pytest.raises(
+        AdapterError, match=r"layers\.0\.mlp\.experts: vLLM takes down_proj for the way into the experts"
+    ):
+        export_adapter(adapter, fused, tmp_path / "out")
+
+
+def test_experts_on_disk_that_are_no_modules_are_refused(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make("qwen3_moe fused")
+    names = [f"mlp.experts.*.{name}" for name in ("gate", "up")]
+    converter = WeightConverter(names, "mlp.experts.gate_up_proj", [MergeModulelist(dim=0), Concatenate(dim=1)])
+    monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "qwen3_moe", [converter])
+    tiny("qwen3_moe").save_pretrained(tmp_path / "base")
+    with pytest.raises(AdapterError, match="neither one by one nor in two stacks"):
+        export_adapter(adapter, tmp_path / "base", tmp_path / "out")
+    down = WeightConverter("mlp.experts.*.down", "mlp.experts.down_proj", [MergeModulelist(dim=0)])
+    monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "qwen3_moe", [converter, down])
+    tiny("qwen3_moe").save_pretrained(tmp_path / "base")
+    with pytest.raises(
+        AdapterError, match=r"called model\.layers\.0\.mlp\.experts\.0\.gate, which is no module's weight"
+    ):
+        export_adapter(adapter, tmp_path / "base", tmp_path / "out")

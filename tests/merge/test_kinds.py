@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, tiny
+from families import FAMILIES, SMALL, tiny
 from finebridge.merge.lora_delta import AdapterError
 from finebridge.merge.merge_lora import main, merge
 from finebridge.train.moe import experts_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM, GPT2Config
 
 from .conftest import arguments, load, logits, peft_logits, save_base, tensors
 
@@ -250,3 +250,98 @@ def test_an_adapter_whose_experts_the_base_has_not(base: Path, tmp_path: Path) -
     with pytest.raises(AdapterError, match=r"layers\.0\.mlp\.experts: the model class of the base has no such"):
         merge(base, [adapter], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# ---- weights as [in, out], and tensors that several parameters share
+
+
+def trained(model: Any, folder: Path, **settings: Any) -> Path:
+    """PEFT's adapter for a model that was saved, every trained tensor moved away from its start."""
+    adapted = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8} | settings))
+    torch.manual_seed(1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("prefixed", [True, False], ids=["as saved", "as on the hub"])
+@pytest.mark.parametrize("targets", [["c_proj", "lm_head"], ["c_attn", "attn.c_proj"], ["attn.c_proj"]], ids=str)
+def test_square_weights_as_in_out_whatever_the_adapters_config_says(
+    targets: list[str], prefixed: bool, tmp_path: Path
+) -> None:
+    """PEFT writes the ``fan_in_fan_out`` of the module that it wrapped last, here often a head that has none."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32, tie_word_embeddings="lm_head" not in targets
+    )
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    adapter = trained(load(base), tmp_path / "adapter", target_modules=targets)
+    truth = peft_logits(base, adapter)
+    if not prefixed:
+        plain = {name.removeprefix("transformer."): value for name, value in tensors(base).items()}
+        save_file(plain, base / "model.safetensors", metadata={"format": "pt"})
+    merge(base, [adapter], tmp_path / "out")
+    assert (logits(load(tmp_path / "out")) - truth).abs().max() < 2e-5
+
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 16,
+}
+
+
+def two_names() -> Any:
+    """A model of pictures and text whose tied embedding has another name on disk than in memory."""
+    text = {key: value for key, value in SMALL.items() if "expert" not in key}
+    images = {"mm_tokens_per_image": 4, "image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config={**VISION, "patch_size": 4}, **images)
+    return AutoModelForImageTextToText.from_config(config)
+
+
+def two_ties() -> Any:
+    """An encoder that ties the bias of its head too."""
+    return AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **SMALL, max_position_embeddings=32))
+
+
+SHARED: dict[str, tuple[Callable[[], Any], str, dict[str, Any]]] = {
+    "head, other name on disk": (two_names, "ImageTextToText", {"target_modules": ["q_proj", "lm_head"]}),
+    "embedding, other name on disk": (two_names, "ImageTextToText", {"target_modules": ["embed_tokens"]}),
+    "head, and a bias that is tied too": (two_ties, "MaskedLM", {"target_modules": ["query", "decoder"]}),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_all_that_was_tied_is_there_when_it_is_parted(case: str, tmp_path: Path) -> None:
+    make, kind, settings = SHARED[case]
+    torch.manual_seed(0)
+    model = make()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0, 0.1)
+    model.save_pretrained(tmp_path / "base")
+    auto = {"ImageTextToText": AutoModelForImageTextToText, "MaskedLM": AutoModelForMaskedLM}[kind]
+    adapter = trained(model, tmp_path / "adapter", **settings)
+    live = PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "base", dtype=torch.float32), adapter).eval()
+    merge(tmp_path / "base", [adapter], tmp_path / "out")
+    merged, report = auto.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert (logits(merged.eval()) - logits(live)).abs().max() < 2e-5
+
+
+def test_a_pair_that_the_config_ties_but_the_files_do_not(
+    bases: Callable[..., Path], make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """As transformers does, which ties two stored weights only when they are equal."""
+    both = save_base(tmp_path / "both", tied=True, biased=True)
+    values = tensors(both)
+    save_file(values | {"lm_head.weight": torch.ones(64, 32)}, both / "model.safetensors", metadata={"format": "pt"})
+    adapter = make_adapter(both, target_modules=["embed_tokens"])
+    merge(both, [adapter], tmp_path / "out")
+    assert torch.equal(tensors(tmp_path / "out")["lm_head.weight"], torch.ones(64, 32))
+    assert (logits(load(tmp_path / "out")) - peft_logits(both, adapter)).abs().max() < 1e-5

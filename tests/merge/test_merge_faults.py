@@ -1,14 +1,21 @@
 """A merge that is killed or meets a full disk at any of its write points: the output is whole or absent, never half."""
 
+import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from finebridge.storage.hashing import file_entry
+from safetensors.torch import save_file
 
-from .conftest import MakeAdapter, save_base
+from .conftest import MakeAdapter, arguments, save_base
 
 Trial = Callable[..., dict[str, Any]]
 slow = pytest.mark.slow
@@ -85,3 +92,31 @@ def test_a_disk_full_from_any_point_on(trial: Trial, overwrite: bool, stride: in
         assert "bytes are free" in errors[0]
         assert "Traceback" not in result["text"]
         assert (result["again"], result["then"]) == (0, "new"), "with room again it succeeds"
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_merge_that_is_stopped_leaves_nothing(tmp_path: Path, stop: signal.Signals) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    for folder in ("base", "adapter", "made"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"vocab_size": 7}')
+    save_file(
+        {f"{name}{n or ''}.weight": torch.ones(1024, 1024) for n in range(48)}, tmp_path / "base" / "model.safetensors"
+    )
+    factors = {"lora_A": torch.ones(1, 1024), "lora_B": torch.ones(1024, 1)}
+    save_file(
+        {f"base_model.model.{name}.{key}.weight": value for key, value in factors.items()},
+        tmp_path / "adapter" / "adapter_model.safetensors",
+    )
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    words = arguments(tmp_path / "base", tmp_path / "adapter", tmp_path / "made" / "out", "--workers", "1")
+    merging = subprocess.Popen(
+        [sys.executable, "-P", "-m", "finebridge.finetune.cli", "merge", *words], stderr=subprocess.PIPE, text=True
+    )
+    while not list((tmp_path / "made").glob(".*/*.safetensors")) and merging.poll() is None:
+        time.sleep(0.01)
+    merging.send_signal(stop)
+    _, said = merging.communicate(timeout=60)
+    assert (merging.returncode, said) == (130, "interrupted\n")
+    assert list((tmp_path / "made").iterdir()) == []

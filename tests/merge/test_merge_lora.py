@@ -143,7 +143,7 @@ def test_the_output_loads_whole_and_verifies(base: Path, adapter: Path, tmp_path
     assert manifest["kind"] == "merged"
     made_from = manifest["made_from"]
     assert made_from.pop("changes")
-    assert made_from == {"base": str(base), "adapters": {str(adapter): 1.0}, "save_dtype": "bf16"}
+    assert made_from == {"base": str(base), "adapters": [[str(adapter), 1.0]], "save_dtype": "bf16"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -171,7 +171,7 @@ def test_an_existing_output_needs_overwrite(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
     assert main(arguments(base, adapter, tmp_path / "out")) == 2
-    assert "exists already; choose another --output_path or give --overwrite" in capsys.readouterr().err
+    assert "exists already; choose another folder or give --overwrite" in capsys.readouterr().err
     assert (tmp_path / "out" / "precious").exists()
     assert main(arguments(base, adapter, tmp_path / "out", "--overwrite")) == 0
     verify(tmp_path / "out")
@@ -225,6 +225,58 @@ def test_bad_input_is_exit_code_2_and_named(
     assert main(arguments(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")) == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+UP = "model.layers.0.mlp.up_proj.weight"  # [64, 32]
+HEADERS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "larger than its bytes": lambda header: header[UP].update(shape=[64, 64]),
+    "smaller than its bytes": lambda header: header[UP].update(shape=[64, 16]),
+    "another type": lambda header: header[UP].update(dtype="F16"),
+    "an unknown type": lambda header: header[UP].update(dtype="F3"),
+    "no type": lambda header: header[UP].pop("dtype"),
+    "no shape": lambda header: header[UP].pop("shape"),
+    "a shape below zero": lambda header: header[UP].update(shape=[-64, -32]),
+    "on top of another": lambda header: header[UP].update(data_offsets=[0, 8192]),
+    "before the start": lambda header: header[UP].update(data_offsets=[-8192, 0]),
+    "a gap": lambda header: header.pop(UP),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_that_contradicts_itself_is_refused(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Its tensors would be read from other tensors' bytes."""
+    shutil.copytree(base, tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    HEADERS[name](header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+    assert main(arguments(tmp_path / "base", adapter, tmp_path / "out")) == 2
+    assert f"{path}: tensor model." in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": float("inf")},
+        {"rank_pattern": [4]},
+        {"rank_pattern": {"(": 4}},
+        {"alpha_pattern": {"q_proj": "x"}},
+        {"target_parameters": [3]},
+        {"target_parameters": "q_proj.weight"},
+    ],
+    ids=str,
+)
+def test_settings_of_a_wrong_kind_are_refused_by_name(
+    base: Path, edited: Edited, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    assert_refused(base, edited(**settings), tmp_path, rf"adapter_config\.json: {next(iter(settings))} is ")
 
 
 @pytest.mark.parametrize("size", ["5XB", "0", "inf"])

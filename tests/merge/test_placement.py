@@ -1,6 +1,7 @@
 """Where parameters of the model in memory lie on disk; the oracle is what transformers itself saves and loads."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -24,6 +25,7 @@ from transformers import (
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
+    ConversionOps,
     MergeModulelist,
     PermuteForRope,
     Transpose,
@@ -97,7 +99,7 @@ def every_weight_is_found(
     placement: Placement, memory: dict[str, torch.Tensor], disk: dict[str, torch.Tensor]
 ) -> dict[str, list[Part]]:
     """Hold every parameter against the disk, bit for bit; every tensor on disk is used once."""
-    tied = dict(placement.tied())
+    tied = dict(placement.tied(memory))
     found = {name: placement.parts(name, tuple(memory[name].shape)) for name in memory if name not in tied}
     for name, parts in found.items():
         assert torch.equal(rebuilt(parts, memory[name], disk), memory[name]), name
@@ -192,6 +194,8 @@ def test_an_experts_own_weight_in_a_fused_base(weight: str, tmp_path: Path) -> N
     assert part.expert == 3
     assert torch.equal(memory[fused][3, part.rows, part.cols], apart[name])
     assert stored(tmp_path, apart).fused(name) is None, "on disk as it is"
+    bare = {key.removeprefix("model."): tensor for key, tensor in apart.items()}
+    assert stored(tmp_path, bare).fused(name) is None, "the base holds no fused one"
     assert placement.fused("model.layers.1.mlp.experts.3.other.weight") is None
     assert placement.fused("model.layers.1.mlp.experts.4.up_proj.weight") is None, "there are four experts"
 
@@ -239,20 +243,45 @@ def test_regions_of_every_form(
     assert max(map(len, found.values())) == parts
 
 
+def test_a_conversion_that_looks_at_shapes(conversion: Callable[..., None], tmp_path: Path) -> None:
+    names = [f".mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    conversion("qwen3_moe", *(WeightConverter(name, name, [Transpose(1, 2, check_dims=True)]) for name in names))
+    memory, disk = saved(tiny("qwen3_moe", moe_intermediate_size=20), tmp_path)
+    disk = {key.removeprefix("model."): tensor for key, tensor in disk.items()}
+    every_weight_is_found(stored(tmp_path, disk), memory, disk)
+    turned = {key: tensor.transpose(1, 2).contiguous() if tensor.ndim == 3 else tensor for key, tensor in disk.items()}
+    found = every_weight_is_found(stored(tmp_path, turned), memory, turned)
+    assert all(part.transposed for part in found[EXPERTS])
+
+
+class Doubled(ConversionOps):
+    """Half of a weight is on disk; the way back loses the other half."""
+
+    def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **_: Any) -> dict[str, Any]:
+        (tensors,) = input_dict.values()
+        return {target_patterns[0]: tensors[0].chunk(2)[0]}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
 def test_what_is_no_region_is_refused(conversion: Callable[..., None], tmp_path: Path) -> None:
     model = tiny("llama")
     joined = WeightConverter("mlp.both.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Chunk(dim=0)])
     mixed = WeightConverter("self_attn.wq.weight", "self_attn.q_proj.weight", [PermuteForRope()])
     uneven = WeightConverter(
-        [f"self_attn.o{n}.weight" for n in range(5)], "self_attn.o_proj.weight", [Concatenate(dim=1)]
+        [f"self_attn.o{n}.weight" for n in range(3)], "self_attn.o_proj.weight", [Concatenate(dim=1)]
     )
-    conversion("llama", joined, mixed, uneven)
+    cut = WeightConverter("self_attn.half.weight", "self_attn.v_proj.weight", [Doubled()])
+    conversion("llama", joined, mixed, uneven, cut)
     memory, disk = saved(model, tmp_path)
     placement = stored(tmp_path, disk)
     for name, message in {
         "mlp.up_proj": r"it lies in .*mlp.both.weight, but not as a region of its own",
         "self_attn.q_proj": "in another order|fails on a part",
-        "self_attn.o_proj": "in another order|not as a region of its own|not come out even",
+        "self_attn.v_proj": "in another order",
+        "self_attn.o_proj": "not as a region of its own",
     }.items():
         weight = f"model.layers.0.{name}.weight"
         with pytest.raises(PlacementError, match=rf"^{weight}: .*({message})"):
@@ -274,7 +303,8 @@ def test_tied_embeddings(tied: bool, tmp_path: Path) -> None:
     memory, disk = saved(tiny("llama", tie_word_embeddings=tied), tmp_path)
     pairs = [("lm_head.weight", "model.embed_tokens.weight")] if tied else []
     placement = stored(tmp_path, disk)
-    assert placement.tied() == pairs
+    assert placement.tied(["model.embed_tokens.weight"]) == pairs
+    assert placement.tied(["model.norm.weight"]) == []
     assert ("lm_head.weight" in disk) is not tied
     if tied:
         with pytest.raises(
@@ -288,7 +318,7 @@ def test_names_that_are_on_disk_need_no_transformers(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from finebridge.merge.placement import Placement\n"
         f"p = Placement(Path({str(tmp_path)!r}), ['a.weight', 'b.weight'], shapes={{'a.weight': (4, 6), 'b.weight': (4,)}})\n"
-        "print(p.parts('a.weight', (4, 6)), p.parts('b.weight', (4,)), p.fused('a.weight'), p.tied())\n"
+        "print(p.parts('a.weight', (4, 6)), p.parts('b.weight', (4,)), p.fused('a.weight'), p.tied(['a.weight']))\n"
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
@@ -315,6 +345,9 @@ def test_what_has_no_place_is_told_by_name(tmp_path: Path) -> None:
         PlacementError, match=r"gate_up_proj: .*experts.2.up_proj.weight, which holds .*, is not on disk"
     ):
         stored(tmp_path, lost).parts(EXPERTS, shape)
+    more = disk | {"model.layers.1.mlp.experts.4.up_proj.weight": torch.zeros(16, 32)}
+    with pytest.raises(PlacementError, match=r"gate_up_proj: .*experts.4.up_proj.weight belongs to it, but"):
+        stored(tmp_path, more).parts(EXPERTS, shape)
     short = disk | {"model.layers.1.mlp.experts.0.up_proj.weight": torch.zeros(8, 32)}
     with pytest.raises(PlacementError, match=r"experts.0.up_proj.weight has the shape \(8, 32\)"):
         stored(tmp_path, short).parts(EXPERTS, shape)
@@ -326,3 +359,14 @@ def test_a_base_that_transformers_cannot_build(tmp_path: Path) -> None:
     )
     with pytest.raises(PlacementError, match=r"(?s)cannot build this model .*--trust_remote_code"):
         Placement(tmp_path, ["a.weight"]).parts("b.weight", (4, 4))
+
+
+def test_a_base_with_code_of_its_own(listed_moe: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(listed_moe, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"architectures": ["Qwen3MoeForCausalLM"]}
+    (base / "config.json").write_text(json.dumps(config))
+    disk = load_file(base / "model.safetensors")
+    module = "model.layers.0.mlp.experts.3.up_proj"
+    assert Placement(base, disk, trust_remote_code=True).parameters(module) == [("weight", (16, 32))]
+    with pytest.raises(PlacementError, match=r"(?s)cannot build this model .*--trust_remote_code"):
+        Placement(base, disk).parameters(module)

@@ -110,6 +110,16 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None
     assert names(tmp_path) == ["x"]
 
 
+def test_a_file_or_link_that_is_replaced_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for name in ("file", "link"):
+        make(tmp_path / name, replace=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "file", "link"]
+    assert not (tmp_path / "link").is_symlink()
+
+
 def test_replace_keeps_the_old_until_the_new_stands(tmp_path: Path) -> None:
     target = make(tmp_path / "x")
     (target / "stale.txt").write_text("not in the new one")

@@ -9,6 +9,7 @@ import weakref
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,41 @@ def test_any_range_of_elements_is_that_of_the_flat_tensor(tmp_path: Path, legacy
 
 
 @BOTH
+def test_what_was_read_may_be_changed(tmp_path: Path, legacy: bool) -> None:
+    wanted = {name: value for name, value in tensors(legacy=legacy).items() if value.is_floating_point()}
+    save(wanted, tmp_path / SINGLE, legacy=legacy)
+    with BinCheckpoint(tmp_path) as weights:
+        for name, value in wanted.items():
+            for changed in (weights.get(name), weights.read(name, 0, value.numel()), weights.read(name, 0, 1)):
+                assert changed.reshape(-1).stride() == (1,)
+                changed.zero_()
+        for name, value in wanted.items():
+            assert equal(weights.get(name), value.detach()), name
+
+
+def test_threads_read_older_files_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {f"{i}.bin": {f"t{i}": torch.full((100,), float(i))} for i in range(3)}
+    with BinCheckpoint(sharded(tmp_path / "x", parts, legacy=True)) as weights, ThreadPoolExecutor(4) as pool:
+        monkeypatch.setattr(safe_load, "load_tensors", alone(safe_load.load_tensors))
+        names = [name for name in weights for _ in range(20)]
+        got = list(pool.map(lambda name: weights.read(name, 10, 20), names))
+    assert all(equal(value, torch.full((10,), float(name[1:]))) for name, value in zip(names, got, strict=True))
+
+
+def alone(load: Callable[[Path], dict[str, torch.Tensor]]) -> Callable[[Path], dict[str, torch.Tensor]]:
+    """``load``, failing while a storage of an earlier file lives."""
+    living: list[weakref.ref[Any]] = []
+
+    def watched(path: Path) -> dict[str, torch.Tensor]:
+        assert not any(ref() is not None for ref in living), "two files in memory"
+        loaded = load(path)
+        living[:] = [weakref.ref(value) for value in loaded.values()]
+        return loaded
+
+    return watched
+
+
+@BOTH
 def test_shards_are_read_in_the_order_of_the_index(tmp_path: Path, legacy: bool) -> None:
     parts = {"z.bin": {"a": torch.ones(2), "c": torch.full((2, 3), 3.0)}, "y.bin": {"b": torch.zeros(4)}}
     with BinCheckpoint(sharded(tmp_path / "x", parts, legacy=legacy)) as weights:
@@ -177,22 +213,20 @@ def test_memory_is_none_for_mapped_files_and_one_file_for_others(tmp_path: Path,
     assert int(highest) < most
 
 
-def test_an_older_file_is_gone_before_the_next_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_file_is_read_once_and_gone_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = {f"{i}.bin": {f"t{i}": torch.full((2,), float(i))} for i in range(3)}
-    seen: list[weakref.ref[Any]] = []
-    living: list[int] = []
+    read: list[str] = []
+    load = alone(load_tensors)
 
-    def watched(path: Path) -> dict[str, torch.Tensor]:
-        living.append(sum(ref() is not None for ref in seen))
-        loaded = load_tensors(path)
-        seen.extend(weakref.ref(value) for value in loaded.values())
-        return loaded
+    def counted(path: Path) -> dict[str, torch.Tensor]:
+        read.append(path.name)
+        return load(path)
 
     with BinCheckpoint(sharded(tmp_path / "x", parts, legacy=True)) as weights:
-        monkeypatch.setattr(safe_load, "load_tensors", watched)
-        for number, name in enumerate([name for name in weights for _ in range(2)]):
-            assert weights.get(name)[0] == number // 2
-        assert living == [0, 0, 0], "each file is read once, and alone"
+        monkeypatch.setattr(safe_load, "load_tensors", counted)
+        kept = [weights.get(name) for name in weights for _ in range(2)]
+    assert read == list(parts)
+    assert [int(value[0]) for value in kept] == [0, 0, 1, 1, 2, 2]
 
 
 # Hostile files

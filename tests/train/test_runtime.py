@@ -73,3 +73,32 @@ def test_ranks_that_would_train_a_model_each_are_refused(
     assert done.codes == [2, 2], done.texts
     assert "the launcher started 2 ranks but the Trainer sees 1: each would train a model of its own" in done.text
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+RANKS_MEET = """
+import os, sys, torch, torch.distributed as dist
+from finebridge.train import runtime
+
+def meet(rank):
+    least, total = torch.tensor(rank), torch.tensor(rank + 1)
+    runtime.reduce(least, "MIN")
+    runtime.reduce(total)
+    return runtime.place(), runtime.gather(rank), runtime.from_main(f"of {rank}"), int(least), int(total)
+
+assert meet(5) == ((0, 1), [5], "of 5", 5, 6)
+first = os.fork()
+rank = 0 if first else 1
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 2), rank=rank, world_size=2)
+assert meet(rank) == ((rank, 2), [0, 1], "of 0", 0, 3)
+runtime.finish()
+code = os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) if first else 0
+os._exit(code)
+"""
+
+
+@pytest.mark.distributed
+def test_what_ranks_tell_one_another(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RANKS_MEET, tmp_path / "store"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,381 @@
+"""Megatron's arguments of a model, from its config.json, and a config.json from such arguments.
+
+A Megatron checkpoint carries the arguments of the run that wrote it (``args``, a Namespace). ``--use-checkpoint-args`` takes
+the model from them, and a load compares some (``check_checkpoint_args``). What a config.json cannot say for itself, such as
+biases, norms of query and key, or which layers have experts, is read from the family's table.
+
+Sources: Megatron-LM core_v0.16.1 and main of 2026-08, ``megatron/training/{arguments,argument_utils,checkpointing}.py``,
+``gpt_builders.py``; transformers 5 ``modeling_rope_utils.py`` and the model files. The tests build a real Megatron-Core
+model from these arguments and compare its logits with those of transformers.
+
+Stock Megatron-LM ignores two of them when it builds a GPT model: ``rope_scaling_factor`` (it always takes 8, Llama 3.2
+needs 32) and ``rotary_seq_len_interpolation_factor``.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import BridgeError
+from .families import family_of
+from .family import Family, head_dim
+
+Config = Mapping[str, Any]
+Args = dict[str, Any]
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # what is meant where a config does not say
+
+
+def to_args(config: Config, family: Family | None = None, *, tp: int = 1, divisible_by: int = 128) -> Args:
+    """The content of Megatron's Namespace for a model of this config.json; layout and dtype of a run are not in it.
+
+    ``tp`` and ``divisible_by`` only shape ``padded_vocab_size``. Raises BridgeError for a key that is missing and for a
+    model that Megatron-Core cannot compute.
+    """
+    family = family or family_of(config)
+    names = {row.mcore for row in family.rows(config)}
+    rows, step = int(_need(config, "vocab_size")), tp * divisible_by
+    return {
+        "vocab_size": rows,
+        "make_vocab_size_divisible_by": divisible_by,
+        "padded_vocab_size": math.ceil(rows / step) * step,
+        "tokenizer_type": "HuggingFaceTokenizer",
+        "untie_embeddings_and_output_weights": "output_layer.weight" in names,
+        **_body(config, names),
+        **_attention(config, names),
+        **_rope(config, latent=_any(names, ".linear_kv_down_proj.weight")),
+        **(_experts(config, names) if _any(names, ".router.weight") else {"num_experts": None}),
+        "mtp_num_layers": len({name.split(".")[2] for name in names if name.startswith("mtp.")}) or None,
+    }
+
+
+def _need(config: Config, key: str) -> Any:
+    if config.get(key) is None:
+        raise BridgeError(f"config.json: {key} is missing")
+    return config[key]
+
+
+def _any(names: set[str], ending: str) -> bool:
+    return any(name.endswith(ending) for name in names)
+
+
+def _body(config: Config, names: set[str]) -> Args:
+    """Sizes, norms and the MLP."""
+    if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise BridgeError(f"config.json: hidden_act {act} is none that the bridge knows; silu is")
+    for key, tensor in {
+        "attention_bias": ".linear_qkv.bias", "attention_out_bias": ".linear_proj.bias", "mlp_bias": ".linear_fc1.bias",
+    }.items():  # fmt: skip
+        if config.get(key) and not _any(names, tensor):
+            raise BridgeError(
+                f"config.json: {key} is true, but Megatron-Core has no such bias in {config['model_type']} models"
+            )
+    context = int(_need(config, "max_position_embeddings"))
+    return {
+        "num_layers": int(_need(config, "num_hidden_layers")),
+        "hidden_size": int(_need(config, "hidden_size")),
+        "ffn_hidden_size": int(_need(config, "intermediate_size")),
+        "seq_length": context,
+        "max_position_embeddings": context,
+        "normalization": "RMSNorm",
+        "norm_epsilon": float(_need(config, "rms_norm_eps")),  # its name before core 0.16
+        "layernorm_epsilon": float(config["rms_norm_eps"]),
+        "apply_layernorm_1p": False,
+        "swiglu": True,
+        "squared_relu": False,
+        "add_bias_linear": False,
+        "add_qkv_bias": _any(names, ".linear_qkv.bias"),
+        "attention_dropout": float(config.get("attention_dropout") or 0.0),
+        "hidden_dropout": float(config.get("residual_dropout") or 0.0),
+    }
+
+
+def _attention(config: Config, names: set[str]) -> Args:
+    """Heads and what they see; latent attention has sizes of its own."""
+    heads = int(_need(config, "num_attention_heads"))
+    groups = int(config.get("num_key_value_heads") or heads)
+    common: Args = {"num_attention_heads": heads, "apply_query_key_layer_scaling": False, **_window(config)}
+    if not _any(names, ".linear_kv_down_proj.weight"):
+        return common | {
+            "multi_latent_attention": False,
+            "group_query_attention": groups != heads,
+            "num_query_groups": groups,
+            "kv_channels": head_dim(config),
+            "qk_layernorm": _any(names, ".q_layernorm.weight"),
+        }
+    if config.get("rope_interleave") is False:
+        raise BridgeError(
+            "config.json: rope_interleave false: Megatron-Core's latent attention rotates neighbouring pairs"
+        )
+    return common | {
+        "multi_latent_attention": True,
+        "group_query_attention": False,
+        "num_query_groups": heads,
+        "kv_channels": int(_need(config, "v_head_dim")),
+        "qk_layernorm": True,
+        "q_lora_rank": config.get("q_lora_rank"),
+        "kv_lora_rank": int(_need(config, "kv_lora_rank")),
+        "qk_head_dim": int(_need(config, "qk_nope_head_dim")),
+        "qk_pos_emb_head_dim": int(_need(config, "qk_rope_head_dim")),
+        "v_head_dim": int(config["v_head_dim"]),
+    }
+
+
+def _window(config: Config) -> Args:
+    """Sliding-window attention: (tokens to the left, to the right) and, when not in all layers, a flag a layer."""
+    width = config.get("sliding_window")
+    # Qwen's configs have a width even where the window is off; Mistral's have only the width.
+    if not width or not config.get("use_sliding_window", "max_window_layers" not in config):
+        return {"window_size": None, "window_attn_skip_freq": None}
+    layers = int(config["num_hidden_layers"])
+    if kinds := config.get("layer_types"):
+        flags = [int(kind == "sliding_attention") for kind in kinds]
+    else:
+        flags = [int(layer >= int(config.get("max_window_layers", 0))) for layer in range(layers)]
+    if not any(flags):
+        return {"window_size": None, "window_attn_skip_freq": None}
+    return {"window_size": (int(width) - 1, 0), "window_attn_skip_freq": None if all(flags) else flags}
+
+
+def _rope(config: Config, *, latent: bool) -> Args:
+    """Rotary positions. transformers 5 has ``rope_parameters``, before there were ``rope_theta`` and ``rope_scaling``."""
+    rope: dict[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    common: Args = {
+        "position_embedding_type": "rope",
+        "use_rotary_position_embeddings": True,
+        "add_position_embedding": True,  # the default of a flag that is out of use; a load compares it
+        "rotary_base": int(base) if base.is_integer() else base,
+        "rotary_percent": float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0),
+        "rotary_interleaved": False,
+        "use_rope_scaling": False,
+        "rotary_seq_len_interpolation_factor": None,
+    }
+    if kind == "yarn":
+        return common | _yarn(config, rope, latent=latent)
+    if latent and kind == "default":
+        return common | {"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+    if kind == "default":
+        return common
+    if kind == "linear" and not latent:
+        return common | {"rotary_seq_len_interpolation_factor": float(_need(rope, "factor"))}
+    if kind == "llama3" and not latent:
+        if other := {key: rope.get(key) for key, value in LLAMA3.items() if rope.get(key) != value}:
+            raise BridgeError(f"config.json: rope scaling with {other}: Megatron-Core's is fixed to {LLAMA3}")
+        return common | {"use_rope_scaling": True, "rope_scaling_factor": float(_need(rope, "factor"))}
+    raise BridgeError(f"config.json: rope type {kind} is none that Megatron-Core computes for this model")
+
+
+def _yarn(config: Config, rope: Mapping[str, Any], *, latent: bool) -> Args:
+    """YaRN: latent attention has the plain names, other attention Megatron's ``yarn_`` ones."""
+    context = int(config["max_position_embeddings"])
+    original = int(
+        config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or context
+    )
+    factor = float(rope.get("factor") or context / original)
+    mscale, all_dim = rope.get("mscale") or 0.0, rope.get("mscale_all_dim") or 0.0
+    if all_dim and not (mscale and latent):
+        raise BridgeError(
+            f"config.json: rope scaling with mscale {mscale} and mscale_all_dim {all_dim}: not computed alike"
+        )
+    mscale = float(mscale) if all_dim else 1.0  # transformers takes both or none
+    stretch = _magnitude(factor, mscale) / _magnitude(factor, all_dim)
+    if (said := rope.get("attention_factor")) is not None and not math.isclose(said, stretch):
+        raise BridgeError(f"config.json: rope scaling with attention_factor {said}: Megatron-Core's is {stretch}")
+    shared: Args = {"rotary_scaling_factor": factor, "mscale": mscale, "mscale_all_dim": float(all_dim)}
+    shape = {key: float(rope.get(key) or value) for key, value in YARN.items()}
+    if not latent:
+        return shared | {
+            "position_embedding_type": "yarn",
+            "use_rotary_position_embeddings": False,
+            "yarn_original_max_position_embeddings": original,
+            **{f"yarn_{key}": value for key, value in shape.items()},
+            "yarn_correction_range_round_to_int": bool(rope.get("truncate", True)),
+        }
+    if rope.get("truncate") is False:
+        raise BridgeError("config.json: rope scaling without truncate: Megatron-Core's latent attention always rounds")
+    return shared | {"rope_type": "yarn", "original_max_position_embeddings": original, **shape}
+
+
+def _magnitude(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _experts(config: Config, names: set[str]) -> Args:
+    """Experts and their router. Without ``norm_topk_prob`` the softmax is taken over all experts, else over the chosen."""
+    layers = int(config["num_hidden_layers"])
+    sparse = [int(f"decoder.layers.{layer}.mlp.router.weight" in names) for layer in range(layers)]
+    biased = _any(names, ".router.expert_bias")
+    score = config.get("scoring_func") or ("sigmoid" if biased else "softmax")
+    chosen = int(_need(config, "num_experts_per_tok"))
+    normed = bool(config.get("norm_topk_prob", biased))
+    if score == "sigmoid" and chosen > 1 and not normed:
+        raise BridgeError(
+            "config.json: norm_topk_prob false: Megatron-Core always norms the weights of a sigmoid router"
+        )
+    scale, size = float(config.get("routed_scaling_factor") or 1.0), int(_need(config, "moe_intermediate_size"))
+    shared = int(config.get("n_shared_experts") or 0)
+    return {
+        "num_experts": len(
+            {name.split(".local_experts.")[1].split(".")[0] for name in names if ".local_experts." in name}
+        ),
+        "moe_layer_freq": 1 if all(sparse) else sparse,
+        "moe_ffn_hidden_size": size,
+        "moe_router_topk": chosen,
+        "moe_router_score_function": score,
+        "moe_router_pre_softmax": score == "softmax" and not normed,
+        "moe_router_enable_expert_bias": biased,
+        "moe_router_topk_scaling_factor": None if scale == 1.0 else scale,
+        **_expert_groups(config, chosen, biased=biased),
+        "moe_shared_expert_intermediate_size": shared * size or None,
+        "moe_shared_expert_gate": False,
+    }
+
+
+def _expert_groups(config: Config, chosen: int, *, biased: bool) -> Args:
+    """Experts are chosen from the best groups only. Megatron-Core ranks a group by the sum of its best few."""
+    groups, kept = int(config.get("n_group") or 1), int(config.get("topk_group") or 1)
+    if groups == kept or config.get("topk_method") == "greedy":
+        return {"moe_router_num_groups": None, "moe_router_group_topk": None}
+    few = 2 if biased else 1  # DeepSeek-V3 and DeepSeek-V2
+    if chosen // kept != few:
+        raise BridgeError(
+            f"config.json: {chosen} experts from {kept} of {groups} groups: the model ranks a group by its best {few}, "
+            f"Megatron-Core by its best {chosen // kept}"
+        )
+    return {"moe_router_num_groups": groups, "moe_router_group_topk": kept}
+
+
+# ---- and back
+
+_PLAIN: Mapping[str, Any] = {  # what a config.json made from arguments takes for granted
+    "normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "apply_layernorm_1p": False,
+    "layernorm_zero_centered_gamma": False, "qk_l2_norm": False, "multi_latent_attention": False,
+    "rotary_percent": 1.0, "rotary_interleaved": False, "no_rope_freq": None, "window_attn_skip_freq": None,
+    "attention_output_gate": False, "experimental_attention_variant": None, "linear_attention_freq": None,
+    "heterogeneous_layers_config_path": None, "hybrid_override_pattern": None, "hybrid_layer_pattern": None, "spec": None,
+    "moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False, "moe_router_num_groups": None,
+    "moe_router_topk_scaling_factor": None, "moe_shared_expert_intermediate_size": None, "moe_latent_size": None,
+    "mtp_num_layers": None,
+}  # fmt: skip
+_CLASSES = {
+    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM", "seed_oss": "SeedOssForCausalLM",
+}  # fmt: skip
+
+
+def to_config(args: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json for the content of a Megatron Namespace, for Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE and Seed-OSS.
+
+    The class is the first whose weights and sums fit: a Mistral without window becomes a Llama, which is the same. Token
+    ids are null: no argument tells them. Without ``vocab_size`` padding rows stay, as part of the vocabulary. Raises
+    BridgeError for any other model.
+    """
+    if other := [f"{key}={args[key]}" for key, plain in _PLAIN.items() if _differs(args.get(key), plain)]:
+        raise BridgeError(
+            f"args: a model with {', '.join(other)} is none for which a config.json can be made; give --hf_config"
+        )
+    width, heads = int(_told(args, "hidden_size")), int(_told(args, "num_attention_heads"))
+    channels = int(args.get("kv_channels") or width // heads)
+    epsilon = args.get("layernorm_epsilon")
+    kind = _model_type(args, own_head_dim=channels * heads != width)
+    return {
+        "architectures": [_CLASSES[kind]],
+        "model_type": kind,
+        "vocab_size": int(args.get("vocab_size") or _told(args, "padded_vocab_size")),
+        "hidden_size": width,
+        "intermediate_size": int(_told(args, "ffn_hidden_size")),
+        "num_hidden_layers": int(_told(args, "num_layers")),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(_told(args, "num_query_groups")) if args.get("group_query_attention") else heads,
+        "head_dim": channels,
+        "hidden_act": "silu",
+        "max_position_embeddings": int(_told(args, "max_position_embeddings")),
+        "rms_norm_eps": float(_told(args, "norm_epsilon") if epsilon is None else epsilon),
+        "tie_word_embeddings": not _told(args, "untie_embeddings_and_output_weights"),
+        "attention_dropout": float(args.get("attention_dropout") or 0.0),
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **_biases(kind, args),
+        **_window_back(kind, args),
+        **_rope_back(args),
+        **(_experts_back(args) if args.get("num_experts") else {}),
+    }
+
+
+def _differs(value: Any, plain: Any) -> bool:
+    """Whether a setting is there and means something: null, false and a frequency of nothing are all off."""
+    return (bool(value) if not plain else value != plain) and value is not None
+
+
+def _told(args: Mapping[str, Any], key: str) -> Any:
+    if args.get(key) is None:
+        raise BridgeError(f"args: {key} is missing; give --hf_config")
+    return args[key]
+
+
+def _model_type(args: Mapping[str, Any], *, own_head_dim: bool) -> str:
+    normed, biased = bool(args.get("qk_layernorm")), bool(args.get("add_qkv_bias"))
+    experts, window = bool(args.get("num_experts")), bool(args.get("window_size"))
+    if (normed and biased) or (experts and not normed) or (window and biased and own_head_dim):
+        raise BridgeError(
+            f"args: no plain model has num_experts={args.get('num_experts')}, qk_layernorm={normed}, "
+            f"add_qkv_bias={biased}, window_size={args.get('window_size')}; give --hf_config"
+        )
+    if normed:
+        return "qwen3_moe" if experts else "qwen3"
+    if biased:
+        return "seed_oss" if own_head_dim else "qwen2"
+    return "mistral" if window else "llama"
+
+
+def _biases(kind: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    if kind in ("qwen2", "mistral"):
+        return {}  # have or lack them always
+    more = {"attention_out_bias": False, "residual_dropout": args.get("hidden_dropout") or 0.0}
+    return {"attention_bias": kind == "seed_oss", **(more if kind == "seed_oss" else {})}
+
+
+def _window_back(kind: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    window = args.get("window_size")
+    width = int(window[0]) + 1 if window else None
+    if kind == "mistral":
+        return {"sliding_window": width}
+    if kind.startswith("qwen"):
+        return {"use_sliding_window": bool(width), "sliding_window": width, "max_window_layers": 0}
+    return {}
+
+
+def _rope_back(args: Mapping[str, Any]) -> dict[str, Any]:
+    """``rope_theta`` and ``rope_scaling``, which transformers 4 and 5 both read."""
+    kind, stretch = args.get("position_embedding_type"), args.get("rotary_seq_len_interpolation_factor")
+    scaling: dict[str, Any] | None = None
+    if kind == "yarn":
+        scaling = {
+            "rope_type": "yarn",
+            "factor": float(_told(args, "rotary_scaling_factor")),
+            "original_max_position_embeddings": int(_told(args, "yarn_original_max_position_embeddings")),
+            **{key: float(_told(args, f"yarn_{key}")) for key in YARN},
+            "truncate": bool(args.get("yarn_correction_range_round_to_int", True)),
+        }
+    elif kind != "rope":
+        raise BridgeError(f"args: position_embedding_type={kind}: the plain families have rope; give --hf_config")
+    elif args.get("use_rope_scaling"):
+        scaling = {"rope_type": "llama3", "factor": float(args.get("rope_scaling_factor") or 8.0), **LLAMA3}
+    elif stretch:
+        scaling = {"rope_type": "linear", "factor": float(stretch)}
+    return {"rope_theta": float(_told(args, "rotary_base")), "rope_scaling": scaling}
+
+
+def _experts_back(args: Mapping[str, Any]) -> dict[str, Any]:
+    frequency, layers = args.get("moe_layer_freq") or 1, range(int(args["num_layers"]))
+    sparse = [layer % frequency == 0 for layer in layers] if isinstance(frequency, int) else list(frequency)
+    return {
+        "num_experts": int(args["num_experts"]),
+        "num_experts_per_tok": int(_told(args, "moe_router_topk")),
+        "moe_intermediate_size": int(_told(args, "moe_ffn_hidden_size")),
+        "norm_topk_prob": not args.get("moe_router_pre_softmax"),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer, has_experts in enumerate(sparse) if not has_experts],
+    }

@@ -1,0 +1,117 @@
+"""The names under which Megatron-Core stores a tensor, by the kind of layers that a model was built from.
+
+The canonical names are those of TransformerEngine's layers, with one entry an expert. Names here are a rank's own
+(``parallel.shift``); both directions are pure functions. Source: megatron-core 0.16.1 ``models/gpt/gpt_layer_specs.py``,
+``transformer/moe/experts.py``.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+
+from .errors import BridgeError
+
+DIALECTS = ("mcore", "mcore-local")
+_PLANNED = ("mindspeed", "pai")
+_IN_LAYER = re.compile(r"^(decoder\.layers\.\d+|mtp\.layers\.\d+\.(?:transformer_layer|mtp_model_layer))\.(.+)$")
+_EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)$")
+_GROUPED = re.compile(r"^mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
+_LINEAR = re.compile(r"^(.*\.(?:linear_\w+|eh_proj))\.weight\d*$")
+_FUSED = {  # the norm is a part of the linear layer behind it -> it is a module of its own
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+    "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
+    "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
+}
+
+
+def check_dialect(dialect: str) -> None:
+    """Raise BridgeError for a dialect that cannot be written."""
+    if dialect in _PLANNED:
+        raise BridgeError(f"--dialect {dialect}: not yet; {' and '.join(DIALECTS)} can be written")
+    if dialect not in DIALECTS:
+        raise BridgeError(f"--dialect {dialect}: not known; choose from {', '.join(DIALECTS)}")
+
+
+def stored_name(name: str, dialect: str) -> str:
+    """The name of a tensor in a model's state dict. ``mcore``: TransformerEngine layers with grouped experts."""
+    check_dialect(dialect)
+    found = _IN_LAYER.match(name)
+    if not found:
+        return name
+    layer, inner = found.groups()
+    if dialect == "mcore":
+        expert = _EXPERT.match(inner)
+        return f"{layer}.mlp.experts.{expert[2]}.{expert[3]}{expert[1]}" if expert else name
+    for fused, alone in _FUSED.items():
+        if inner.startswith(fused):
+            return f"{layer}.{alone}{inner.removeprefix(fused)}"
+    return name
+
+
+def canonical_names(stored: Iterable[str]) -> dict[str, str]:
+    """Of each name of one state dict the canonical one, whatever layers it is from: what a layer holds tells.
+
+    Not for ``experts.weight1`` and ``weight2``: see ``ungrouped``.
+    """
+    layers: dict[str, set[str]] = {}
+    names = list(stored)
+    for name in names:
+        if found := _IN_LAYER.match(name):
+            layers.setdefault(found[1], set()).add(found[2])
+    result: dict[str, str] = {}
+    for name in names:
+        found = _IN_LAYER.match(name)
+        result[name] = f"{_newest(found[1])}.{_inner(found[2], layers[found[1]])}" if found else name
+    return result
+
+
+def uses_local_spec(stored: Collection[str]) -> bool:
+    """Whether a state dict with latent attention is from Megatron's own layers: their down projections are cut."""
+    return any(name.endswith("self_attention.kv_layernorm.weight") for name in stored)
+
+
+def ungrouped(tensors: Mapping[str, torch.Tensor], ep: int) -> dict[str, torch.Tensor]:
+    """The state dict of a rank with ``weight1`` [h, E*2f] and ``weight2`` [E*f, h] of grouped experts parted; views.
+
+    Each expert's weights are stored transposed, one after the other in memory. ``ep``: expert-parallel ranks, which
+    tells E together with the router's rows. Raises BridgeError when there is no router beside them.
+    """
+    result: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        prefix, _, last = name.rpartition(".experts.")
+        if last not in ("weight1", "weight2"):
+            result[name] = tensor
+            continue
+        router = tensors.get(f"{prefix}.router.weight")
+        experts = len(router) // ep if router is not None else 0
+        if not experts or tensor.numel() % experts or tensor.dim() != 2:  # noqa: PLR2004 - a matrix
+            raise BridgeError(f"{name} {tuple(tensor.shape)}: the number of its experts cannot be told from the router")
+        hidden = tensor.shape[0] if last == "weight1" else tensor.shape[1]
+        each = tensor.reshape(experts, hidden, -1) if last == "weight1" else tensor.reshape(experts, -1, hidden)
+        for number in range(experts):
+            result[f"{prefix}.experts.local_experts.{number}.linear_fc{last[-1]}.weight"] = each[number].t()
+    return result
+
+
+def extra_states(stored: Iterable[str], *, last_stage: bool) -> list[str]:
+    """The ``_extra_state`` entries that the linear layers of a state dict have; their value is None without fp8."""
+    linear = dict.fromkeys(found[1] for name in stored if (found := _LINEAR.match(name)))
+    return [f"{name}._extra_state" for name in (*linear, *(["output_layer"] if last_stage else []))]
+
+
+def _newest(layer: str) -> str:
+    """Newer releases call the layer of multi-token prediction ``mtp_model_layer`` in the model, not on disk."""
+    return layer.replace(".mtp_model_layer", ".transformer_layer")
+
+
+def _inner(inner: str, layer: Collection[str]) -> str:
+    """The canonical name of a layer's tensor, given the names of all tensors of that layer in this state dict."""
+    if grouped := _GROUPED.match(inner):
+        return f"mlp.experts.local_experts.{grouped[3]}.{grouped[1]}.{grouped[2]}"
+    for fused, alone in _FUSED.items():
+        linear = fused.removesuffix("layer_norm_") + "weight"
+        if inner.startswith(alone) and linear in layer:
+            return fused + inner.removeprefix(alone)
+    return inner

@@ -1,0 +1,124 @@
+"""The reversible rules between tensors of a Hugging Face checkpoint and of the canonical Megatron-Core model.
+
+A rule takes the parts that Hugging Face stores, in a fixed order, and makes one canonical tensor of them; and back:
+``to_hf(to_mcore(parts)) == parts``. The canonical model is Megatron-Core's with TP 1, one entry a layer and an expert,
+the vocabulary unpadded, names of its Transformer Engine modules (https://github.com/NVIDIA/Megatron-LM).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import torch
+
+from .errors import BridgeError
+
+
+class Rule(Protocol):
+    """How parts become one tensor and one tensor its parts. Both look at the first dimension only; it may hash."""
+
+    def to_mcore(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The canonical tensor of the parts. Raises BridgeError when shapes do not fit the rule."""
+        ...
+
+    def to_hf(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        """The parts of the canonical tensor, in order. Raises BridgeError when its shape does not fit the rule."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The same tensor under another name."""
+
+    def to_mcore(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        return parts[0]
+
+    def to_hf(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        return [whole]
+
+
+@dataclass(frozen=True, slots=True)
+class Vocab:
+    """Rows by token: ``rows`` of them are the vocabulary, what follows in a Megatron checkpoint is padding."""
+
+    rows: int
+
+    def to_mcore(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        if parts[0].shape[0] != self.rows:
+            raise BridgeError(f"{parts[0].shape[0]} rows, config.json says vocab_size {self.rows}")
+        return parts[0]
+
+    def to_hf(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        if whole.shape[0] < self.rows:
+            raise BridgeError(f"{whole.shape[0]} rows, config.json says vocab_size {self.rows}")
+        return [whole[: self.rows]]
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """Gate and up projection below each other, [2 * ffn, hidden]."""
+
+    def to_mcore(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        gate, up = parts
+        if gate.shape != up.shape:
+            raise BridgeError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ")
+        return torch.cat([gate, up])
+
+    def to_hf(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        if whole.shape[0] % 2:
+            raise BridgeError(f"{whole.shape[0]} rows are no gate and up of the same size")
+        return list(whole.chunk(2))
+
+
+@dataclass(frozen=True, slots=True)
+class QKV:
+    """Query, key and value heads by query group: each group's queries, then its key, then its value.
+
+    Weights are [heads * head_dim, hidden] and [groups * head_dim, hidden], biases the same without hidden.
+    """
+
+    heads: int
+    groups: int
+    head_dim: int
+
+    def to_mcore(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        sizes = self._sizes()
+        for part, size in zip(parts, sizes, strict=True):
+            if part.shape[0] != self.groups * size:
+                raise BridgeError(f"{part.shape[0]} rows where {self.groups * size} are expected ({self})")
+        tail = parts[0].shape[1:]
+        grouped = [part.reshape(self.groups, size, *tail) for part, size in zip(parts, sizes, strict=True)]
+        return torch.cat(grouped, dim=1).reshape(self.groups * sum(sizes), *tail)
+
+    def to_hf(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        sizes = self._sizes()
+        if whole.shape[0] != self.groups * sum(sizes):
+            raise BridgeError(f"{whole.shape[0]} rows where {self.groups * sum(sizes)} are expected ({self})")
+        tail = whole.shape[1:]
+        grouped = whole.reshape(self.groups, sum(sizes), *tail)
+        return [part.reshape(self.groups * part.shape[1], *tail) for part in grouped.split(sizes, dim=1)]
+
+    def _sizes(self) -> list[int]:
+        """Rows of a group's queries, key and value."""
+        return [self.heads // self.groups * self.head_dim, self.head_dim, self.head_dim]
+
+
+@cache
+def mcore_shape(rule: Rule, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    """The shape of the canonical tensor of parts of these shapes. Raises BridgeError when they do not fit the rule."""
+    tails = {shape[1:] for shape in shapes}
+    if len(tails) > 1:
+        raise BridgeError(f"the shapes {', '.join(map(str, shapes))} do not fit together")
+    return tuple(rule.to_mcore([_rows(shape) for shape in shapes]).shape[:1]) + tails.pop()
+
+
+@cache
+def hf_shapes(rule: Rule, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the parts of a canonical tensor. Raises BridgeError when its shape does not fit the rule."""
+    return tuple(tuple(part.shape[:1]) + shape[1:] for part in rule.to_hf(_rows(shape)))
+
+
+def _rows(shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor with this first dimension and no content: torch's own one without content takes a second to import."""
+    return torch.empty(*shape[:1], 0)

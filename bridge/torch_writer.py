@@ -1,0 +1,186 @@
+"""Write Megatron's older checkpoint format ``torch``, without Megatron, in memory for one tensor whatever the model.
+
+The ranks' files are made with holes in place of the tensors first; then each tensor is written into all files that hold
+a part of it. They are no maps, so that a full disk is an error and not a signal.
+"""
+
+import errno
+import os
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..storage.hashing import file_entry
+from ..storage.publish import fsync_path
+from ..storage.safetensors_io import Spec, bytes_of
+from ..storage.space import free_bytes
+from .dialects import check_dialect, extra_states, stored_name
+from .errors import BridgeError
+from .parallel import EMBEDDING, OUTPUT, Layout, Piece, Rank, check_layout, model_of, padded_rows, pieces
+from .torch_format import FILE, TRACKER, VERSION, rank_folder
+
+_BLOCK = 8 * 2**20  # bytes of a tensor that are made contiguous at once
+_LOCAL_HEADER = 30  # bytes of a zip file's entry before its name and extra field
+
+
+def write_torch(
+    folder: Path,
+    specs: Sequence[Spec],
+    get: Callable[[str], torch.Tensor],
+    layout: Layout,
+    *,
+    args: Mapping[str, Any],
+    iteration: int | None = None,
+    dialect: str = "mcore",
+    make_vocab_size_divisible_by: int = 128,
+    workers: int = 1,
+) -> dict[str, dict[str, Any]]:
+    """Write a checkpoint of the format ``torch`` into ``folder``; the manifest's entries of its files.
+
+    ``get`` is asked for each tensor of ``specs`` once, in their order; two are never in memory. ``args`` are completed by
+    what follows from the layout and the tensors. ``iteration`` None writes a release. The files are made with holes
+    first and filled tensor by tensor, so the memory does not grow with the model. Raises BridgeError before anything is
+    written, OSError with ENOSPC when there is no room for all of it, also before.
+    """
+    check_dialect(dialect)
+    if iteration is not None and iteration < 1:
+        raise BridgeError(f"iteration {iteration}: Megatron reads checkpoints from iteration 1 on")
+    plan = _Plan(specs, layout, args, dialect, make_vocab_size_divisible_by)
+    needed = sum(spec.size for state in plan.states.values() for spec in state.values())
+    if needed > free_bytes(folder):
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: the checkpoint needs {needed:,} bytes", str(folder))
+    name = "release" if iteration is None else f"iter_{iteration:07d}"
+    base = {"args": Namespace(**plan.args), "checkpoint_version": VERSION, "iteration": iteration or 0}
+    paths = {rank: folder / name / rank_folder(rank, layout) / FILE for rank in layout.ranks()}
+    starts = {rank: _write_holes(path, base, plan.content(rank)) for rank, path in paths.items()}
+    for spec in specs:
+        tensor = get(spec.name)
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+            raise BridgeError(
+                f"tensor {spec.name} is {tuple(tensor.shape)} {tensor.dtype}; {spec.shape} {spec.dtype} was announced"
+            )
+        for piece in plan.pieces[spec.name]:
+            _fill(paths[piece.rank], starts[piece.rank][piece.chunk, piece.name], piece, tensor)
+        del tensor
+    (folder / TRACKER).write_text("release" if iteration is None else str(iteration), encoding="utf-8")
+    return _finish(folder, [*paths.values(), folder / TRACKER], workers)
+
+
+class _Plan:
+    """What every file will hold, from the headers alone. Raises BridgeError when the model cannot be spread so."""
+
+    def __init__(
+        self, specs: Sequence[Spec], layout: Layout, args: Mapping[str, Any], dialect: str, divisible_by: int
+    ) -> None:
+        check_layout(layout, args)
+        shapes = {spec.name: spec.shape for spec in specs}
+        model = model_of(shapes)
+        if EMBEDDING not in shapes or not model.layers:
+            raise BridgeError(f"the model has no {EMBEDDING} or no layers; it is no model of Megatron-Core")
+        self.layout, self._dialect = layout, dialect
+        vocab = shapes[EMBEDDING][0]
+        padded = padded_rows(vocab, divisible_by, layout.tp)
+        self.pieces: dict[str, list[Piece]] = {}
+        self.states: dict[tuple[Rank, int], dict[str, Spec]] = {
+            (rank, chunk): {} for rank in layout.ranks() for chunk in range(layout.chunks)
+        }
+        for spec in specs:
+            shape = (padded, *spec.shape[1:]) if spec.name in (EMBEDDING, OUTPUT) else spec.shape
+            found = pieces(spec.name, shape, layout, model, local_spec=dialect == "mcore-local")
+            self.pieces[spec.name] = found
+            for piece in found:
+                here = Spec(stored_name(piece.name, dialect), spec.dtype, piece.shape(shape))
+                self.states[piece.rank, piece.chunk][piece.name] = here
+        self.args = dict(args) | {
+            "num_layers": model.layers, "vocab_size": vocab, "padded_vocab_size": padded,
+            "make_vocab_size_divisible_by": divisible_by, "untie_embeddings_and_output_weights": not model.tied,
+            "mtp_num_layers": model.mtp or None, "tensor_model_parallel_size": layout.tp,
+            "pipeline_model_parallel_size": layout.pp, "expert_model_parallel_size": layout.ep,
+            "expert_tensor_parallel_size": layout.expert_tp,
+            "virtual_pipeline_model_parallel_size": layout.vpp if layout.chunks > 1 else None,
+            "pipeline_model_parallel_layout": layout.megatron_layout(model.layers, model.mtp),
+        }  # fmt: skip
+
+    def content(self, rank: Rank) -> dict[str, dict[str, Spec]]:
+        """The chunks of a rank's file: key -> canonical name in the rank's counting -> what is stored."""
+        keys = [f"model{chunk}" for chunk in range(self.layout.chunks)] if self.layout.chunks > 1 else ["model"]
+        return {key: self.states[rank, chunk] for chunk, key in enumerate(keys)}
+
+
+def _write_holes(
+    path: Path, base: Mapping[str, Any], chunks: Mapping[str, Mapping[str, Spec]]
+) -> dict[tuple[int, str], int]:
+    """Write a rank's file with holes for its tensors; of each (chunk, name) the place where its bytes belong."""
+    states: dict[str, dict[str, Any]] = {}
+    for key, state in chunks.items():
+        # Memory that is never touched is never taken: torch cannot save tensors without any.
+        tensors = {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in state.values()}
+        last = "decoder.final_layernorm.weight" in state
+        states[key] = tensors | dict.fromkeys(extra_states(tensors, last_stage=last))
+    path.parent.mkdir(parents=True)
+    crc = torch.serialization.get_crc32_options()
+    try:
+        torch.serialization.set_crc32_options(False)
+        with torch.serialization.skip_data():
+            torch.save({**base, **states}, path)
+    finally:
+        torch.serialization.set_crc32_options(crc)
+    order = [(chunk, spec) for chunk, state in enumerate(chunks.values()) for spec in state.items()]
+    places = _records(path)
+    starts: dict[tuple[int, str], int] = {}
+    for (chunk, (name, spec)), (start, size) in zip(order, places, strict=True):
+        assert size == spec.size, f"{path}: the record of {name} has {size} bytes"
+        starts[chunk, name] = start
+    return starts
+
+
+def _records(path: Path) -> list[tuple[int, int]]:
+    """Where the tensors' bytes begin and how many they are, in the order in which torch numbered them."""
+    with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
+        found: list[tuple[int, int, int]] = []
+        for entry in archive.infolist():
+            folder, _, number = entry.filename.rpartition("/data/")
+            if not folder:
+                continue
+            stream.seek(entry.header_offset + _LOCAL_HEADER - 4)
+            lengths = stream.read(4)
+            names = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+            found.append((int(number), entry.header_offset + _LOCAL_HEADER + names, entry.file_size))
+    return [(start, size) for _, start, size in sorted(found)]
+
+
+def _fill(path: Path, start: int, piece: Piece, tensor: torch.Tensor) -> None:
+    """Write a piece of a tensor to its place. Rows of a vocabulary beyond the tensor's own stay zero: a hole."""
+    handle = os.open(path, os.O_WRONLY)
+    try:
+        for view in piece.views(tensor):
+            flat = view if view.dim() else view.reshape(1)
+            rows = max(1, _BLOCK * len(flat) // max(1, flat.nbytes))
+            for first in range(0, len(flat), rows):
+                rest = bytes_of(flat[first : first + rows])
+                while rest:
+                    done = os.pwrite(handle, rest, start)
+                    rest, start = rest[done:], start + done
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        os.close(handle)
+
+
+def _finish(folder: Path, paths: Sequence[Path], workers: int) -> dict[str, dict[str, Any]]:
+    """Have the device take the files, and hash them."""
+
+    def finish(path: Path) -> dict[str, Any]:
+        entry = file_entry(path)
+        fsync_path(path)
+        return entry
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        entries = pool.map(finish, paths)
+        return {path.relative_to(folder).as_posix(): entry for path, entry in zip(paths, entries, strict=True)}

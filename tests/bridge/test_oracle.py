@@ -1,0 +1,201 @@
+"""What real Megatron-Core makes of our arguments and of canonical tensors that a second, plain way has made."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from .conftest import MODELS, tiny
+from .oracle import load_with_megatron, megatron_logits, needs_megatron, save_with_megatron
+
+pytestmark = needs_megatron
+CLOSE = 1e-5
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LATENT_YARN = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
+LLAMA32 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in MODELS} | {
+    "llama_plain": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    "llama_multi_head": ("llama_tied", {"num_key_value_heads": 4, "head_dim": 4}),
+    "llama_3.2": ("llama", {"rope_parameters": LLAMA32}),
+    "llama_linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "mistral_window": ("mistral", {"sliding_window": 5}),
+    "qwen2_window": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen2_yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen3_moe_normed": ("qwen3_moe", {"norm_topk_prob": True}),
+    "qwen3_moe_steps": ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [3]}),
+    "deepseek_v2_yarn": ("deepseek_v2", {"rope_parameters": LATENT_YARN, "routed_scaling_factor": 1.5}),
+    "deepseek_v2_groups": ("deepseek_v2", {
+        "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "n_routed_experts": 8, "q_lora_rank": 8,
+    }),
+    "deepseek_v3_yarn": ("deepseek_v3", {"rope_parameters": LATENT_YARN}),
+}  # fmt: skip
+
+
+def model_of(name: str, **more: Any) -> Any:
+    """A tiny model whose weights are large enough that each of them moves the logits."""
+    base, changes = CASES[name]
+    model = tiny(base, **changes, **more)
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if "norm" not in key:
+                value.mul_(8)
+    return model
+
+
+def canonical_of(model: Any) -> dict[str, Tensor]:
+    """The canonical tensors of a model in memory."""
+    state, config = model.state_dict(), model.config
+    made = {
+        "embedding.word_embeddings.weight": state["model.embed_tokens.weight"],
+        "decoder.final_layernorm.weight": state["model.norm.weight"],
+    }
+    if not config.tie_word_embeddings:
+        made["output_layer.weight"] = state["lm_head.weight"]
+    for layer in range(config.num_hidden_layers):
+        start = f"model.layers.{layer}."
+        theirs = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+        latent = "self_attn.kv_b_proj.weight" in theirs
+        ours = _latent(theirs) if latent else _grouped(theirs, config)
+        ours |= _sparse(theirs) if "mlp.gate.weight" in theirs else _dense(theirs)
+        made |= {f"decoder.layers.{layer}.{key}": value for key, value in ours.items()}
+    return {key: value.clone() for key, value in made.items()}
+
+
+def _grouped(theirs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    made = {
+        "self_attention.linear_qkv.layer_norm_weight": theirs["input_layernorm.weight"],
+        "self_attention.linear_proj.weight": theirs["self_attn.o_proj.weight"],
+    }
+    for kind in ("weight", "bias"):
+        if f"self_attn.q_proj.{kind}" not in theirs:
+            continue
+        query, key, value = (theirs[f"self_attn.{part}_proj.{kind}"] for part in "qkv")
+        each = config.num_attention_heads // config.num_key_value_heads
+        size = query.shape[0] // config.num_attention_heads
+        heads = [part.split(size) for part in (query, key, value)]
+        rows: list[Tensor] = []
+        for group in range(config.num_key_value_heads):
+            rows += [*heads[0][group * each : (group + 1) * each], heads[1][group], heads[2][group]]
+        made[f"self_attention.linear_qkv.{kind}"] = torch.cat(rows)
+    for part in "qk":
+        if f"self_attn.{part}_norm.weight" in theirs:
+            made[f"self_attention.{part}_layernorm.weight"] = theirs[f"self_attn.{part}_norm.weight"]
+    return made
+
+
+def _latent(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = {
+        "self_attn.q_proj": "linear_q_proj.weight", "self_attn.q_a_proj": "linear_q_down_proj.weight",
+        "self_attn.q_a_layernorm": "linear_q_up_proj.layer_norm_weight", "self_attn.q_b_proj": "linear_q_up_proj.weight",
+        "self_attn.kv_a_proj_with_mqa": "linear_kv_down_proj.weight",
+        "self_attn.kv_a_layernorm": "linear_kv_up_proj.layer_norm_weight", "self_attn.kv_b_proj": "linear_kv_up_proj.weight",
+        "self_attn.o_proj": "linear_proj.weight",
+    }  # fmt: skip
+    made = {
+        f"self_attention.{ours}": theirs[f"{key}.weight"] for key, ours in names.items() if f"{key}.weight" in theirs
+    }
+    return {"input_layernorm.weight": theirs["input_layernorm.weight"], **made}
+
+
+def _dense(theirs: dict[str, Tensor], place: str = "mlp") -> dict[str, Tensor]:
+    made = {
+        f"{place}.linear_fc1.weight": torch.cat(
+            [theirs[f"{place}.gate_proj.weight"], theirs[f"{place}.up_proj.weight"]]
+        ),
+        f"{place}.linear_fc2.weight": theirs[f"{place}.down_proj.weight"],
+    }
+    if place == "mlp":
+        made["mlp.linear_fc1.layer_norm_weight"] = theirs["post_attention_layernorm.weight"]
+    return made
+
+
+def _sparse(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    made = {
+        "pre_mlp_layernorm.weight": theirs["post_attention_layernorm.weight"],
+        "mlp.router.weight": theirs["mlp.gate.weight"],
+    }
+    for expert, (up, down) in enumerate(
+        zip(theirs["mlp.experts.gate_up_proj"], theirs["mlp.experts.down_proj"], strict=True)
+    ):
+        made[f"mlp.experts.local_experts.{expert}.linear_fc1.weight"] = up
+        made[f"mlp.experts.local_experts.{expert}.linear_fc2.weight"] = down
+    if "mlp.gate.e_score_correction_bias" in theirs:
+        made["mlp.router.expert_bias"] = theirs["mlp.gate.e_score_correction_bias"]
+    if "mlp.shared_experts.gate_proj.weight" in theirs:
+        made |= _dense(theirs, "mlp.shared_experts")
+    return made
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_megatron_computes_what_transformers_computes(name: str) -> None:
+    model = model_of(name)
+    ids = torch.randint(0, 70, (2, 24), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        wanted = model(ids).logits
+    got = megatron_logits(model.config, canonical_of(model), ids)
+    assert wanted.abs().max() > 1
+    assert (got - wanted).abs().max() <= CLOSE
+
+
+# ---- checkpoints that Megatron-Core writes and loads
+
+FURTHER = {"enorm": (32,), "hnorm": (32,), "eh_proj": (32, 64), "final_layernorm": (32,)}
+SAVED: dict[str, tuple[dict[str, int], dict[str, int]]] = {  # layouts that write and load
+    "llama": ({"tp": 2}, {"pp": 2}),
+    "mistral": ({"pp": 2, "vpp": 2}, {"tp": 2}),
+    "qwen2": ({"tp": 2, "pp": 2}, {}),
+    "qwen2_tied": ({"pp": 2}, {"tp": 2}),
+    "qwen3_tied": ({}, {"tp": 2, "pp": 2}),
+    "qwen3_moe": ({"ep": 2}, {"pp": 2}),
+    "qwen3_moe_mixed": ({"tp": 2, "etp": 1}, {"ep": 2, "pp": 2}),
+    "deepseek_v2": ({"tp": 2, "ep": 2, "etp": 1}, {}),
+    "deepseek_v3": ({"pp": 2}, {"tp": 2, "ep": 2}),
+}
+
+
+def with_further_layers(canonical: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with a layer that predicts further tokens: transformers does not load one."""
+    last = {name: value for name, value in canonical.items() if name.startswith("decoder.layers.3.")}
+    made = {
+        name.replace("decoder.layers.3.", "mtp.layers.0.transformer_layer."): 2 * value for name, value in last.items()
+    }
+    made |= {f"mtp.layers.0.{name}.weight": torch.randn(shape) for name, shape in FURTHER.items()}
+    return {**canonical, **made}
+
+
+def same(got: Mapping[str, Tensor], canonical: Mapping[str, Tensor]) -> None:
+    assert got.keys() == canonical.keys()
+    for key, value in canonical.items():
+        assert torch.equal(got[key][: value.shape[0]], value), key
+        assert not got[key][value.shape[0] :].any()  # padding of the vocabulary
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_megatron_loads_what_it_wrote_in_another_layout(name: str, tmp_path: Path) -> None:
+    model = model_of(name)
+    canonical = canonical_of(model)
+    if name == "deepseek_v3":
+        canonical = with_further_layers(canonical)
+    written, loaded = SAVED[name]
+    save_with_megatron(model.config, canonical, tmp_path / "saved", rows=128, **written)
+    same(load_with_megatron(model.config, tmp_path / "saved", rows=72, **loaded), canonical)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_the_torch_form_of_megatron(name: str, tmp_path: Path) -> None:
+    model = model_of(name)
+    canonical = canonical_of(model)
+    if name == "deepseek_v3":
+        canonical = with_further_layers(canonical)
+    for number, layout in enumerate(SAVED[name]):
+        if layout.get("etp") == 1:
+            continue  # Megatron-LM itself then leaves out files of ranks that hold other parts of the dense layers
+        folder = tmp_path / str(number)
+        save_with_megatron(model.config, canonical, folder, form="torch", rows=128, **layout)
+        same(load_with_megatron(model.config, folder, form="torch", rows=128, **layout), canonical)

@@ -1,0 +1,268 @@
+"""How a model is spread over ranks: every part is somewhere, under the right name, and joins to the same tensor."""
+
+import itertools
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+from canonical_models import EMBEDDING, tiny_model
+from finebridge.bridge.errors import BridgeError
+from finebridge.bridge.parallel import (
+    Layout,
+    Model,
+    Rank,
+    check_layout,
+    cut_of,
+    join,
+    joined_shape,
+    model_of,
+    padded_rows,
+    part_count,
+    pieces,
+    shift,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+LAYER = "decoder.layers.{}."
+FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
+DENSE = Model(4, 0, 0, tied=False)
+
+
+@st.composite
+def layouts(draw: st.DrawFn, layers: int = 4) -> Layout:
+    tp, pp, ep = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2]))
+    etp = draw(st.sampled_from([None, *(size for size in (1, 2, 4) if tp % size == 0)]))
+    vpp = draw(st.sampled_from([None, 2])) if pp > 1 else None
+    places = pp * (vpp or 1)
+    if layers % places or draw(st.booleans()):
+        marks = sorted(draw(st.lists(st.integers(0, layers), min_size=places - 1, max_size=places - 1)))
+        counts = [stop - start for start, stop in itertools.pairwise([0, *marks, layers])]
+        return Layout(tp, pp, vpp, ep, etp, tuple(counts))
+    return Layout(tp, pp, vpp, ep, etp)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    layout=layouts(), tied=st.booleans(), experts=st.sampled_from([0, 4]), mla=st.booleans(), mtp=st.integers(0, 2),
+    local_spec=st.booleans(),
+)  # fmt: skip
+def test_the_parts_on_all_ranks_join_to_the_same_model(
+    layout: Layout, tied: bool, experts: int, mla: bool, mtp: int, local_spec: bool
+) -> None:
+    whole = tiny_model(vocab=16, tied=tied, bias=True, experts=experts, mla=mla, mtp=mtp, q_lora=not local_spec)
+    whole = {name: tensor for name, tensor in whole.items() if not (local_spec and "linear_kv_down" in name)}
+    model = model_of(whole)
+    assert model == Model(4, experts, mtp, tied)
+    held: dict[tuple[Rank, int], dict[str, torch.Tensor]] = defaultdict(dict)
+    back: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in whole.items():
+        for piece in pieces(name, tensor.shape, layout, model, local_spec=local_spec):
+            part = torch.cat(piece.views(tensor), piece.axis or 0)
+            assert tuple(part.shape) == piece.shape(tensor.shape)
+            assert piece.name not in held[piece.rank, piece.chunk]
+            held[piece.rank, piece.chunk][piece.name] = part
+            back[name][piece.rank.tp % part_count(name, layout, local_spec=local_spec)] = part
+    assert {rank for rank, _ in held} <= set(layout.ranks())
+    for name, tensor in whole.items():
+        parts = [back[name][number] for number in range(part_count(name, layout, local_spec=local_spec))]
+        assert torch.equal(join(name, parts, local_spec=local_spec), tensor), name
+        assert joined_shape(name, parts[0].shape, layout, local_spec=local_spec) == tuple(tensor.shape)
+    for part in held.values():
+        here = model_of(part)  # raises when a rank's own counting has a gap
+        assert here.experts in (0, experts // layout.ep)
+    counts = layout.layers(4)
+    for (rank, chunk), part in held.items():
+        assert model_of(part).layers == len(counts[rank.pp][chunk])
+
+
+@given(
+    layers=st.lists(st.integers(0, 5), min_size=4, max_size=4).filter(any),
+    pp=st.sampled_from([2, 4]),
+)  # fmt: skip
+def test_every_layer_is_on_one_stage_in_order(layers: list[int], pp: int) -> None:
+    layout = Layout(pp=pp, vpp=4 // pp, layer_list=tuple(layers))
+    spans = layout.layers(sum(layers))
+    in_order = [layer for chunk in range(4 // pp) for stage in range(pp) for layer in spans[stage][chunk]]
+    assert in_order == list(range(sum(layers)))
+    assert [len(spans[stage][chunk]) for chunk in range(4 // pp) for stage in range(pp)] == layers
+
+
+def test_layers_go_where_megatron_puts_them() -> None:
+    """The examples in a comment of ``get_num_layers_to_build`` in megatron-core."""
+    assert [[list(chunk) for chunk in stage] for stage in Layout(pp=2, vpp=4).layers(8)] == [
+        [[0], [2], [4], [6]],
+        [[1], [3], [5], [7]],
+    ]
+    assert [[list(chunk) for chunk in stage] for stage in Layout(pp=2, vpp=2).layers(8)] == [
+        [[0, 1], [4, 5]],
+        [[2, 3], [6, 7]],
+    ]
+    assert [[list(chunk) for chunk in stage] for stage in Layout(pp=2, vpp=2, layer_list=(2, 4)).layers(6)] == [
+        [[0], [3]],
+        [[1, 2], [4, 5]],
+    ]
+
+
+def test_gate_and_up_are_cut_by_themselves() -> None:
+    found = pieces(FC1, (48, 16), Layout(tp=2), DENSE)
+    assert [(piece.rank.tp, piece.axis, piece.ranges) for piece in found] == [
+        (0, 0, ((0, 12), (24, 36))),
+        (1, 0, ((12, 24), (36, 48))),
+    ]
+
+
+def test_rows_columns_and_whole_tensors() -> None:
+    layout = Layout(tp=2)
+    at = LAYER.format(1)
+    for name, shape, wanted in [
+        ("self_attention.linear_qkv.weight", (8, 6), [((0, 4),), ((4, 8),)]),
+        ("self_attention.linear_proj.weight", (8, 6), [((0, 3),), ((3, 6),)]),
+        ("self_attention.linear_qkv.layer_norm_weight", (8,), [(), ()]),
+        ("self_attention.linear_proj.bias", (8,), [(), ()]),
+    ]:
+        assert [piece.ranges for piece in pieces(at + name, shape, layout, DENSE)] == wanted
+
+
+def test_copies_of_the_embedding_are_where_megatron_has_them() -> None:
+    def places(model: Model, layout: Layout, name: str = EMBEDDING) -> list[tuple[int, int, str]]:
+        return [(piece.rank.pp, piece.chunk, piece.name) for piece in pieces(name, (8, 4), layout, model)]
+
+    first, last = (0, 0, EMBEDDING), (1, 0, "output_layer.weight")
+    assert places(Model(4, 0, 0, tied=True), Layout()) == [first]
+    assert places(Model(4, 0, 0, tied=True), Layout(pp=2)) == [first, last]
+    assert places(Model(4, 0, 0, tied=False), Layout(pp=2)) == [first]
+    assert places(Model(4, 0, 1, tied=False), Layout(pp=2)) == [first, (1, 0, EMBEDDING)]
+    assert places(Model(4, 0, 1, tied=False), Layout()) == [first]
+    assert places(Model(4, 0, 1, tied=True), Layout(pp=2, vpp=2)) == [
+        first,
+        (1, 1, EMBEDDING),
+        (1, 1, "output_layer.weight"),
+    ]
+    assert places(Model(4, 0, 0, tied=False), Layout(pp=2, vpp=2), "output_layer.weight") == [
+        (1, 1, "output_layer.weight")
+    ]
+
+
+def test_experts_count_from_0_on_every_expert_rank() -> None:
+    name = "decoder.layers.3.mlp.experts.local_experts.5.linear_fc1.weight"
+    found = pieces(name, (16, 4), Layout(tp=2, pp=2, ep=4, etp=1), Model(4, 8, 0, tied=False))
+    assert found == [
+        (Rank(0, 1, 2), 0, "decoder.layers.1.mlp.experts.local_experts.1.linear_fc1.weight", None, ()),
+    ]
+    both = pieces(name, (16, 4), Layout(tp=2, ep=2), Model(4, 8, 0, tied=False))
+    assert [(piece.rank, piece.ranges) for piece in both] == [
+        (Rank(0, 0, 1), ((0, 4), (8, 12))),
+        (Rank(1, 0, 1), ((4, 8), (12, 16))),
+    ]
+    assert shift(shift(name, -2, -4), 2, 4) == name
+
+
+def test_ranks_are_those_that_megatron_has() -> None:
+    """With etp below tp, expert and tensor numbers go up together: see ``RankGenerator`` in megatron-core."""
+    assert [(rank.tp, rank.ep) for rank in Layout(tp=2, ep=2).ranks()] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert [(rank.tp, rank.ep) for rank in Layout(tp=2, ep=2, etp=1).ranks()] == [(0, 0), (1, 1)]
+    assert [(rank.tp, rank.ep) for rank in Layout(tp=2, ep=4, etp=1).ranks()] == [(0, 0), (1, 1), (0, 2), (1, 3)]
+    assert len(Layout(tp=4, pp=3, ep=2).ranks()) == 24
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"tp": 0}, "--tp 0: at least 1"),
+        ({"vpp": 2}, "--vpp 2 needs --pp of at least 2"),
+        ({"pp": 2, "layer_list": (1, 2, 1)}, "--num_layer_list 1,2,1: 2 numbers"),
+        ({"pp": 2, "vpp": 2, "layer_list": (1, 2, 1)}, "2 or 4 numbers .* --pp 2 --vpp 2"),
+        ({"pp": 2, "layer_list": (5, -1)}, "--num_layer_list 5,-1"),
+    ],
+)
+def test_a_wrong_layout_names_its_flag(sizes: dict[str, Any], said: str) -> None:
+    with pytest.raises(BridgeError, match=said):
+        Layout(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"pp": 3}, "4 layers cannot be spread evenly over --pp 3; give --num_layer_list"),
+        ({"pp": 2, "vpp": 4}, "--pp 2 x --vpp 4"),
+        ({"pp": 2, "layer_list": (1, 2)}, "makes 3 layers, the model has 4"),
+        ({"pp": 2, "vpp": 2, "layer_list": (1, 3)}, "not divisible by --vpp 2; give all 4"),
+        ({"tp": 8}, "--tp 8: 12 attention heads"),
+        ({"tp": 6}, "--tp 6: the model has 4 query groups .* cannot be split .* divisor of 4"),
+        ({"ep": 4}, "--ep 4: 6 experts"),
+        ({"tp": 4}, "--tp 4: ffn_hidden_size 6"),
+        ({"tp": 2, "etp": 1}, None),
+        ({"tp": 1, "etp": 2}, "--etp 2: moe_ffn_hidden_size 5"),
+        ({"pp": 2, "ep": 3}, None),
+    ],
+)
+def test_a_model_that_cannot_be_spread_so_names_the_flag(sizes: dict[str, Any], said: str | None) -> None:
+    args = {
+        "num_layers": 4, "num_attention_heads": 12, "num_query_groups": 4, "num_experts": 6, "ffn_hidden_size": 6,
+        "moe_ffn_hidden_size": 5,
+    }  # fmt: skip
+    if said is None:
+        check_layout(Layout(**sizes), args)
+        return
+    with pytest.raises(BridgeError, match=said):
+        check_layout(Layout(**sizes), args)
+
+
+def test_experts_are_needed_for_expert_ranks() -> None:
+    with pytest.raises(BridgeError, match="--ep 2: the model has no experts"):
+        check_layout(Layout(ep=2), {"num_experts": None})
+    check_layout(Layout(ep=2), {})
+
+
+def test_latent_attention_has_no_query_groups() -> None:
+    check_layout(Layout(tp=4), {"num_attention_heads": 4, "num_query_groups": 1, "multi_latent_attention": True})
+
+
+def test_a_tensor_that_cannot_be_cut_is_named() -> None:
+    with pytest.raises(
+        BridgeError, match=r"--tp 2: tensor decoder.layers.0.mlp.linear_fc1.weight \(6, 4\) .* dimension 0"
+    ):
+        pieces(FC1, (6, 4), Layout(tp=2), DENSE)
+    name = "decoder.layers.0.mlp.experts.local_experts.0.linear_fc2.weight"
+    with pytest.raises(BridgeError, match=r"--etp 2: .* dimension 1"):
+        pieces(name, (4, 3), Layout(tp=2, etp=2), Model(1, 2, 0, tied=False))
+    with pytest.raises(BridgeError, match="--ep 2: 3 experts"):
+        pieces(name, (4, 3), Layout(ep=2), Model(1, 3, 0, tied=False))
+    with pytest.raises(BridgeError, match="--etp 2 does not divide --tp 1"):
+        pieces(name, (4, 4), Layout(etp=2), Model(1, 2, 0, tied=False))
+
+
+def test_a_name_of_which_nothing_is_known_is_refused() -> None:
+    with pytest.raises(BridgeError, match="conv1d.weight: how Megatron-Core spreads it"):
+        cut_of("decoder.layers.0.self_attention.conv1d.weight")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["decoder.layers.0.a", "decoder.layers.2.a"], "decoder.layers.1 is missing, decoder.layers.2 is there"),
+        (["decoder.layers.1.a"], "decoder.layers.0 is missing"),
+        (
+            [f"decoder.layers.{layer}.mlp.experts.local_experts.{e}.x" for layer, e in ((0, 0), (0, 1), (1, 0))],
+            r"different numbers of experts: \[1, 2\]",
+        ),
+        (["decoder.layers.0.mlp.experts.local_experts.1.x"], "local_experts.0 is missing"),
+    ],
+)
+def test_missing_numbers_are_told(names: list[str], said: str) -> None:
+    with pytest.raises(BridgeError, match=said):
+        model_of(names)
+
+
+def test_the_vocabulary_is_padded_as_megatron_pads_it() -> None:
+    assert padded_rows(151936, 128, 1) == 151936
+    assert padded_rows(151936, 128, 8) == 152576
+    assert padded_rows(1, 128, 2) == 256
+
+
+def test_an_uneven_list_is_written_as_megatron_reads_it() -> None:
+    assert Layout(pp=2).megatron_layout(4, 0) is None
+    assert Layout(pp=2, layer_list=(1, 3)).megatron_layout(4, 1) == "Et*1|t*3mL"
+    assert Layout(pp=2, vpp=2, layer_list=(1, 2, 1, 0)).megatron_layout(4, 0) == "Et*1|t*2|t*1|L"
