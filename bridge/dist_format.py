@@ -183,6 +183,7 @@ def write_dist(
     args: Mapping[str, Any],
     iteration: int,
     uniform: bool,
+    dialect: str = "mcore",
     workers: int = 2,
     max_file_bytes: int = 4 * 2**30,
 ) -> dict[str, dict[str, Any]]:
@@ -190,11 +191,12 @@ def write_dist(
 
     ``get`` is asked for each tensor once, in the order of ``specs`` within each of the files that ``workers`` threads write;
     what it gives is all that is in memory. ``uniform`` when Megatron's model has plain integers for ``moe_layer_freq`` and
-    the like: then it looks for all layers in one tensor. Readable by megatron-core 0.12 to 0.19 and by torch's own reader.
+    the like: then it looks for all layers in one tensor. ``dialect`` (see ``dialects``) tells the keys of some norms.
+    Readable by megatron-core 0.12 to 0.19 and by torch's own reader.
     Raises BridgeError when a tensor is not as its spec says or ``args`` hold more than plain values.
     """
     common = _common_state(args, iteration, uniform=uniform)
-    places = places_of((spec.name for spec in specs), uniform=uniform)
+    places = places_of({spec.name for spec in specs}, uniform=uniform, dialect=dialect)
     table = _described(specs, places)
     ledger = Ledger(folder)
     found: dict[MetadataIndex, _StorageInfo] = {}

@@ -144,8 +144,8 @@ def _act(request: dict[str, Any]) -> None:
     else:
         model = _model(request["kind"])
         wanted = _load(model, request["of"])
-        if "ours" in request:
-            got = _load(_model(request["kind"], engine_keys=True), request["ours"])
+        for name in {"ours", "local"} & request.keys():
+            got = _load(_model(request["kind"], engine_keys=name == "ours"), request[name])
             assert got.keys() == wanted.keys()
             different = [name for name in got if not torch.equal(got[name], wanted[name])]
             assert not different, different

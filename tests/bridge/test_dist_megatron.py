@@ -61,14 +61,18 @@ def test_each_reads_what_the_other_writes(tmp_path: Path, megatron: Megatron, ki
             assert same(theirs.get(canonical(name, truth)), tensor), name
         assert theirs.args == {"num_layers": 4, "params_dtype": torch.bfloat16, "nested": {"a": [1, 2.5]}}
         specs = [Spec(name, theirs.dtypes[name], theirs.shapes[name]) for name in theirs]
-        (tmp_path / "ours").mkdir()
         uniform = "moe_layer_freq" not in KINDS[kind]
-        write_dist(tmp_path / "ours", specs, theirs.get, args=theirs.args, iteration=7, uniform=uniform)
-        with DistCheckpoint(tmp_path / "ours") as ours:
-            assert different(theirs, ours) == []
+        for name, dialect in (("ours", "mcore"), ("local", "mcore-local")):
+            (tmp_path / name).mkdir()
+            write_dist(
+                tmp_path / name, specs, theirs.get, args=theirs.args, iteration=7, uniform=uniform, dialect=dialect
+            )
+            with DistCheckpoint(tmp_path / name) as ours:
+                assert different(theirs, ours) == []
         for sizes in [{}, {"tp": 2, "ep": 2 if "num_moe_experts" in KINDS[kind] else 1}, {"pp": 2}]:
             split = tmp_path / f"split{sizes}"
-            megatron(do="compare", kind=kind, of=tmp_path / "theirs", ours=tmp_path / "ours", to=split, **sizes)
+            folders = {"of": tmp_path / "theirs", "ours": tmp_path / "ours", "to": split}
+            megatron(do="compare", kind=kind, **folders, **sizes, **({} if sizes else {"local": tmp_path / "local"}))
             with DistCheckpoint(split) as resharded:
                 assert different(theirs, resharded) == []
 
