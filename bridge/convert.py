@@ -229,7 +229,7 @@ def _write_mcore(folder: Path, made: Plan, get: Callable[[str], torch.Tensor]) -
     inside.mkdir()
     entries = write_dist(
         inside, made.specs, get, args=args, iteration=target.iteration or 0, uniform=is_uniform(made.specs),
-        workers=target.workers,
+        dialect=target.dialect, workers=target.workers,
     )  # fmt: skip
     (folder / TRACKER).write_text("release" if target.iteration is None else str(target.iteration), encoding="utf-8")
     return {f"{inside.name}/{name}": entry for name, entry in entries.items()}
