@@ -176,7 +176,9 @@ def _truth(chunks: Sequence[Any]) -> list[tuple[str, tuple[int, ...], tuple[slic
     for chunk in chunks:
         state = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})
         apply_factories(state)
-        for tensor in nested_values(state):
-            if isinstance(tensor, ShardedTensor):
-                found.append((tensor.key, tensor.global_shape, tensor.global_slice(), tensor.data.detach()))
+        found += [
+            (tensor.key, tensor.global_shape, tensor.global_slice(), tensor.data.detach())
+            for tensor in nested_values(state)
+            if isinstance(tensor, ShardedTensor)
+        ]
     return found
