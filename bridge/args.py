@@ -7,9 +7,6 @@ biases, norms of query and key, or which layers have experts, is read from the f
 Sources: Megatron-LM core_v0.16.1 and main of 2026-08, ``megatron/training/{arguments,argument_utils,checkpointing}.py``,
 ``gpt_builders.py``; transformers 5 ``modeling_rope_utils.py`` and the model files. The tests build a real Megatron-Core
 model from these arguments and compare its logits with those of transformers.
-
-Stock Megatron-LM ignores two of them when it builds a GPT model: ``rope_scaling_factor`` (it always takes 8, Llama 3.2
-needs 32) and ``rotary_seq_len_interpolation_factor``.
 """
 
 import math

@@ -26,6 +26,7 @@ from .family import Family
 from .hf import HFCheckpoint, write_hf
 from .mapping import hf_shapes, mcore_shape
 from .parallel import Layout
+from .run_flags import run_notes
 from .torch_format import TRACKER, TorchCheckpoint, tracked
 from .torch_writer import write_torch
 
@@ -120,8 +121,17 @@ class Plan:
         """Bytes of all tensors."""
         return sum(spec.size for spec in self.specs)
 
+    def args(self) -> dict[str, Any]:
+        """Megatron's arguments of the model. Raises BridgeError when Megatron-Core cannot compute it."""
+        source, target = self.source, self.target
+        main = max(self.specs, key=lambda spec: spec.size).dtype
+        return {
+            **to_args(source.config, source.family, tp=target.layout.tp, divisible_by=target.divisible_by),
+            "params_dtype": main, "bf16": main == torch.bfloat16, "fp16": main == torch.float16,
+        }  # fmt: skip
+
     def lines(self) -> list[str]:
-        """The plan as a user reads it."""
+        """The plan as a user reads it. Raises BridgeError as ``args`` does."""
         largest = max(self.specs, key=lambda spec: spec.size)
         layout = self.target.layout
         said = [
@@ -135,6 +145,8 @@ class Plan:
             )
         if self.target.form == "torch_dist":
             said.append("one set of files for every TP, PP, VPP, EP and ETP")
+        if self.target.form != "hf":
+            said += run_notes(self.args())
         return said + self.source.tensors.said
 
 
@@ -207,12 +219,7 @@ def convert(made: Plan, save: Path, *, overwrite: bool = False, say: Callable[[s
 
 
 def _write_mcore(folder: Path, made: Plan, get: Callable[[str], torch.Tensor]) -> dict[str, dict[str, Any]]:
-    source, target = made.source, made.target
-    main = max(made.specs, key=lambda spec: spec.size).dtype
-    args = {
-        **to_args(source.config, source.family, tp=target.layout.tp, divisible_by=target.divisible_by),
-        "params_dtype": main, "bf16": main == torch.bfloat16, "fp16": main == torch.float16,
-    }  # fmt: skip
+    target, args = made.target, made.args()
     if target.form == "torch":
         return write_torch(
             folder, made.specs, get, target.layout, args=args, iteration=target.iteration, dialect=target.dialect,
@@ -222,7 +229,7 @@ def _write_mcore(folder: Path, made: Plan, get: Callable[[str], torch.Tensor]) -
     inside.mkdir()
     entries = write_dist(
         inside, made.specs, get, args=args, iteration=target.iteration or 0, uniform=is_uniform(made.specs),
-        workers=target.workers,
+        dialect=target.dialect, workers=target.workers,
     )  # fmt: skip
     (folder / TRACKER).write_text("release" if target.iteration is None else str(target.iteration), encoding="utf-8")
     return {f"{inside.name}/{name}": entry for name, entry in entries.items()}

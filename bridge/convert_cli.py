@@ -49,9 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add("--hf_config", "--hf-cfg-dir", type=Path, help="folder of config.json and tokenizer (default: --load)")
     add("--model_type_hf", "--model-type-hf", help="name of the family (default: by config.json)")
     add("--ckpt_format", choices=FORMATS, default="torch_dist", help="Megatron's format (default %(default)s)")
-    add(
-        "--dialect", choices=DIALECTS, default="mcore", help="names of Transformer Engine's or of local modules (torch)"
-    )
+    add("--dialect", choices=DIALECTS, default="mcore", help="names of Transformer Engine's or of local modules")
     add("--tp", "--target-tensor-parallel-size", type=_positive, default=1, help="tensor parallel size (torch)")
     add("--pp", "--target-pipeline-parallel-size", type=_positive, default=1, help="pipeline parallel size (torch)")
     add("--vpp", type=_positive, help="virtual chunks a pipeline stage (torch)")

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ..storage.hashing import HashingFile, Ledger
-from ..storage.safe_load import Inert
+from ..storage.safe_pickle import Inert
 from ..storage.safetensors_io import Spec, bytes_of
 from .dist_names import Piece, Place, extra_states_of, pieces_of, places_of
 from .dist_records import METADATA_NAME, Files, Record, check_tiling, read_metadata
@@ -60,8 +60,8 @@ class DistCheckpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.said: list[str] = []
-        tensors, objects = read_metadata(folder)
-        self._stored = {key: stored for key, stored in tensors.items() if not _NO_MODEL.fullmatch(key)}
+        table = read_metadata(folder, lambda key: not _NO_MODEL.fullmatch(key))
+        self._stored = table.tensors
         if not self._stored:
             raise BridgeError(f"{folder}: holds no tensor of a model")
         for key, stored in self._stored.items():
@@ -71,8 +71,8 @@ class DistCheckpoint:
         self._pieces = pieces_of(self._stored)
         self.shapes = {name: _joined_shape(name, pieces) for name, pieces in self._pieces.items()}
         self.dtypes = {name: self._stored[pieces[0].key].dtype for name, pieces in self._pieces.items()}
-        self._say_skipped([*(tensors.keys() - self._stored.keys()), *(objects.keys() - {_COMMON_OBJECT})])
-        common = self._common(objects)
+        self._say_skipped([*table.others, *(table.objects.keys() - {_COMMON_OBJECT})])
+        common = self._common(table.objects)
         self.iteration = _iteration(common, folder)
         self.args = self._plain_args(common.get("args"))
 
@@ -183,6 +183,7 @@ def write_dist(
     args: Mapping[str, Any],
     iteration: int,
     uniform: bool,
+    dialect: str = "mcore",
     workers: int = 2,
     max_file_bytes: int = 4 * 2**30,
 ) -> dict[str, dict[str, Any]]:
@@ -190,11 +191,12 @@ def write_dist(
 
     ``get`` is asked for each tensor once, in the order of ``specs`` within each of the files that ``workers`` threads write;
     what it gives is all that is in memory. ``uniform`` when Megatron's model has plain integers for ``moe_layer_freq`` and
-    the like: then it looks for all layers in one tensor. Readable by megatron-core 0.12 to 0.19 and by torch's own reader.
+    the like: then it looks for all layers in one tensor. ``dialect`` (see ``dialects``) tells the keys of some norms.
+    Readable by megatron-core 0.12 to 0.19 and by torch's own reader.
     Raises BridgeError when a tensor is not as its spec says or ``args`` hold more than plain values.
     """
     common = _common_state(args, iteration, uniform=uniform)
-    places = places_of((spec.name for spec in specs), uniform=uniform)
+    places = places_of({spec.name for spec in specs}, uniform=uniform, dialect=dialect)
     table = _described(specs, places)
     ledger = Ledger(folder)
     found: dict[MetadataIndex, _StorageInfo] = {}

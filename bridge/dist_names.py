@@ -4,15 +4,16 @@ Megatron stores a layer under its number or all layers of the decoder in one ten
 (TransformerBlock.sharded_state_dict), the experts always in one tensor with the experts before the weight's own dimensions
 (SequentialMLP.sharded_state_dict), a gated layer's halves sometimes as two tensors (apply_swiglu_sharded_factory). The
 norms' keys depend on the layer spec that trained: of MLA and of MoE layers the local spec keeps other ones than Transformer
-Engine's. All of these are read; written are Transformer Engine's.
+Engine's. All of these are read; written are those of the dialect that is asked for.
 """
 
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
+from .dialects import check_dialect
 from .dist_records import Chunk, Stored
 from .errors import BridgeError
 
@@ -24,6 +25,8 @@ _EXPERT = re.compile(r"(.*\bmlp\.experts\.)local_experts\.(\d+)\.(.+)")
 _DECODER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
 
 # (of a stored key, of the canonical name, the neighbour in the same layer that tells that this row holds)
+# The local spec writes the rows 2 to 4 of a layer with latent attention and the last one of others: its map of keys is
+# meant for dense layers without latent attention (megatron-core 0.16.1, models/gpt/gpt_layer_specs.py).
 _NORMS = [
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_", "self_attention.linear_qkv.weight"),
     ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_", "self_attention.linear_q_up_proj.weight"),
@@ -54,7 +57,7 @@ def pieces_of(tensors: Mapping[str, Stored]) -> dict[str, list[Piece]]:
     names: dict[str, dict[str, Piece]] = {}
     for key, stored in tensors.items():
         pattern, half, depth = _canonical(key, neighbours)
-        if len(stored.shape) <= depth:
+        if len(stored.shape) < depth:
             raise BridgeError(f"tensor {key}: the shape {stored.shape} has no dimension for its layers or experts")
         for index, chunks in _split(stored, depth).items():
             name = pattern
@@ -113,12 +116,13 @@ class Place(NamedTuple):
     lead: tuple[int, ...]
 
 
-def places_of(names: Iterable[str], *, uniform: bool) -> dict[str, Place]:
+def places_of(names: Collection[str], *, uniform: bool, dialect: str) -> dict[str, Place]:
     """Where each canonical name is stored; ``uniform``: all layers of the decoder in one tensor.
 
     Raises BridgeError when an expert is absent, and with ``uniform`` when a layer has what another one has not.
     """
-    split = {name: _key(name, uniform=uniform) for name in names}
+    check_dialect(dialect)
+    split = {name: _key(_local(name, names) if dialect == "mcore-local" else name, uniform=uniform) for name in names}
     groups: dict[str, dict[tuple[int, ...], str]] = {}
     for name, (key, index) in split.items():
         groups.setdefault(key, {})[index] = name
@@ -135,6 +139,17 @@ def places_of(names: Iterable[str], *, uniform: bool) -> dict[str, Place]:
             raise BridgeError(f"tensor {key}: nothing for {words}, although there is {next(iter(members.values()))}")
         places |= {name: Place(key, index, lead) for index, name in members.items()}
     return places
+
+
+def _local(name: str, names: Collection[str]) -> str:
+    """What a model of the local spec calls a tensor in ``torch_dist``, with a number for its layer and its expert."""
+    found = _LAYER.fullmatch(name)
+    layer = name[: found.start("rest")] if found else ""
+    latent = f"{layer}self_attention.linear_kv_up_proj.weight" in names
+    for stored, canonical, _ in _NORMS[1:4] if latent else _NORMS[4:]:
+        if layer and name.startswith(layer + canonical):
+            return layer + stored + name.removeprefix(layer + canonical)
+    return name
 
 
 def _key(name: str, *, uniform: bool) -> tuple[str, tuple[int, ...]]:

@@ -7,13 +7,14 @@ that holds it: a complete file of torch.save within a ``.distcp`` file. Nothing 
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ..storage.safe_load import Inert, UnsafeFileError, read_pickle, read_torch, tensor_bytes, typed
+from ..storage.safe_load import UnsafeFileError
+from ..storage.safe_pickle import Inert, read_pickle, read_torch, tensor_bytes, typed
 from .errors import BridgeError
 
 METADATA_NAME = ".metadata"
@@ -43,8 +44,16 @@ class Stored(NamedTuple):
     chunks: list[Chunk]
 
 
-def read_metadata(folder: Path) -> tuple[dict[str, Stored], dict[str, Record]]:
-    """All tensors and all objects of a checkpoint, by their keys.
+class Table(NamedTuple):
+    """The content of ``.metadata``: tensors, the names of those that were not asked for, and objects."""
+
+    tensors: dict[str, Stored]
+    others: list[str]
+    objects: dict[str, Record]
+
+
+def read_metadata(folder: Path, wanted: Callable[[str], bool]) -> Table:
+    """What a checkpoint holds, by keys; of tensors that are not ``wanted`` the keys alone.
 
     Raises BridgeError when the file is absent, broken, unsafe or does not say where something lies.
     """
@@ -60,20 +69,21 @@ def read_metadata(folder: Path) -> tuple[dict[str, Stored], dict[str, Record]]:
     try:
         fields = _fields(found)
         records = _records(fields["storage_data"])
-        tensors: dict[str, Stored] = {}
-        objects: dict[str, Record] = {}
+        table = Table({}, [], {})
         for key, entry in fields["state_dict_metadata"].items():
             if entry.named.endswith(".BytesStorageMetadata"):
-                objects[key] = next(iter(records[key].values()))
+                table.objects[key] = next(iter(records[key].values()))
+            elif not wanted(key):
+                table.others.append(key)
             else:
-                tensors[key] = _stored(_fields(entry), records[key], f"{path}: tensor {key}")
+                table.tensors[key] = _stored(_fields(entry), records[key], f"{path}: tensor {key}")
     except BridgeError:
         raise
     except Exception as error:  # noqa: BLE001 - what is no metadata at all raises any kind
         raise BridgeError(
             f"{path}: not the metadata of torch.distributed.checkpoint ({type(error).__name__}: {error})"
         ) from None
-    return tensors, objects
+    return table
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -88,7 +98,7 @@ def _records(storage_data: dict[Inert, Inert]) -> dict[str, dict[tuple[int, ...]
     for index, info in storage_data.items():
         where, place = _fields(index), _fields(info)
         record = Record(place["relative_path"], int(place["offset"]), int(place["length"]))
-        if Path(record.file).name != record.file:
+        if "/" in record.file or "\\" in record.file:
             raise BridgeError(f"{METADATA_NAME} points outside of the folder: {record.file!r}")
         if place.get("transform_descriptors"):
             raise BridgeError(f"{record.file}: packed with {place['transform_descriptors']}, which is not read here")
@@ -113,7 +123,9 @@ def _stored(fields: dict[str, Any], records: dict[tuple[int, ...], Record], wher
 
 
 def check_tiling(key: str, stored: Stored) -> None:
-    """Raises BridgeError unless the chunks cover the tensor, each element once."""
+    """Raises BridgeError unless there are elements and the chunks cover each of them once."""
+    if 0 in stored.shape:
+        raise BridgeError(f"tensor {key} is empty: {stored.shape}")
     total = 0
     for chunk in stored.chunks:
         if {len(chunk.offset), len(chunk.shape)} != {len(stored.shape)} or any(
@@ -139,21 +151,33 @@ def _box(chunk: Chunk) -> str:
 
 
 def _overlap(chunks: list[Chunk]) -> tuple[Chunk, Chunk] | None:
-    """Two chunks that overlap. A cut that no chunk spans parts them, so that a grid of n chunks costs n log n."""
-    if len(chunks) < 2:  # noqa: PLR2004 - a pair
-        return None
-    for axis in range(len(chunks[0].shape)):
-        groups: list[list[Chunk]] = []
-        end = -1
-        for chunk in sorted(chunks, key=lambda chunk: chunk.offset[axis]):
-            if chunk.offset[axis] >= end:
-                groups.append([])
-            groups[-1].append(chunk)
-            end = max(end, chunk.offset[axis] + chunk.shape[axis])
-        if len(groups) > 1:
-            return next(filter(None, map(_overlap, groups)), None)
-    pairs = ((one, other) for number, one in enumerate(chunks) for other in chunks[:number])
-    return next((pair for pair in pairs if _common(pair[0].offset, pair[0].shape, pair[1])), None)
+    """Two chunks that overlap. Cuts that no chunk spans part them first, so that a grid of n chunks costs n log n."""
+    pending = [chunks]
+    while pending:
+        group = pending.pop()
+        if len(group) < 2:  # noqa: PLR2004 - a pair
+            continue
+        parts = next((parts for axis in range(len(group[0].shape)) if len(parts := _parted(group, axis)) > 1), None)
+        if parts:
+            pending += parts
+            continue
+        for number, one in enumerate(group):
+            for other in group[:number]:
+                if _common(one.offset, one.shape, other) is not None:
+                    return one, other
+    return None
+
+
+def _parted(chunks: list[Chunk], axis: int) -> list[list[Chunk]]:
+    """The chunks in groups whose spans on an axis do not meet."""
+    groups: list[list[Chunk]] = []
+    end = -1
+    for chunk in sorted(chunks, key=lambda chunk: chunk.offset[axis]):
+        if chunk.offset[axis] >= end:
+            groups.append([])
+        groups[-1].append(chunk)
+        end = max(end, chunk.offset[axis] + chunk.shape[axis])
+    return groups
 
 
 def _common(offset: Sequence[int], shape: Sequence[int], chunk: Chunk) -> list[tuple[int, int]] | None:
@@ -171,6 +195,7 @@ class Files:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._maps: dict[str, memoryview] = {}
+        self._checked: set[Record] = set()
 
     def check(self, records: Sequence[Record]) -> None:
         """Raises BridgeError when a file is absent or too short for what it is to hold."""
@@ -190,7 +215,7 @@ class Files:
         self._maps.clear()
 
     def read(self, record: Record) -> Any:
-        """What ``read_torch`` gives for a record."""
+        """What ``read_torch`` gives for a record, whose checksums are compared the first time."""
         if record.file not in self._maps:
             with (self._folder / record.file).open("rb") as stream:
                 # A private map: torch takes no memory that must not be written, and nobody writes it.
@@ -198,16 +223,18 @@ class Files:
             self._maps[record.file] = memoryview(whole)
         data = self._maps[record.file][record.start : record.start + record.length]
         try:
-            return read_torch(data, self._where(record))
+            found = read_torch(data, self._where(record), check=record not in self._checked)
         except UnsafeFileError as error:
             raise BridgeError(str(error)) from None
+        self._checked.add(record)
+        return found
 
     def box(self, key: str, stored: Stored, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
         """A box of a tensor; a view of the file when one dense chunk holds it, else the only copy that is made.
 
         Raises BridgeError when a record is broken or holds something else than was said.
         """
-        parts = [(chunk, spans) for chunk in stored.chunks if (spans := _common(offset, shape, chunk))]
+        parts = [(chunk, spans) for chunk in stored.chunks if (spans := _common(offset, shape, chunk)) is not None]
         if len(parts) == 1:
             return typed(self._part(key, stored, *parts[0]), stored.dtype)
         whole = torch.empty(*shape, dtype=stored.dtype)

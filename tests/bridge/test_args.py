@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from finebridge.bridge.args import to_args, to_config
 from finebridge.bridge.errors import BridgeError
+from finebridge.bridge.run_flags import run_flags, run_notes
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
@@ -155,3 +156,26 @@ def test_arguments_of_a_run_of_megatron() -> None:
     assert (config["vocab_size"], config["num_key_value_heads"], config["head_dim"]) == (1024, 8, 8)
     assert config["rms_norm_eps"] == 1e-5
     assert config["bos_token_id"] is None
+
+
+def test_flags_of_a_run() -> None:
+    """What Megatron-LM does not take from a checkpoint; read from its own ``load_args_from_checkpoint``."""
+    assert run_flags(to_args(LLAMA)) == []
+    assert run_flags(to_args(QWEN3 | {"rms_norm_eps": 1e-6})) == ["--norm-epsilon", "1e-06", "--qk-layernorm"]
+    assert run_flags(to_args(MISTRAL)) == ["--window-size", "(127,0)"]
+    assert run_flags(to_args(PLAIN["linear"])) == ["--rotary-seq-len-interpolation-factor", "4"]
+    words = " ".join(run_flags(to_args(DEEPSEEK)))
+    assert words == (
+        "--qk-layernorm --multi-latent-attention --q-lora-rank 24 --kv-lora-rank 16 --qk-head-dim 12 "
+        "--qk-pos-emb-head-dim 8 --v-head-dim 12 --rope-type yarn --rotary-scaling-factor 40 --mscale-all-dim 1 "
+        "--moe-router-num-groups 4 --moe-router-group-topk 2 --mtp-num-layers 1"
+    )
+
+
+def test_what_no_flag_tells_megatron_is_said() -> None:
+    assert run_notes(to_args(LLAMA)) == []
+    said = run_notes(to_args(PLAIN["llama3"]))
+    assert "--use-rope-scaling --rope-scaling-factor 32" in said[0]
+    assert "rope_scaling_factor 32.0" in said[1]
+    assert "rotary_seq_len_interpolation_factor 4.0" in run_notes(to_args(PLAIN["linear"]))[1]
+    assert "original_max_position_embeddings 128 (4096 holds)" in run_notes(to_args(DEEPSEEK))[1]

@@ -50,7 +50,8 @@ def test_megatron_loads_our_torch_dist(name: str, hf_models: Models, tmp_path: P
 
 
 TORCH: dict[str, Sizes] = {
-    "llama_tied": {"tp": 2, "pp": 2}, "qwen2": {"pp": 2, "vpp": 2}, "qwen3_moe": {"ep": 2}, "deepseek_v2": {"tp": 2, "ep": 2},
+    "llama_tied": {"tp": 2, "pp": 2}, "qwen2": {"pp": 2, "vpp": 2}, "qwen3_moe": {"tp": 2, "ep": 2, "etp": 1},
+    "deepseek_v2": {"tp": 2, "ep": 2, "etp": 2},
     "deepseek_v3": {"pp": 2},
 }  # fmt: skip
 
@@ -59,8 +60,6 @@ TORCH: dict[str, Sizes] = {
 def test_megatron_loads_our_torch(name: str, hf_models: Models, tmp_path: Path) -> None:
     base, sizes = hf_models(name), TORCH[name]
     words = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
-    if "tp" in sizes and "ep" in sizes:
-        words += ["--etp", str(sizes["tp"])]  # Megatron's default
     convert(base, tmp_path / "ours", "--to", "mcore", "--ckpt_format", "torch", "--dialect", "mcore-local", *words)
     model, rows = model_in(base), 128 * sizes.get("tp", 1)
     assert_same(
@@ -71,7 +70,7 @@ def test_megatron_loads_our_torch(name: str, hf_models: Models, tmp_path: Path) 
 
 THEIRS: list[tuple[str, str, Sizes]] = [
     ("llama_tied", "torch", {"tp": 2, "pp": 2}), ("qwen2", "torch", {"pp": 2, "vpp": 2}), ("qwen3_moe", "torch", {"ep": 2}),
-    ("deepseek_v3", "torch", {"tp": 2}), ("qwen2_tied", "torch_dist mcore", {"pp": 2}),
+    ("deepseek_v3", "torch", {"tp": 2, "ep": 2, "etp": 1}), ("qwen2_tied", "torch_dist mcore", {"pp": 2}),
     ("qwen3_moe", "torch_dist mcore", {"ep": 2}), ("qwen3_moe_mixed", "torch_dist mcore-local", {"tp": 2}),
     ("deepseek_v2", "torch_dist mcore-local", {"tp": 2}),
 ]  # fmt: skip
