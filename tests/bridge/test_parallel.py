@@ -116,13 +116,30 @@ def test_gate_and_up_are_cut_by_themselves() -> None:
 def test_rows_columns_and_whole_tensors() -> None:
     layout = Layout(tp=2)
     at = LAYER.format(1)
+    rows, columns, whole = [((0, 4),), ((4, 8),)], [((0, 3),), ((3, 6),)], [(), ()]
     for name, shape, wanted in [
-        ("self_attention.linear_qkv.weight", (8, 6), [((0, 4),), ((4, 8),)]),
-        ("self_attention.linear_proj.weight", (8, 6), [((0, 3),), ((3, 6),)]),
-        ("self_attention.linear_qkv.layer_norm_weight", (8,), [(), ()]),
-        ("self_attention.linear_proj.bias", (8,), [(), ()]),
+        ("self_attention.linear_qkv.weight", (8, 6), rows),
+        ("self_attention.linear_qkv.bias", (8,), rows),
+        ("self_attention.linear_q_proj.weight", (8, 6), rows),
+        ("self_attention.linear_q_up_proj.weight", (8, 6), rows),
+        ("self_attention.linear_kv_up_proj.weight", (8, 6), rows),
+        ("self_attention.linear_proj.weight", (8, 6), columns),
+        ("mlp.linear_fc2.weight", (8, 6), columns),
+        ("mlp.shared_experts.linear_fc2.weight", (8, 6), columns),
+        ("self_attention.linear_q_down_proj.weight", (8, 6), whole),
+        ("self_attention.linear_kv_down_proj.weight", (8, 6), whole),
+        ("self_attention.linear_qkv.layer_norm_weight", (8,), whole),
+        ("self_attention.linear_proj.bias", (8,), whole),
+        ("mlp.router.weight", (8, 6), whole),
+        ("mlp.router.expert_bias", (8,), whole),
+        ("mlp.shared_experts.gate_weight", (1, 6), whole),
     ]:
-        assert [piece.ranges for piece in pieces(at + name, shape, layout, DENSE)] == wanted
+        assert [piece.ranges for piece in pieces(at + name, shape, layout, DENSE)] == wanted, name
+    for name in (EMBEDDING, "output_layer.weight", "mtp.layers.0.eh_proj.weight"):
+        assert [piece.ranges for piece in pieces(name, (8, 6), layout, DENSE)] == rows, name
+    for name in ("linear_q_down_proj", "linear_kv_down_proj"):  # megatron's own layers have no replicated linear layer
+        name = f"{at}self_attention.{name}.weight"  # noqa: PLW2901
+        assert [piece.ranges for piece in pieces(name, (8, 6), layout, DENSE, local_spec=True)] == rows, name
 
 
 def test_copies_of_the_embedding_are_where_megatron_has_them() -> None:
