@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from ..storage.assets import carry, read_json
+from ..storage.manifest import MANIFEST_NAME, verify
 from ..storage.publish import publish
 from ..storage.safetensors_io import Spec, main_dtype
 from ..storage.space import free_bytes
@@ -180,9 +181,11 @@ def plan(source: Source, target: Target) -> Plan:
 def convert(made: Plan, save: Path, *, overwrite: bool = False, say: Callable[[str], None] = print) -> None:
     """Write a plan's target to ``save``, with config, tokenizer and code beside it; it appears whole or not at all.
 
-    Raises BridgeError, FileExistsError, OSError with ENOSPC.
+    A source that has a manifest is verified first. Raises BridgeError, ManifestError, FileExistsError, OSError with ENOSPC.
     """
     source, target = made.source, made.target
+    if (source.folder / MANIFEST_NAME).is_file():
+        verify(source.folder)  # nothing else finds a flipped bit in most files
     for place in (source.folder, source.config_folder):
         if place and save.resolve() in (place.resolve(), *place.resolve().parents):
             raise BridgeError(f"--save {save} is or contains {place}; choose another folder")

@@ -254,6 +254,20 @@ def test_a_file_that_is_damaged_or_missing(
             file.write_bytes(whole)
 
 
+def test_a_flipped_bit_is_found_by_the_manifest(
+    hf_models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mcore = tmp_path / "mcore"
+    assert run("--to", "mcore", "--load", hf_models("qwen3"), "--save", mcore, "--ckpt_format", "torch") == 0
+    file = mcore / "release/mp_rank_00/model_optim_rng.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert run("--to", "hf", "--load", mcore, "--save", tmp_path / "hf") == 2
+    assert "model_optim_rng.pt" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+
+
 def test_the_users_scripts(hf_models: Models, tmp_path: Path) -> None:
     import os
 
