@@ -192,7 +192,7 @@ def write_dist(
     ``get`` is asked for each tensor once, in the order of ``specs`` within each of the files that ``workers`` threads write;
     what it gives is all that is in memory. ``uniform`` when Megatron's model has plain integers for ``moe_layer_freq`` and
     the like: then it looks for all layers in one tensor. ``dialect`` (see ``dialects``) tells the keys of some norms.
-    Readable by megatron-core 0.12 to 0.19 and by torch's own reader.
+    Readable by megatron-core (proven with 0.16.1) and by torch's own reader.
     Raises BridgeError when a tensor is not as its spec says or ``args`` hold more than plain values.
     """
     common = _common_state(args, iteration, uniform=uniform)
