@@ -96,14 +96,15 @@ class DistCheckpoint:
     def get(self, name: str) -> torch.Tensor:
         """One tensor on the CPU in its stored dtype: a view of its file where one chunk holds it, else in memory.
 
-        Not to be written to. Raises KeyError when there is none of that name, BridgeError when its records are broken.
+        Not to be written to. Several threads may read. Raises KeyError when there is none of that name, BridgeError when its
+        records are broken.
         """
         parts = [self._read(piece) for piece in self._pieces[name]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _read(self, piece: Piece) -> torch.Tensor:
         stored = self._stored[piece.key]._replace(chunks=piece.chunks)
-        offset, shape = (*piece.at, *(0 for _ in piece.shape)), (*(1 for _ in piece.at), *piece.shape)
+        offset, shape = piece.at + (0,) * len(piece.shape), (1,) * len(piece.at) + piece.shape
         return self._files.box(piece.key, stored, offset, shape).reshape(piece.shape)
 
     def _say_skipped(self, keys: Sequence[str]) -> None:
@@ -115,17 +116,18 @@ class DistCheckpoint:
     def _common(self, objects: Mapping[str, Record]) -> dict[str, Any]:
         """What all ranks share: args, iteration, checkpoint_version and more."""
         path = self.folder / COMMON_NAME
-        if path.is_file():
-            found = self._files.read(Record(COMMON_NAME, 0, path.stat().st_size))
-        elif _COMMON_OBJECT in objects:
-            self._files.check([objects[_COMMON_OBJECT]])
-            found = self._files.read(objects[_COMMON_OBJECT])
-            found = found[0] if isinstance(found, list) and found else found
-        else:
+        record = Record(COMMON_NAME, 0, path.stat().st_size) if path.is_file() else objects.get(_COMMON_OBJECT)
+        if record is None:
             self.said.append(f"no {COMMON_NAME} and no common_state: nothing is known of Megatron's arguments")
             return {}
+        self._files.check([record])
+        found = self._files.read(record)
+        if isinstance(found, list) and found:  # core 0.19 has it in a list, as all objects
+            found = found[0]
         if not isinstance(found, dict):
-            raise BridgeError(f"{path}: holds {found!r} in place of a dictionary")
+            raise BridgeError(
+                f"{self.folder / record.file}: holds {found!r} in place of a dictionary of Megatron's state"
+            )
         return found
 
     def _plain_args(self, found: object) -> dict[str, Any]:
@@ -251,13 +253,13 @@ def _described(specs: Sequence[Spec], places: Mapping[str, Place]) -> dict[str, 
                 f"tensor {spec.name}: {spec.dtype} {spec.shape}, others of {key} have {entry.properties.dtype} "
                 f"{tuple(entry.size[len(lead) :])}"
             )
-        sizes = torch.Size((*(1 for _ in at), *spec.shape))
+        sizes = torch.Size((1,) * len(at) + spec.shape)
         entry.chunks.append(ChunkStorageMetadata(torch.Size(_offset(spec, places[spec.name])), sizes))
     return table
 
 
 def _offset(spec: Spec, place: Place) -> tuple[int, ...]:
-    return (*place.at, *(0 for _ in spec.shape))
+    return place.at + (0,) * len(spec.shape)
 
 
 def _parts(specs: Sequence[Spec], workers: int, max_bytes: int) -> list[list[Spec]]:
@@ -283,7 +285,7 @@ def _checked(tensor: torch.Tensor, spec: Spec, depth: int) -> torch.Tensor:
             else f"tensor {spec.name} is empty: {spec.shape}"
         )
     flat = torch.frombuffer(bytes_of(tensor), dtype=torch.uint8)
-    return flat.view(spec.dtype).reshape(*(1 for _ in range(depth)), *spec.shape)
+    return flat.view(spec.dtype).reshape((1,) * depth + spec.shape)
 
 
 class _RecordWriter:
@@ -309,7 +311,7 @@ class _RecordWriter:
 
 @contextmanager
 def _without_checksums() -> Generator[None]:
-    """The checksums within torch's zip files take three times as long as all else, and torch never reads them."""
+    """Checksums within torch's zip files take three times as long as all else; the manifest has those of whole files."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

@@ -235,6 +235,15 @@ def test_a_view_of_a_larger_storage_is_written_alone(tmp_path: Path) -> None:
         assert same(checkpoint.get("b.weight"), whole[10:12].T)
 
 
+def test_a_number_alone_is_a_tensor_too(tmp_path: Path) -> None:
+    tensors = {f"decoder.layers.{layer}.scale": torch.tensor(layer + 0.5) for layer in range(3)} | {
+        "scale": torch.tensor(7)
+    }
+    write(tmp_path / "x", tensors)
+    with DistCheckpoint(tmp_path / "x") as checkpoint:
+        assert all(same(checkpoint.get(name), tensor) for name, tensor in tensors.items())
+
+
 def test_every_module_of_transformer_engine_finds_its_state(tmp_path: Path) -> None:
     write(tmp_path / "x", model([True, True]))
     table = dcp.FileSystemReader(tmp_path / "x").read_metadata()

@@ -30,6 +30,13 @@ def test_a_file_that_is_absent_or_cut_is_named(tmp_path: Path) -> None:
     refused(folder, r"\.metadata: absent; name the folder")
 
 
+@pytest.mark.parametrize("length", [0, 1, 100])
+def test_a_common_state_that_was_cut_is_named(tmp_path: Path, length: int) -> None:
+    folder = simple(tmp_path / "x")[0].close()
+    (folder / "common.pt").write_bytes((folder / "common.pt").read_bytes()[:length])
+    refused(folder, r"/common\.pt")
+
+
 def test_records_are_not_read_from_elsewhere(tmp_path: Path) -> None:
     made, _ = simple(tmp_path / "x")
     index, info = next(iter(made.places.items()))
