@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 
 from ..storage.assets import carry, read_json
-from ..storage.manifest import MANIFEST_NAME, verify
+from ..storage.hashing import algorithm_of, file_digest
+from ..storage.manifest import MANIFEST_NAME, read
 from ..storage.publish import publish
 from ..storage.safetensors_io import Spec, main_dtype
 from ..storage.space import free_bytes
@@ -32,6 +33,7 @@ from .torch_format import TRACKER, TorchCheckpoint, tracked
 from .torch_writer import write_torch
 
 Form = Literal["hf", "torch", "torch_dist"]
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".distcp")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -181,11 +183,11 @@ def plan(source: Source, target: Target) -> Plan:
 def convert(made: Plan, save: Path, *, overwrite: bool = False, say: Callable[[str], None] = print) -> None:
     """Write a plan's target to ``save``, with config, tokenizer and code beside it; it appears whole or not at all.
 
-    A source that has a manifest is verified first. Raises BridgeError, ManifestError, FileExistsError, OSError with ENOSPC.
+    Weights of a source that has a manifest are compared with it first. Raises BridgeError, ManifestError,
+    FileExistsError, OSError with ENOSPC.
     """
     source, target = made.source, made.target
-    if (source.folder / MANIFEST_NAME).is_file():
-        verify(source.folder)  # nothing else finds a flipped bit in most files
+    _check_weights(source.folder)
     for place in (source.folder, source.config_folder):
         if place and save.resolve() in (place.resolve(), *place.resolve().parents):
             raise BridgeError(f"--save {save} is or contains {place}; choose another folder")
@@ -219,6 +221,20 @@ def convert(made: Plan, save: Path, *, overwrite: bool = False, say: Callable[[s
         else:
             written |= _write_mcore(folder, made, get)
         _write_beside(folder, made)
+
+
+def _check_weights(folder: Path) -> None:
+    """Compare weight files with the manifest beside them, if any: nothing else finds a flipped bit in most of them.
+
+    Configs and tokenizers are left out: users edit them.
+    """
+    if not (folder / MANIFEST_NAME).is_file():
+        return
+    for name, entry in read(folder)["files"].items():
+        path, algorithm = folder / name, str(algorithm_of(entry))
+        weights = path.suffix in _WEIGHTS or path.name == ".metadata"
+        if weights and path.is_file() and file_digest(path, algorithm) != entry[algorithm]:
+            raise BridgeError(f"{path}: its checksum is not the manifest's; the file was changed or is damaged")
 
 
 def _write_mcore(folder: Path, made: Plan, get: Callable[[str], torch.Tensor]) -> dict[str, dict[str, Any]]:
