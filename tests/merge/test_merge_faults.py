@@ -94,6 +94,16 @@ def test_a_disk_full_from_any_point_on(trial: Trial, overwrite: bool, stride: in
         assert (result["again"], result["then"]) == (0, "new"), "with room again it succeeds"
 
 
+SLOW = """
+import sys, time
+from finebridge.finetune.cli import main
+from finebridge.merge import stream
+merged = stream._merged
+stream._merged = lambda *block: time.sleep(0.2) or merged(*block)
+sys.exit(main())
+"""
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_merge_that_is_stopped_leaves_nothing(tmp_path: Path, stop: signal.Signals) -> None:
     name = "model.layers.0.self_attn.q_proj"
@@ -101,7 +111,7 @@ def test_a_merge_that_is_stopped_leaves_nothing(tmp_path: Path, stop: signal.Sig
         (tmp_path / folder).mkdir()
     (tmp_path / "base" / "config.json").write_text('{"vocab_size": 7}')
     save_file(
-        {f"{name}{n or ''}.weight": torch.ones(1024, 1024) for n in range(48)}, tmp_path / "base" / "model.safetensors"
+        {f"{name}{n or ''}.weight": torch.ones(1024, 1024) for n in range(16)}, tmp_path / "base" / "model.safetensors"
     )
     factors = {"lora_A": torch.ones(1, 1024), "lora_B": torch.ones(1024, 1)}
     save_file(
@@ -111,9 +121,7 @@ def test_a_merge_that_is_stopped_leaves_nothing(tmp_path: Path, stop: signal.Sig
     settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
     words = arguments(tmp_path / "base", tmp_path / "adapter", tmp_path / "made" / "out", "--workers", "1")
-    merging = subprocess.Popen(
-        [sys.executable, "-P", "-m", "finebridge.finetune.cli", "merge", *words], stderr=subprocess.PIPE, text=True
-    )
+    merging = subprocess.Popen([sys.executable, "-P", "-c", SLOW, "merge", *words], stderr=subprocess.PIPE, text=True)
     while not list((tmp_path / "made").glob(".*/*.safetensors")) and merging.poll() is None:
         time.sleep(0.01)
     merging.send_signal(stop)
