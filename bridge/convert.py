@@ -98,7 +98,6 @@ def open_source(folder: Path, *, hf_config: Path | None = None, family: str | No
         config = read_json(config_folder / "config.json")
         table = family_of(config, family)
         tensors = HFCheckpoint(folder, config, table)
-        tensors.check_copies(table)
         return Source(folder, form, tensors, tensors.config, config_folder, table)
     known = read_json(config_folder / "config.json") if config_folder else None
     if form == "torch_dist":
@@ -187,7 +186,6 @@ def convert(made: Plan, save: Path, *, overwrite: bool = False, say: Callable[[s
     FileExistsError, OSError with ENOSPC.
     """
     source, target = made.source, made.target
-    _check_weights(source.folder)
     for place in (source.folder, source.config_folder):
         if place and save.resolve() in (place.resolve(), *place.resolve().parents):
             raise BridgeError(f"--save {save} is or contains {place}; choose another folder")
@@ -195,6 +193,9 @@ def convert(made: Plan, save: Path, *, overwrite: bool = False, say: Callable[[s
         raise OSError(28, f"No space left on device: {made.size:,} bytes are needed", str(save))
     for line in made.lines():
         say(line)
+    _check_weights(source.folder)
+    if isinstance(source.tensors, HFCheckpoint):
+        source.tensors.check_copies()
     made_from = {"source": str(source.folder), "form": source.form, "family": source.family.name}
     written: dict[str, dict[str, Any]] = {}
     dtypes = {spec.name: spec for spec in made.specs}
@@ -279,6 +280,9 @@ def _write_beside(folder: Path, made: Plan) -> None:
 
 def same(one: Checkpoint, other: Checkpoint) -> list[str]:
     """Differences of two checkpoints, tensor by tensor, bit for bit; a line each, none when they are the same model."""
+    for checkpoint in (one, other):
+        if isinstance(checkpoint, HFCheckpoint):
+            checkpoint.check_copies()
     found = [f"{name}: only in the first" for name in one.shapes if name not in other.shapes]
     found += [f"{name}: only in the second" for name in other.shapes if name not in one.shapes]
     for name, shape in one.shapes.items():

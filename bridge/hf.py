@@ -77,9 +77,9 @@ class HFCheckpoint:
         parts = [self._part(part) for part in row.hf]
         return row.rule.to_mcore(parts)
 
-    def check_copies(self, family: Family) -> None:
-        """Raise BridgeError when a tensor that repeats another one is not equal to it."""
-        for name, other in family.copies(self.config).items():
+    def check_copies(self) -> None:
+        """Raise BridgeError when a tensor that repeats another one is not equal to it; reads both."""
+        for name, other in self._copies.items():
             if name in self._weights and not self._weights.get(name).equal(self._weights.get(other)):
                 raise BridgeError(f"{self.folder}: {name} should repeat {other}, but differs from it")
 
@@ -117,9 +117,10 @@ class HFCheckpoint:
         wanted = {part for row in self._rows.values() for part in row.hf}
         if missing := sorted(wanted - self._parts.keys()):
             raise BridgeError(f"{self.folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
-        copies = family.copies(self.config)
-        tied = {"lm_head.weight"} if self.config.get("tie_word_embeddings") else set[str]()
-        left = self._parts.keys() - wanted - copies.keys() - tied
+        self._copies = family.copies(self.config)
+        if self.config.get("tie_word_embeddings"):
+            self._copies |= {"lm_head.weight": "model.embed_tokens.weight"}
+        left = self._parts.keys() - wanted - self._copies.keys()
         dropped = {name for name in left if name.endswith(family.computed)}
         if unknown := sorted(left - dropped):
             raise BridgeError(
@@ -127,9 +128,6 @@ class HFCheckpoint:
             )
         if dropped:
             self.said.append(f"{len(dropped)} computed buffers are left out, the first is {min(dropped)}")
-        for name in tied & self._parts.keys():
-            if not self._weights.get(name).equal(self._weights.get("model.embed_tokens.weight")):
-                raise BridgeError(f"{self.folder}: {name} differs from the embedding, but config.json ties them")
 
 
 def write_hf(
