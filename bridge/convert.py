@@ -7,7 +7,6 @@ Nothing is converted in silence: a tensor without a place, a name too many or a 
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ import torch
 from ..storage.assets import carry, read_json
 from ..storage.hashing import algorithm_of, file_digest
 from ..storage.manifest import MANIFEST_NAME, read
+from ..storage.megatron_folder import TRACKER
 from ..storage.publish import publish
 from ..storage.safetensors_io import Spec, main_dtype
 from ..storage.space import free_bytes
@@ -27,9 +27,9 @@ from .families import family_of
 from .family import Family
 from .hf import HFCheckpoint, write_hf
 from .mapping import hf_shapes, mcore_shape
-from .parallel import Layout
+from .parallel import Layout, check_layout
 from .run_flags import run_notes
-from .torch_format import TRACKER, TorchCheckpoint, tracked
+from .torch_format import TorchCheckpoint, tracked
 from .torch_writer import write_torch
 
 Form = Literal["hf", "torch", "torch_dist"]
@@ -123,12 +123,19 @@ class Plan:
         """Bytes of all tensors."""
         return sum(spec.size for spec in self.specs)
 
+    @property
+    def made_from(self) -> dict[str, str]:
+        """What the manifest of the target tells of its source."""
+        return {"source": str(self.source.folder), "form": self.source.form, "family": self.source.family.name}
+
     def args(self) -> dict[str, Any]:
-        """Megatron's arguments of the model. Raises BridgeError when Megatron-Core cannot compute it."""
+        """Megatron's arguments of the model. Raises BridgeError when Megatron-Core cannot compute it, or spread it so."""
         source, target = self.source, self.target
         main = max(self.specs, key=lambda spec: spec.size).dtype
+        args = to_args(source.config, source.family, tp=target.layout.tp, divisible_by=target.divisible_by)
+        check_layout(target.layout, args)
         return {
-            **to_args(source.config, source.family, tp=target.layout.tp, divisible_by=target.divisible_by),
+            **args,
             "params_dtype": main, "bf16": main == torch.bfloat16, "fp16": main == torch.float16,
         }  # fmt: skip
 
@@ -185,23 +192,37 @@ def convert(made: Plan, save: Path, *, overwrite: bool = False, say: Callable[[s
     Weights of a source that has a manifest are compared with it first. Raises BridgeError, ManifestError,
     FileExistsError, OSError with ENOSPC.
     """
-    source, target = made.source, made.target
+    for line in made.lines():
+        say(line)
+    check_target(made, save)
+    written: dict[str, dict[str, Any]] = {}
+    with publish(save, kind=made.target.form, made_from=made.made_from, replace=overwrite, written=written) as folder:
+        written |= write_target(folder, made)
+
+
+def check_target(made: Plan, save: Path) -> None:
+    """Look at what can hinder a conversion to ``save``: places and room, then the source's checksums and copies.
+
+    Raises BridgeError, ManifestError, OSError with ENOSPC.
+    """
+    source = made.source
     for place in (source.folder, source.config_folder):
         if place and save.resolve() in (place.resolve(), *place.resolve().parents):
             raise BridgeError(f"--save {save} is or contains {place}; choose another folder")
     if made.size > free_bytes(save):
         raise OSError(28, f"No space left on device: {made.size:,} bytes are needed", str(save))
-    for line in made.lines():
-        say(line)
     _check_weights(source.folder)
     if isinstance(source.tensors, HFCheckpoint):
         source.tensors.check_copies()
-    made_from = {"source": str(source.folder), "form": source.form, "family": source.family.name}
-    written: dict[str, dict[str, Any]] = {}
-    dtypes = {spec.name: spec for spec in made.specs}
+
+
+def write_target(folder: Path, made: Plan) -> dict[str, dict[str, Any]]:
+    """Write a plan's target into an empty folder; the manifest's entries of what was hashed while it was written."""
+    source, target = made.source, made.target
+    specs = {spec.name: spec for spec in made.specs}
 
     def get(name: str) -> torch.Tensor:
-        spec = dtypes[name]
+        spec = specs[name]
         value = source.tensors.get(name)
         if value.shape != spec.shape:
             value = value[: spec.shape[0]]  # padded rows of the vocabulary
@@ -212,16 +233,13 @@ def convert(made: Plan, save: Path, *, overwrite: bool = False, say: Callable[[s
             raise BridgeError(f"{name}: does not fit into {spec.dtype}; use bf16")
         return value
 
-    with ExitStack() as stack:
-        folder = stack.enter_context(
-            publish(save, kind=target.form, made_from=made_from, replace=overwrite, written=written)
-        )
-        if target.form == "hf":
-            rows, copies = list(source.family.rows(source.config)), source.family.copies(source.config)
-            written |= write_hf(folder, rows, copies, dtypes, get, max_bytes=target.max_bytes, workers=target.workers)
-        else:
-            written |= _write_mcore(folder, made, get)
-        _write_beside(folder, made)
+    if target.form == "hf":
+        rows, copies = list(source.family.rows(source.config)), source.family.copies(source.config)
+        written = write_hf(folder, rows, copies, specs, get, max_bytes=target.max_bytes, workers=target.workers)
+    else:
+        written = _write_mcore(folder, made, get)
+    _write_beside(folder, made)
+    return written
 
 
 def _check_weights(folder: Path) -> None:

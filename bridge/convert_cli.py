@@ -50,17 +50,17 @@ def parser() -> argparse.ArgumentParser:
     add("--model_type_hf", "--model-type-hf", help="name of the family (default: by config.json)")
     add("--ckpt_format", choices=FORMATS, default="torch_dist", help="Megatron's format (default %(default)s)")
     add("--dialect", choices=DIALECTS, default="mcore", help="names of Transformer Engine's or of local modules")
-    add("--tp", "--target-tensor-parallel-size", type=_positive, default=1, help="tensor parallel size (torch)")
-    add("--pp", "--target-pipeline-parallel-size", type=_positive, default=1, help="pipeline parallel size (torch)")
-    add("--vpp", type=_positive, help="virtual chunks a pipeline stage (torch)")
-    add("--ep", "--target-expert-parallel-size", type=_positive, default=1, help="expert parallel size (torch)")
+    add("--tp", "--target-tensor-parallel-size", type=_positive, default=1, help="tensor parallel size")
+    add("--pp", "--target-pipeline-parallel-size", type=_positive, default=1, help="pipeline parallel size")
+    add("--vpp", type=_positive, help="virtual chunks a pipeline stage")
+    add("--ep", "--target-expert-parallel-size", type=_positive, default=1, help="expert parallel size")
     add(
         "--etp",
         "--expert-tensor-parallel-size",
         type=_positive,
-        help="tensor parallel size of experts (torch; default: TP)",
+        help="tensor parallel size of experts (default: TP)",
     )
-    add("--num_layer_list", "--num-layer-list", type=_numbers, metavar="3,4,4,3", help="layers of each stage (torch)")
+    add("--num_layer_list", "--num-layer-list", type=_numbers, metavar="3,4,4,3", help="layers of each stage")
     add("--iteration", type=int, help="write iter_NNNNNNN (default: release)")
     add(
         "--make_vocab_size_divisible_by", type=_positive, default=128, help="of the padded vocabulary, times TP (torch)"
@@ -91,7 +91,7 @@ def main(words: Sequence[str]) -> int:
 
     source = _open(args)
     with source.tensors:
-        made = plan(source, _target(args, max_bytes))
+        made = plan(source, target_of(args, max_bytes))
         if args.dry_run:
             print("\n".join(made.lines()))
             return 0
@@ -110,17 +110,14 @@ def _open(args: argparse.Namespace) -> "Source":
     return source
 
 
-def _target(args: argparse.Namespace, max_bytes: int) -> "Target":
+def target_of(args: argparse.Namespace, max_bytes: int) -> "Target":
+    """What the flags ask for. Raises ValueError for flags that do not go together."""
     from .convert import Target
     from .parallel import Layout
 
     layout = Layout(args.tp, args.pp, args.vpp, args.ep, args.etp, args.num_layer_list)
-    legacy = args.target == "mcore" and args.ckpt_format == "torch"
-    if layout != Layout() and not legacy:
-        raise ValueError(
-            "--tp, --pp, --vpp, --ep, --etp and --num_layer_list are for --to mcore --ckpt_format torch: the other forms are the "
-            "same for every layout"
-        )
+    if layout != Layout() and args.target == "hf":
+        raise ValueError("--tp, --pp, --vpp, --ep, --etp and --num_layer_list are for --to mcore")
     form = "hf" if args.target == "hf" else args.ckpt_format
     return Target(
         form,

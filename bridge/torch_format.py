@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
+from ..storage.megatron_folder import TRACKER
 from ..storage.safe_load import load_namespace_file
 from .dialects import canonical_names, ungrouped, uses_local_spec
 from .errors import BridgeError
@@ -32,7 +33,6 @@ from .parallel import (
     shift,
 )
 
-TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
 VERSION = 3.0  # of the order of rows in linear_qkv
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")

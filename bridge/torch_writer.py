@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from ..storage.hashing import file_entry
+from ..storage.megatron_folder import TRACKER
 from ..storage.publish import fsync_path
 from ..storage.safetensors_io import Spec, bytes_of
 from ..storage.space import free_bytes
 from .dialects import check_dialect, extra_states, stored_name
 from .errors import BridgeError
 from .parallel import EMBEDDING, OUTPUT, Layout, Piece, Rank, check_layout, model_of, padded_rows, pieces
-from .torch_format import FILE, TRACKER, VERSION, rank_folder
+from .torch_format import FILE, VERSION, rank_folder
 
 _BLOCK = 8 * 2**20  # bytes of a tensor that are made contiguous at once
 _LOCAL_HEADER = 30  # bytes of a zip file's entry before its name and extra field

@@ -13,9 +13,8 @@ from .arguments import DataArguments
 from .fitting import BUILD_TIME
 from .indexed import IndexedError, IndexedReader
 from .schema import DataError, Kind
-from .sources import tokenizer_sha256
 from .templates import template_source
-from .tokenizer_files import TokenizerSource, vocabulary_size
+from .tokenizer_files import TokenizerSource, tokenizer_sha256, vocabulary_size
 
 _READING = ("data_format", "map_keys", "handler_name")  # flags that only raw rows need
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..storage.once import build_once
+from ..storage.source_hashes import source_sha256
 from .arguments import DataArguments
 from .encoder import RowEncoder
 from .engine import EngineDiffers, fast_engine
@@ -27,8 +28,7 @@ from .prepared import KIND_NAMES, check_kind, open_prepared, prepared_folder, sh
 from .progress import Progress
 from .readers import files_of, read_chunks, resolve_files, rows_of
 from .schema import DataError, Kind, Rejected
-from .sources import source_sha256, tokenizer_sha256
-from .tokenizer_files import TokenizerSource
+from .tokenizer_files import TokenizerSource, tokenizer_sha256
 from .workers import Job, StartMethod, encoding
 from .writer import DatasetWriter, describe
 

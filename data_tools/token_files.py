@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from ..storage.once import build_once
+from ..storage.source_hashes import source_sha256
 from .arguments import DataArguments
 from .indexed import IndexedError, IndexedReader
 from .schema import DataError
-from .sources import source_sha256
 from .tokenizer_files import TokenizerSource, vocabulary_size
 
 _ENDINGS = (".bin", ".idx")

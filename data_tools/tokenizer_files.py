@@ -1,10 +1,15 @@
-"""Load a tokenizer from a folder or the Hub, with one clear message when that fails."""
+"""Load a tokenizer from a folder or the Hub, with one clear message when that fails; and tell two of them apart."""
 
+import hashlib
+import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..storage.assets import is_tokenizer_asset, read_json
+from ..storage.manifest import file_sha256
 from .schema import DataError
 
 
@@ -51,3 +56,19 @@ class TokenizerSource:
         return self.loaded or load_tokenizer(
             self.path, trust_remote_code=self.trust_remote_code, cache_dir=self.cache_dir
         )
+
+
+def tokenizer_sha256(path: str, load: Callable[[], Any]) -> str:
+    """A hash of a tokenizer: of its files (chat template, settings, code) for a folder, else of what is loaded."""
+    digest = hashlib.sha256()
+    if os.path.isdir(path):  # noqa: PTH112 - a Hub name is no path
+        for file in sorted(Path(path).iterdir()):
+            if file.is_file() and (is_tokenizer_asset(file.name) or file.suffix == ".py"):
+                digest.update(f"{file.name}\n{file_sha256(file)}\n".encode())
+        return digest.hexdigest()
+    tokenizer = load()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
+    digest.update(f"{type(tokenizer).__name__}\n{special}\n{words}\n{tokenizer.chat_template}".encode())
+    return digest.hexdigest()

@@ -85,6 +85,7 @@ def _train(verb: str, words: list[str]) -> int:
     from .launch import STOP_GRACE, gpu_count, run_ranks
     from .nodes import local_processes
     from .recipe import gather, to_argv
+    from .weights import MegatronEnds
 
     if words and words[0] in ("-h", "--help"):
         return _train_help(verb)
@@ -95,9 +96,16 @@ def _train(verb: str, words: list[str]) -> int:
     grace = str(values.pop("stop_grace", STOP_GRACE))
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", grace):
         raise ValueError(f"--stop_grace {grace}: a number of seconds is expected")
-    build(values, "document" if verb == "pretrain" else "chat")
+    asked_ends = {name: values.pop(name, None) for name in ("hf_config", "converted_weights_dir", "export_mcore")}
+    ends = MegatronEnds(build(values, "document" if verb == "pretrain" else "chat"), **asked_ends)
+    _stop_like_ctrl_c()
+    if converted := ends.before():
+        values["model_name_or_path"] = str(converted)
     processes = int(asked) if asked else local_processes(os.environ) or gpu_count() or 1
-    return run_ranks(f"finebridge.train.{verb}", to_argv(values), processes, float(grace))
+    code = run_ranks(f"finebridge.train.{verb}", to_argv(values), processes, float(grace))
+    if code == 0:
+        ends.after()
+    return code
 
 
 def _train_help(verb: str) -> int:
@@ -107,6 +115,12 @@ def _train_help(verb: str) -> int:
     print(f"finebridge {verb} [recipe.yaml ...] [key=value ...] [--flag value ...]\n")
     print("  --nproc_per_node N\n      processes on this machine (default: one a GPU, or NODE_IP_LIST / HOST_GPU_NUM)")
     print("  --stop_grace S\n      seconds after SIGTERM in which the ranks save a checkpoint and end (default 600)")
+    print("  --hf_config DIR\n      config.json and tokenizer of a Megatron checkpoint that has none beside it")
+    print(
+        "  --converted_weights_dir DIR\n      where its conversion is kept (default: converted_weights in --output_dir)"
+    )
+    print("  --export_mcore tp=2,pp=2,format=torch")
+    print("      leave a Megatron checkpoint too, OUTPUT_DIR/mcore-STEP; keys are the flags of finebridge convert")
     for name, (kind, default, text) in own_flags().items():
         plain = kind.removeprefix("<class '").removesuffix("'>").replace("typing.", "")
         print(f"  --{name} ({plain}, default {default})\n      {text}")

@@ -12,7 +12,8 @@ import yaml
 from ..train.arguments import as_word, known_flags, read_flags
 from ..train.hf_flags import nearest
 
-LAUNCH_FLAGS = ("nproc_per_node", "stop_grace")  # for the launcher; ranks never see them
+# For the launcher; ranks never see them.
+LAUNCH_FLAGS = ("nproc_per_node", "stop_grace", "hf_config", "converted_weights_dir", "export_mcore")
 
 
 class RecipeError(ValueError):

@@ -23,11 +23,13 @@ def build_once(
     *,
     kind: str,
     say: Callable[[str], None] = print,
+    written: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> bool:
     """Make sure that ``target`` stands and verifies; True when this call built it.
 
-    ``build`` fills the folder it is given and returns what the manifest should say of the sources. A target that no
-    longer verifies (a changed or cut file) is built again, and that is said.
+    ``build`` fills the folder it is given and returns what the manifest should say of the sources. ``written`` (see
+    ``publish``) it may fill with what it hashed while writing. A target that no longer verifies (a changed or cut file)
+    is built again, and that is said.
     """
     if _stands(target):
         return False
@@ -35,7 +37,7 @@ def build_once(
         if _stands(target, say):
             return False  # another process built it while this one waited
         made_from: dict[str, Any] = {}
-        with publish(target, kind=kind, made_from=made_from, replace=True) as folder:
+        with publish(target, kind=kind, made_from=made_from, replace=True, written=written) as folder:
             made_from.update(build(folder))
         _remember(target)  # all was hashed when it was published
     return True

@@ -22,6 +22,7 @@ from ..data_tools.schema import DataError, Kind
 from ..data_tools.token_files import check_reading, read_tokens, token_prefix
 from ..ds_configs.resolve import FIXED_BY_FLAGS, check_fixed, check_precision, resolve, zero_stage
 from ..storage.assets import read_json
+from ..storage.megatron_folder import is_megatron
 from .hf_flags import ArgumentsError, convert, hf_flags, hf_value, nearest
 from .model_arguments import ADAPTER_CONFIG, ARCHITECTURE, ModelArguments, check_model_path
 from .obsolete import OBSOLETE, RENAMED, map_obsolete
@@ -64,7 +65,14 @@ def parse(argv: Sequence[str], kind: Kind = "chat") -> Arguments:
 
     Raises ArgumentsError (unknown flag with the nearest name, wrong type, contradiction) and DataError.
     """
-    return build(read_flags(argv), kind)
+    arguments = build(read_flags(argv), kind)
+    model = arguments.model.model_name_or_path
+    if model and is_megatron(Path(model)):
+        raise ArgumentsError(
+            f"--model_name_or_path {model}: a Megatron checkpoint; start with finebridge, which converts it first, or convert it "
+            "with: finebridge convert --to hf"
+        )
+    return arguments
 
 
 def read_flags(argv: Sequence[str]) -> dict[str, str | bool]:

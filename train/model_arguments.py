@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..storage.manifest import steps
+from ..storage.megatron_folder import is_megatron
 from ..storage.space import parse_size
 from .drift import allowed_names
 from .hf_flags import ArgumentsError
@@ -162,6 +163,8 @@ def check_model_path(flag: str, value: str | None, *, hub: bool = True) -> None:
     if path.is_dir():
         if flag == "--tokenizer_name_or_path" or (path / "config.json").is_file():
             return
+        if flag == "--model_name_or_path" and is_megatron(path):
+            return  # the launcher converts it
         if (path / ADAPTER_CONFIG).is_file():
             raise ArgumentsError(
                 f"{flag} {value}: an adapter; name its base here, and the adapter to --init_from_checkpoint"

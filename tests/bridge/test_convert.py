@@ -196,7 +196,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no such folder": (["--load", "/no/where"], "--load /no/where: no such folder"),
     "another side": (["--from", "mcore"], "--from mcore: .* holds a checkpoint of the form hf"),
     "no save": (["--save", ""], "exists already|--save is missing"),
-    "layout of one for all": (["--tp", "2"], "are for --to mcore --ckpt_format torch"),
+    "layout of a form that has none": (["--to", "hf", "--tp", "2"], "are for --to mcore"),
+    "layout that cannot be, also where files are the same for all": (["--tp", "3"], "--tp 3: 4 attention heads"),
     "groups": (["--ckpt_format", "torch", "--tp", "4"], "query groups|--tp"),
     "layers": (["--ckpt_format", "torch", "--pp", "3"], "layers"),
     "layer list": (["--ckpt_format", "torch", "--pp", "2", "--num_layer_list", "1,2"], "layer"),
@@ -220,6 +221,14 @@ def test_bad_flags_are_exit_code_2(
     assert re.search(message, error), error
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["groups", "layers", "layer list", "no experts"])
+def test_a_plan_that_cannot_be_carried_out_is_not_shown(
+    name: str, hf_models: Models, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--to", "mcore", "--load", hf_models("qwen3"), "--dry_run", *BAD[name][0]) == 2
+    assert capsys.readouterr().err.startswith("error: --")
 
 
 def test_an_existing_folder_is_never_written_over(

@@ -19,8 +19,9 @@ from canonical_models import EMBEDDING, OUTPUT, read, tiny_model, write
 from finebridge.bridge import torch_writer
 from finebridge.bridge.errors import BridgeError
 from finebridge.bridge.parallel import Layout
-from finebridge.bridge.torch_format import FILE, TRACKER, TorchCheckpoint
+from finebridge.bridge.torch_format import FILE, TorchCheckpoint
 from finebridge.bridge.torch_writer import write_torch
+from finebridge.storage.megatron_folder import TRACKER
 from finebridge.storage.safe_load import Stub, UnsafeFileError, load_namespace_file
 from finebridge.storage.safetensors_io import Spec
 

@@ -1,16 +1,13 @@
-"""What a prepared dataset is made from, as hashes: source files and tokenizer files, without loading anything."""
+"""Hashes of what an artifact is made from, kept so that files that have not changed are not read again."""
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from ..storage.assets import is_tokenizer_asset
-from ..storage.manifest import file_sha256
-from ..storage.once import locked
-from ..storage.publish import write_text
+from .manifest import file_sha256
+from .once import locked
+from .publish import write_text
 
 _MEMO = "source_hashes.json"
 
@@ -49,19 +46,3 @@ def _read_memo(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return cast("dict[str, Any]", memo) if isinstance(memo, dict) else {}
-
-
-def tokenizer_sha256(path: str, load: Callable[[], Any]) -> str:
-    """A hash of a tokenizer: of its files (chat template, settings, code) for a folder, else of what is loaded."""
-    digest = hashlib.sha256()
-    if os.path.isdir(path):  # noqa: PTH112 - a Hub name is no path
-        for file in sorted(Path(path).iterdir()):
-            if file.is_file() and (is_tokenizer_asset(file.name) or file.suffix == ".py"):
-                digest.update(f"{file.name}\n{file_sha256(file)}\n".encode())
-        return digest.hexdigest()
-    tokenizer = load()
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
-    digest.update(f"{type(tokenizer).__name__}\n{special}\n{words}\n{tokenizer.chat_template}".encode())
-    return digest.hexdigest()

@@ -1,22 +1,21 @@
-"""Hashes of source files and tokenizers, and the memory that saves reading files again."""
+"""Hashes of source files, and the memory that saves reading files again."""
 
 import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
-from finebridge.data_tools import sources
-from finebridge.data_tools.sources import source_sha256, tokenizer_sha256
+from finebridge.storage import source_hashes
+from finebridge.storage.source_hashes import source_sha256
 
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that are read to be hashed."""
     names: list[str] = []
-    honest = sources.file_sha256
-    monkeypatch.setattr(sources, "file_sha256", lambda path: (names.append(path.name), honest(path))[1])
+    honest = source_hashes.file_sha256
+    monkeypatch.setattr(source_hashes, "file_sha256", lambda path: (names.append(path.name), honest(path))[1])
     return names
 
 
@@ -110,43 +109,3 @@ def test_a_link_is_the_file_that_it_names(tmp_path: Path) -> None:
     link.unlink()
     link.symlink_to(tmp_path / "two")
     assert source_sha256([link], tmp_path / "cache")[link] == sha(b"2")
-
-
-def test_a_tokenizers_folder(tmp_path: Path, tokenizers_by_template: dict[str, Any]) -> None:
-    """Tokenizer files and templates count, what lies beside them does not; nothing is loaded."""
-    tokenizers_by_template["qwen3"].save_pretrained(tmp_path)
-
-    def refuse() -> Any:
-        raise AssertionError
-
-    def now() -> str:
-        return tokenizer_sha256(str(tmp_path), refuse)
-
-    first = now()
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "config.json").write_text("{}")
-    assert now() == first
-    seen = [first]
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "added_tokens.json"):
-        with (tmp_path / name).open("a") as stream:
-            stream.write(" ")
-        seen.append(now())
-    assert len(set(seen)) == len(seen)
-
-
-def test_a_tokenizer_of_the_hub_is_told_by_what_is_loaded(tokenizers_by_template: dict[str, Any]) -> None:
-    tokenizer = tokenizers_by_template["chatml"]
-    tokenizer.chat_template = "one"
-    names = [tokenizer_sha256("owner/name", lambda one=one: one) for one in tokenizers_by_template.values()]
-    assert len(set(names)) == len(names)
-    before = tokenizer_sha256("owner/name", lambda: tokenizer)
-    tokenizer.chat_template = "two"
-    assert tokenizer_sha256("owner/name", lambda: tokenizer) != before
-
-
-def test_code_beside_a_tokenizer_is_part_of_it(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
-    (tmp_path / "tokenization_own.py").write_text("VERSION = 1\n")
-    before = tokenizer_sha256(str(tmp_path), lambda: None)
-    (tmp_path / "tokenization_own.py").write_text("VERSION = 2\n")
-    assert tokenizer_sha256(str(tmp_path), lambda: None) != before

@@ -1,0 +1,196 @@
+"""Megatron checkpoints at both ends of a run: the one that it starts from, and the one that it leaves.
+
+The trainer reads and writes Hugging Face folders. What it is to start from is converted once, ahead of the ranks, into a
+folder whose name is a hash of all that it is made from; what it leaves is merged, if it is an adapter, and converted.
+"""
+
+import hashlib
+import json
+import os
+from argparse import ArgumentError, Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..bridge.convert_cli import parser, target_of
+from ..storage.assets import is_asset, is_tokenizer_asset
+from ..storage.manifest import newest_verified
+from ..storage.megatron_folder import is_megatron
+from ..storage.once import build_once
+from ..storage.source_hashes import source_sha256
+from ..train.arguments import Arguments
+from ..train.hf_flags import hf_value
+
+FORMAT = 1  # raise when the same checkpoint would be converted otherwise
+_ADAPTER = "adapter_config.json"
+_MANY = 8  # threads, the disk is the limit before
+_AT_STEP = "iteration=step"
+# Flags of a conversion that a run answers itself.
+_NO_EXPORT = ("load", "save", "from", "to", "dry_run", "overwrite", "hf_config", "model_type_hf", "max_shard_size")
+
+
+class MegatronEnds:
+    """What a run's launcher does before and after the ranks. Raises ValueError for flags that do not go together."""
+
+    def __init__(
+        self, args: Arguments, hf_config: str | None, converted_weights_dir: str | None, export_mcore: str | None
+    ) -> None:
+        self.model = Path(args.model.model_name_or_path) if args.model.model_name_or_path else None
+        self.output_dir = Path(args.hf["output_dir"])
+        self.config = Path(hf_config) if hf_config else None
+        self.cache = Path(converted_weights_dir or self.output_dir / "converted_weights")
+        self.flags = parse_export(export_mcore) if export_mcore else None
+        self.adapter = args.model.use_lora
+        self.comes = self.model is not None and is_megatron(self.model)
+        if self.comes and not args.model.tokenizer_name_or_path:
+            self._check_tokenizer()
+        for name, given in (("hf_config", hf_config), ("converted_weights_dir", converted_weights_dir)):
+            if given and not self.comes:
+                raise ValueError(f"--{name} is for a Megatron checkpoint as --model_name_or_path")
+        if self.config and not (self.config / "config.json").is_file():
+            raise ValueError(f"--hf_config {self.config}: no config.json there")
+        if self.flags and str(hf_value(args.hf, "save_strategy")) == "no":
+            raise ValueError("--export_mcore needs a checkpoint; leave --save_strategy no out")
+        if self.flags and self.adapter and not (self.model and self.model.is_dir()):
+            raise ValueError(f"--export_mcore with --use_lora needs a folder as --model_name_or_path, not {self.model}")
+
+    def _check_tokenizer(self) -> None:
+        places = [folder for folder in (self.model, self.config) if folder and folder.is_dir()]
+        if not any(is_tokenizer_asset(path.name) for folder in places for path in folder.iterdir()):
+            raise ValueError(
+                f"--model_name_or_path {self.model}: a Megatron checkpoint without tokenizer; name one with "
+                "--tokenizer_name_or_path, or the Hugging Face folder of the model with --hf_config"
+            )
+
+    def before(self) -> Path | None:
+        """Convert the weights to start from, where they are Megatron's; then the new folder.
+
+        The export is planned here, so that its layout cannot fail after the training. Raises what ``from_megatron`` does.
+        """
+        if self.model and self.comes:
+            self.model = from_megatron(self.model, self.config, self.cache)
+        if self.flags and self.model and self.model.is_dir():
+            _check_export(self.flags, self.model)
+        return self.model if self.comes else None
+
+    def after(self) -> None:
+        """Export what the run left. Raises what ``export`` does."""
+        if self.flags:
+            export(self.flags, self.model if self.adapter else None, self.output_dir)
+
+
+def from_megatron(model: Path, config: Path | None, cache: Path, say: Callable[[str], None] = print) -> Path:
+    """A Hugging Face folder with the weights of a Megatron checkpoint, converted when it does not stand in ``cache`` yet.
+
+    ``config`` is the folder of config.json and tokenizer where the checkpoint has none. Safe to call from many
+    processes. Raises BridgeError, ManifestError, ValueError, OSError with ENOSPC.
+    """
+    from ..bridge.convert import Target, check_target, open_source, plan, write_target
+    from ..bridge.torch_format import tracked
+
+    inside = tracked(model)
+    described = {path for folder in (model, config) if folder for path in folder.iterdir() if is_asset(path)}
+    files = sorted({path for path in inside.rglob("*") if path.is_file()} | described)
+    hashes = source_sha256(files, cache, say)
+    settings = {"format": FORMAT, "files": [[file.name, hashes[file]] for file in files]}
+    target = cache / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    written: dict[str, dict[str, Any]] = {}
+
+    def build(folder: Path) -> Mapping[str, Any]:
+        source = open_source(model, hf_config=config)
+        with source.tensors:
+            made = plan(source, Target("hf", workers=_workers()))
+            for line in made.lines():
+                say(f"weights: {line}")
+            check_target(made, target)
+            written.update(write_target(folder, made))
+        return {**made.made_from, **settings}
+
+    built = build_once(target, build, kind="hf", say=say, written=written)
+    say(f"weights: {model} is a Megatron checkpoint; {'converted to' if built else 'reused'} {target}")
+    say("weights: nothing else of its run is taken: not its optimizer, random numbers and iteration")
+    return target
+
+
+def parse_export(text: str) -> Namespace:
+    """``tp=2,pp=2,format=torch`` as flags of ``finebridge convert``; ``iteration=step`` is that of the run. Raises ValueError."""
+    words = ["--to", "mcore", "--load", ""]
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        if not equals and words[-2] == "--num_layer_list":
+            words[-1] += f",{part}"
+        elif not equals or key in _NO_EXPORT:
+            raise ValueError(f"--export_mcore {text}: {part!r}; pairs like tp=2,pp=2,format=torch are expected")
+        elif part != _AT_STEP:
+            words += [f"--{'ckpt_format' if key == 'format' else key}", value]
+    flags = parser()
+    flags.exit_on_error = False
+    try:
+        known, unknown = flags.parse_known_args(words)
+    except ArgumentError as error:
+        raise ValueError(f"--export_mcore {text}: {error}") from None
+    if unknown:
+        raise ValueError(f"--export_mcore {text}: {unknown[0].lstrip('-')} is none of the flags of finebridge convert")
+    known.at_step = _AT_STEP in text.split(",")
+    return known
+
+
+def _check_export(flags: Namespace, model: Path) -> None:
+    from ..bridge.convert import open_source, plan
+
+    try:
+        source = open_source(model)
+        with source.tensors:
+            plan(source, target_of(flags, 0)).lines()
+    except ValueError as error:
+        raise ValueError(f"--export_mcore: {error}") from None
+
+
+def export(flags: Namespace, base: Path | None, output_dir: Path, say: Callable[[str], None] = print) -> Path:
+    """Convert a run's newest checkpoint, merged into ``base`` when it is an adapter, to ``output_dir/mcore-STEP``.
+
+    Raises BridgeError, AdapterError, ManifestError, ValueError, OSError with ENOSPC.
+    """
+    from ..bridge.convert import convert, open_source, plan
+
+    model, _ = newest_verified(output_dir)
+    if model is None:
+        raise ValueError(f"--export_mcore: {output_dir} holds no checkpoint that is whole")
+    step = model.name.rpartition("-")[2]
+    if base and (model / _ADAPTER).is_file():
+        model = _merged(model, base, output_dir / f"merged-{step}", flags.dtype, say)
+    save = output_dir / f"mcore-{step}"
+    target = target_of(flags, 0)
+    if flags.at_step:
+        target = replace(target, iteration=int(step))
+    source = open_source(model)
+    with source.tensors:
+        convert(plan(source, target), save, overwrite=True, say=lambda line: say(f"export: {line}"))
+    say(
+        f"export: wrote {save}: the weights alone, "
+        + ("a release" if target.iteration is None else "which Megatron loads with --no-load-optim --no-load-rng")
+    )
+    return save
+
+
+def _merged(adapter: Path, base: Path, output: Path, dtype: str | None, say: Callable[[str], None]) -> Path:
+    """Base and adapter in one, in the dtype of the base unless told."""
+    from ..bridge.convert import DTYPES
+    from ..merge.merge_lora import merge
+    from ..storage.safe_load import open_weights
+    from ..storage.safetensors_io import main_dtype
+
+    if dtype is None:
+        with open_weights(base) as weights:
+            stored = main_dtype(weights.shapes, weights.dtypes)
+        dtype = next((name for name, known in DTYPES.items() if known == stored), "fp32")
+    proof = merge(base, [adapter], output, dtype, workers=_workers(), overwrite=True, say=say)
+    for line in proof.lines(dtype):
+        say(f"export: {line}")
+    say(f"export: merged {adapter} into {output} ({dtype})")
+    return output
+
+
+def _workers() -> int:
+    return min(_MANY, len(os.sched_getaffinity(0)))
