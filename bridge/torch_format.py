@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from ..storage.megatron_folder import TRACKER
-from ..storage.safe_load import load_namespace_file
+from ..storage.safe_pickle import load_namespace_file
 from .dialects import canonical_names, ungrouped, uses_local_spec
 from .errors import BridgeError
 from .parallel import (

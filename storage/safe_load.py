@@ -1,16 +1,14 @@
-"""Pickles, read without running what they hold: weights in ``.bin`` files, and what Megatron writes.
+"""Weights in ``.bin`` files (``pytorch_model.bin``, or shards with an index), read without running what they hold.
 
-Such a file may name any code. For weights (``pytorch_model.bin``, or shards with an index) ``torch.load`` is told
-``weights_only=True`` here in so many words: then it builds tensors and plain containers only, whatever the environment says
-(https://pytorch.org/docs/stable/notes/serialization.html); ``load_namespace_file`` does so for files that hold settings
-beside tensors.
+They are pickles, which may name any code. ``torch.load`` is told ``weights_only=True`` here in so many words: then it
+builds tensors and plain containers only, whatever the environment says
+(https://pytorch.org/docs/stable/notes/serialization.html). ``safe_pickle.py`` reads files that hold more than tensors.
 """
 
 import math
 import re
 import threading
 import zipfile
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -147,7 +145,7 @@ def load_tensors(path: Path, *, content: bool = True) -> Tensors:
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 - torch raises many kinds for a broken or hostile file
-        raise _refusal(path, error, "more than tensors") from None
+        raise _refusal(path, error) from None
     if not isinstance(loaded, dict):
         raise UnsafeFileError(f"{path}: holds a {type(loaded).__name__}; a dictionary of tensors by name is expected")
     tensors = {_name(name, path): _dense(name, value, path) for name, value in loaded.items()}
@@ -157,61 +155,12 @@ def load_tensors(path: Path, *, content: bool = True) -> Tensors:
     return tensors if mapped or content else {name: tensor.to("meta") for name, tensor in tensors.items()}
 
 
-class Stub:
-    """What stands for an object of a class that is not loaded: it keeps what the file says of it and does nothing."""
-
-    arguments: tuple[object, ...]
-
-    def __new__(cls, *arguments: object) -> Self:
-        self = super().__new__(cls)
-        self.arguments = arguments
-        return self
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(map(repr, self.arguments))})"
-
-
-# What checkpoints of Megatron-Core and its kin name beside tensors: settings, states of random numbers and of fp8.
-_KNOWN = re.compile(
-    r"(megatron|mindspeed|mindspeed_llm|transformer_engine)\..+|types\.SimpleNamespace|signal\.Signals|_?io\.BytesIO"
-    r"|pathlib\.(Pure)?(Posix|Windows)?Path|enum\.\w+|datetime\.\w+|collections\.(deque|defaultdict)"
-    r"|numpy(\._?core\.multiarray)?\.(_reconstruct|scalar|ndarray|dtype)|numpy\.dtypes\.\w+DType|torch\.nn\.functional\.\w+"
-)
-
-
-def load_namespace_file(path: Path) -> dict[str, Any]:
-    """A file of ``torch.save`` with an ``argparse.Namespace`` and other settings in it, its tensors mapped; runs nothing.
-
-    Objects of the classes that such checkpoints are known to hold become ``Stub``; a file that names anything else is
-    refused. Raises FileNotFoundError, UnsafeFileError.
-    """
-    if not _is_zip(path):
-        raise UnsafeFileError(f"{path}: broken, or not in the format that torch.save writes since 1.6")
-    try:
-        _check_stored(path)
-        named = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-        stubs: list[Any] = [
-            (type(name.rpartition(".")[2], (Stub,), {}), name) for name in named if _KNOWN.fullmatch(name)
-        ]
-        with torch.serialization.safe_globals([Namespace, *stubs]):
-            loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError:
-        raise
-    except Exception as error:  # noqa: BLE001 - torch raises many kinds for a broken or hostile file
-        raise _refusal(path, error, "more than a checkpoint does") from None
-    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise UnsafeFileError(f"{path}: a dictionary by name is expected, as training writes it")
-    return loaded
-
-
-def _refusal(path: Path, error: Exception, more: str) -> UnsafeFileError:
+def _refusal(path: Path, error: Exception) -> UnsafeFileError:
     """What to tell of a file that torch could not load, or would not."""
     if named := re.search(r"GLOBAL (\S+)", str(error)):
         return UnsafeFileError(
-            f"{path}: holds {more} (it names {named[1]}), which could run code; it was not read. Ask its makers for safetensors"
+            f"{path}: holds more than tensors (it names {named[1]}), which could run code; it was not read. "
+            "Ask its makers for safetensors"
         )
     cause = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
     return UnsafeFileError(f"{path}: broken, or no file of tensors that torch.save wrote ({cause})")

@@ -5,12 +5,15 @@ file names is imported, no function of it is called. Names that have no place in
 """
 
 import io
+import mmap
 import pickle
 import re
 import zipfile
 import zlib
+from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Self
 
 import torch
@@ -52,12 +55,23 @@ class _Storage(NamedTuple):
 # What files of Megatron, of torch.distributed.checkpoint and of the numpy states beside them name. All become ``Inert``.
 _EXPECTED = re.compile(
     r"(megatron|transformer_engine|nvidia_resiliency_ext|mindspeed|mindspeed_llm|torch\.distributed|numpy)\..+"
-    r"|argparse\.Namespace|types\.SimpleNamespace|io\.BytesIO|signal\.Signals|pathlib\.\w+|pathlib\._local\.\w+"
-    r"|torch\.(device|\w+Storage|storage\.UntypedStorage|serialization\._get_layout|nn\.parameter\.Parameter)"
-    r"|torch\._utils\._rebuild_(tensor_v2|tensor_v3|parameter)|torch\._tensor\._rebuild_from_type_v2"
+    r"|argparse\.Namespace|types\.SimpleNamespace|_?io\.BytesIO|signal\.Signals|pathlib\.\w+|pathlib\._local\.\w+"
+    r"|torch\.nn\.functional\.\w+|torch\.(device|\w+Storage|storage\.UntypedStorage|serialization\._get_layout|nn\.parameter\.Parameter)"
+    r"|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2"
     r"|(builtins|__builtin__)\.(set|frozenset|complex|slice|bytearray)|_codecs\.encode|datetime\.\w+"
-    r"|collections\.defaultdict|copyreg\._reconstructor|enum\.\w+"
+    r"|copyreg\._reconstructor|enum\.\w+"
 )
+
+
+def _listed(values: Sequence[Any] = (), *_limit: object) -> list[Any]:
+    return list(values)
+
+
+_CONTAINERS: dict[str, Callable[..., Any]] = {  # a pickle fills them one by one
+    "collections.OrderedDict": OrderedDict,
+    "collections.defaultdict": lambda *_: {},
+    "collections.deque": _listed,
+}
 _DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _STORAGES = {
     "torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16,
@@ -65,6 +79,9 @@ _STORAGES = {
     "torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8, "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool, "torch.storage.UntypedStorage": torch.uint8,
 }  # fmt: skip
+
+
+_TENSORS = ("torch._utils._rebuild_tensor_v", "torch._utils._rebuild_parameter")
 
 
 class _InertUnpickler(pickle.Unpickler):
@@ -81,8 +98,8 @@ class _InertUnpickler(pickle.Unpickler):
             return _DTYPES[named]
         if named == "torch.Size":
             return tuple
-        if named == "collections.OrderedDict":
-            return OrderedDict
+        if named in _CONTAINERS:
+            return _CONTAINERS[named]
         if not _EXPECTED.fullmatch(named):
             raise _ForeignNameError(named)
         if named not in self._made:
@@ -123,6 +140,37 @@ def read_torch(data: memoryview, where: object, *, check: bool = True) -> Any:
     except Exception as error:  # noqa: BLE001 - zipfile raises many kinds for a broken file
         _broken(error, where)
     return _unpickle(pickled, records, where)
+
+
+def load_namespace_file(path: Path) -> dict[str, Any]:
+    """A file of ``torch.save`` with an ``argparse.Namespace`` and other settings in it, its tensors mapped; runs nothing.
+
+    Objects of other classes stay ``Inert``. Raises FileNotFoundError, UnsafeFileError.
+    """
+    with path.open("rb") as stream:
+        if not stream.read(1):
+            raise UnsafeFileError(f"{path}: broken, it is empty")
+        whole = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    loaded = _plain(read_torch(memoryview(whole), path, check=False), path)
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise UnsafeFileError(f"{path}: a dictionary by name is expected, as training writes it")
+    return loaded
+
+
+def _plain(value: Any, where: Path) -> Any:
+    """A value with its namespaces and dense tensors as such, wherever they are in it."""
+    if isinstance(value, dict):
+        return {key: _plain(part, where) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(part, where) for part in value)
+    if not isinstance(value, Inert):
+        return value
+    if value.named in ("argparse.Namespace", "types.SimpleNamespace"):
+        return Namespace(**_plain(value.state or {}, where))
+    if not value.named.startswith(_TENSORS):
+        return value
+    data, dtype = tensor_bytes(value, where)
+    return data.view(dtype).squeeze(-1) if not data.data_ptr() % dtype.itemsize else typed(data, dtype)
 
 
 def _unpickle(data: bytes, records: dict[str, memoryview], where: object) -> Any:
@@ -204,7 +252,7 @@ def tensor_bytes(value: object, where: object) -> tuple[torch.Tensor, torch.dtyp
     """
     if isinstance(value, Inert) and value.named == "torch._utils._rebuild_parameter":
         return tensor_bytes(value.args[0], where)
-    if not isinstance(value, Inert) or not value.named.startswith("torch._utils._rebuild_tensor_v"):
+    if not isinstance(value, Inert) or not value.named.startswith(_TENSORS[0]):
         raise UnsafeFileError(f"{where}: holds a {value!r} in place of a plain tensor")
     try:
         storage, offset, shape, strides = value.args[:4]

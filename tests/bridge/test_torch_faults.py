@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import zipfile
 from argparse import Namespace
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from finebridge.bridge.parallel import Layout
 from finebridge.bridge.torch_format import FILE, TorchCheckpoint
 from finebridge.bridge.torch_writer import write_torch
 from finebridge.storage.megatron_folder import TRACKER
-from finebridge.storage.safe_load import Stub, UnsafeFileError, load_namespace_file
+from finebridge.storage.safe_load import UnsafeFileError
+from finebridge.storage.safe_pickle import Inert, load_namespace_file
 from finebridge.storage.safetensors_io import Spec
 
 Edit = Callable[[dict[str, Any]], object]
@@ -122,7 +123,7 @@ def test_what_is_no_checkpoint_is_told(tmp_path: Path) -> None:
         (lambda content: content.pop("model"), "no model in it; it holds args"),
         (lambda content: content.update(model=3), "model is a int; tensors by name"),
         (lambda content: content["model"].update(x=3), "x in model is a int, no plain tensor"),
-        (lambda content: content["model"].update(x=torch.eye(2).to_sparse()), "x in model is a Tensor, no plain tensor"),
+        (lambda content: content["model"].update(x=torch.eye(2).to_sparse()), "x in model is a _rebuild_sparse_tensor, no plain tensor"),
         (lambda content: content["model"].update(x=torch.ones(2)), "tensor x: how Megatron-Core spreads it"),
         (lambda content: content["model"].pop(NORM), f"mp_rank_00/.*: tensor {NORM} is missing; it is a part of"),
         (
@@ -326,10 +327,12 @@ def test_hostile_files_run_nothing_and_are_named(tmp_path: Path) -> None:
     assert len(files) >= 20
     for content in files:
         torch.save(content, folder / FILE)
-        refused(folder.parent, r"holds more than a checkpoint does \(it names \S+\), which could run", UnsafeFileError)
+        refused(
+            folder.parent, r"names \S+, which has no place in a checkpoint of Megatron and could run", UnsafeFileError
+        )
         for protocol in (2, 4):
             (folder / FILE).write_bytes(pickle.dumps(content, protocol))
-            refused(folder.parent, "not in the format that torch.save writes", UnsafeFileError)
+            refused(folder.parent, "broken, or not what torch.save wrote", UnsafeFileError)
     assert not canary.exists()
 
 
@@ -361,12 +364,19 @@ def test_objects_of_megatron_are_kept_as_they_are_told(tmp_path: Path, monkeypat
         monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
     monkeypatch.setattr(_Settings, "__module__", "megatron.core.made_up")
     monkeypatch.setattr(sys.modules["megatron.core.made_up"], "_Settings", _Settings, raising=False)
-    torch.save({"args": Namespace(one=_Settings(3), two=Path("/x"), three=torch.bfloat16)}, tmp_path / FILE)
+    content = {
+        "one": _Settings(3),
+        "two": Path("/x"),
+        "three": torch.bfloat16,
+        "four": deque([1], 2),
+        "five": defaultdict(int, a=1),
+    }
+    torch.save({"args": Namespace(**content)}, tmp_path / FILE)
     args = load_namespace_file(tmp_path / FILE)["args"]
-    assert isinstance(args.one, Stub)
+    assert isinstance(args.one, Inert)
     assert args.one.state == {"value": 3}
-    assert repr(args.two) == "PosixPath('/', 'x')"
-    assert args.three is torch.bfloat16
+    assert (args.two.named, args.two.args) == ("pathlib.PosixPath", ("/", "x"))
+    assert (args.three, args.four, args.five) == (torch.bfloat16, [1], {"a": 1})
     torch.save([Namespace()], tmp_path / FILE)
     with pytest.raises(UnsafeFileError, match="a dictionary by name is expected"):
         load_namespace_file(tmp_path / FILE)

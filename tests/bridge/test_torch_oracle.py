@@ -73,7 +73,7 @@ def test_megatron_loads_what_is_written_and_what_it_saves_is_read(saved: Path, c
     with TorchCheckpoint(saved / f"save{case}", vocab_size=VOCAB) as checkpoint:
         assert checkpoint.layout == Layout(**layout)
         assert checkpoint.iteration == 7
-        assert checkpoint.args["model_type"].arguments == (1,)
+        assert checkpoint.args["model_type"].args == (1,)
         assert checkpoint.said[0].endswith("not taken over: optimizer, rng_state")
         found = {name: checkpoint.get(name) for name in checkpoint.shapes}
     if not model.get("grouped"):

@@ -46,7 +46,14 @@ def test_a_run_from_megatron_to_megatron_is_the_run_from_hugging_face(
     assert run("convert", "verify", out / "mcore-3", base) == 1, "it learned nothing"
 
     made = export(parse_export("tp=2,format=torch"), base, lora)
-    words = ["--base_model_path", base, "--adapter_model_path", lora / "checkpoint-3", "--output_path", tmp_path / "merged"]
+    words = [
+        "--base_model_path",
+        base,
+        "--adapter_model_path",
+        lora / "checkpoint-3",
+        "--output_path",
+        tmp_path / "merged",
+    ]
     assert run("merge", *words) == 0
     assert run("convert", "verify", made, tmp_path / "merged") == 0
     assert run("convert", "verify", made, base) == 1, "the adapter is missing"
