@@ -58,7 +58,7 @@ _EXPECTED = re.compile(
     r"|argparse\.Namespace|types\.SimpleNamespace|_?io\.BytesIO|signal\.Signals|pathlib\.\w+|pathlib\._local\.\w+"
     r"|torch\.nn\.functional\.\w+|torch\.(device|\w+Storage|storage\.UntypedStorage|serialization\._get_layout|nn\.parameter\.Parameter)"
     r"|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2"
-    r"|(builtins|__builtin__)\.(set|frozenset|complex|slice|bytearray)|_codecs\.encode|datetime\.\w+"
+    r"|(builtins|__builtin__)\.(set|frozenset|complex|slice|bytearray|int|long|float|bool|list|dict)|_codecs\.encode|datetime\.\w+"
     r"|copyreg\._reconstructor|enum\.\w+"
 )
 
