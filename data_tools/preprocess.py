@@ -80,8 +80,8 @@ def prepare(
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     target = cache / key
 
-    def build(folder: Path) -> Mapping[str, Any]:
-        _build(folder, files, forms, kind, tokenizer.load(), args, say, start_method)
+    def build(folder: Path, tell: Callable[[str], None]) -> Mapping[str, Any]:
+        _build(folder, files, forms, kind, tokenizer.load(), args, tell, start_method)
         return {**settings, "files": {str(file): hashes[file] for file in files}}
 
     built = build_once(target, build, kind="dataset", say=say)

@@ -78,7 +78,7 @@ def check_tokens(
     settings = {"token_files": list(hashes.values()), "vocabulary": vocabulary}
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
-    def build(folder: Path) -> Mapping[str, Any]:
+    def build(folder: Path, _tell: Callable[[str], None]) -> Mapping[str, Any]:
         try:
             reader.check_ids(vocabulary)
         except IndexedError as error:

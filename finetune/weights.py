@@ -97,12 +97,12 @@ def from_megatron(model: Path, config: Path | None, cache: Path, say: Callable[[
     target = cache / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     written: dict[str, dict[str, Any]] = {}
 
-    def build(folder: Path) -> Mapping[str, Any]:
+    def build(folder: Path, tell: Callable[[str], None]) -> Mapping[str, Any]:
         source = open_source(model, hf_config=config)
         with source.tensors:
             made = plan(source, Target("hf", workers=_workers()))
             for line in made.lines():
-                say(f"weights: {line}")
+                tell(f"weights: {line}")
             check_target(made, target)
             written.update(write_target(folder, made))
         return {**made.made_from, **settings}

@@ -1,46 +1,255 @@
-"""Build an artifact once, however many processes ask for it.
+"""Build an artifact once, however many processes on however many machines ask for it.
 
-The first process that gets the lock builds and publishes; the others wait, saying so, and then use what was built. The
-lock is ``flock`` on a file beside the target, so the kernel releases it when its owner dies: no stale lock can hang a
-later run. A failed build is not remembered: each waiter tries in turn and raises the cause itself.
+The first that creates the lock file beside the target builds and publishes; the others wait, saying who builds, how far
+it is and since when, and then use what was built, or fail with the builder's error. The lock file is a heartbeat: its
+owner writes to it every other second. One that stands still for 20 s belongs to nobody and is taken away, sooner when its
+owner is seen to be dead from here. It lies beside the target and asks nothing of the file system but that a file is
+created once: so machines that share a disk build once, machines with disks of their own once each, and no collective call
+is needed. Should two build at once all the same, both publish whole artifacts, and the second one is dropped.
 """
 
-import fcntl
 import json
+import os
 import time
-from collections.abc import Callable, Generator, Mapping
+import uuid
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from threading import Event, Thread
+from types import TracebackType
+from typing import Any, Self
 
 from .manifest import ManifestError, verify
+from .owner import host_of, lives, me
 from .publish import publish, write_text
+
+Say = Callable[[str], None]
+Build = Callable[[Path, Say], Mapping[str, Any]]
+_BEAT = 2.0  # seconds between heartbeats
+_DEAD = 20.0  # seconds without one after which the lock is nobody's
+_TOLD = 10.0  # seconds between two words of a waiter
+_RECORD = 1000  # bytes of a lock file: one write each
+
+
+class BuildFailedError(ValueError):
+    """Another process built, this one waited, and the build failed; the message is the builder's."""
+
+
+class _LateError(Exception):
+    """This process stood still for so long that another one built in its place."""
+
+
+class _LockFile:
+    """A lock file that this process created; use it as a context manager. ``tell`` sets what waiters read."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises FileExistsError when another process holds it."""
+        self.path = path
+        self._handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        self.record: dict[str, Any] = {
+            "owner": me(), "attempt": uuid.uuid4().hex, "since": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }  # fmt: skip
+        self._over, self._beats = Event(), 0
+        try:
+            self._beat()
+        except BaseException:  # no room even for this
+            os.close(self._handle)
+            path.unlink()
+            raise
+        self._thread = Thread(target=self._keep_beating, name="lock-heartbeat", daemon=True)
+        self._thread.start()
+
+    def tell(self, text: str) -> None:
+        """What is being done, for those who wait."""
+        self.record["told"] = text[-300:]
+
+    def _keep_beating(self) -> None:
+        while not self._over.wait(_BEAT):
+            with suppress(OSError):  # a full or distant disk: whoever waits sees no heartbeat and may take over
+                self._beat()
+
+    def _beat(self) -> None:
+        self._beats += 1
+        text = json.dumps({**self.record, "beat": self._beats})
+        os.pwrite(self._handle, text.encode()[:_RECORD].ljust(_RECORD), 0)
+        os.fsync(self._handle)  # so that other machines see it
+
+    @property
+    def held(self) -> bool:
+        """Whether it is still this process's: one that stood still may have lost it."""
+        with suppress(OSError):
+            return os.path.samestat(os.fstat(self._handle), self.path.stat())
+        return False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        if self.held:
+            self.path.unlink()
+        os.close(self._handle)
+
+
+class _Watch:
+    """What a waiter sees of the process that holds a lock file."""
+
+    def __init__(self, path: Path, say: Say, every: float) -> None:
+        self.path, self._say, self._every = path, say, every
+        self.record: dict[str, Any] = {}  # the newest that was read
+        self.attempts: set[object] = set()  # that were waited for: other waiters hold the lock for a moment too
+        self._content: bytes | None = None
+        self._changed = time.monotonic()
+        self._began = self._said = time.monotonic()
+
+    def look(self) -> None:
+        """Read the lock, tell now and then what is waited for, and take the lock away when its owner is dead."""
+        try:
+            content = self.path.read_bytes()
+        except OSError:  # gone: the next attempt to create it may succeed
+            return
+        now = time.monotonic()
+        if content != self._content:
+            self._content, self._changed = content, now
+            self.record = {}  # of one that was created just now and is still empty nothing is known
+            with suppress(ValueError, TypeError):
+                self.record = dict(json.loads(content))
+                self.attempts.add(self.record.get("attempt"))
+        owner = str(self.record.get("owner", ""))
+        if now - self._changed > _DEAD or lives(owner) is False:
+            self._take_away(owner)
+        elif now - self._said > self._every:
+            self._said = now
+            told = self.record.get("told", "at work")
+            self._say(
+                f"waiting for process {_named(owner)}, which holds {self.path} since {self.record.get('since', '?')} "
+                f"(waited {now - self._began:.0f} s): {told}"
+            )
+
+    def _take_away(self, owner: str) -> None:
+        grave = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:8]}")
+        with suppress(FileNotFoundError):  # its owner was done just now, or another waiter was faster
+            self.path.rename(grave)
+            if grave.read_bytes() == self._content:
+                self._say(
+                    f"{self.path}: its owner, process {_named(owner)}, is dead or stands still; going on without it"
+                )
+            else:  # another waiter was faster, and this is its lock
+                with suppress(OSError):
+                    os.link(grave, self.path)
+            grave.unlink()
+        self._content, self._changed = None, time.monotonic()
+
+    def pause(self) -> None:
+        """Sleep: short at first, then so that hundreds of waiters are no burden for a shared disk."""
+        time.sleep(min(1.0, max(0.05, (time.monotonic() - self._began) / 10)))
+
+
+@contextmanager
+def locked(path: Path, say: Say = print, every: float = _TOLD) -> Generator[None]:
+    """Hold an exclusive lock, the file ``path``, telling every ``every`` seconds what is waited for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    watch = _Watch(path, say, every)
+    while True:
+        try:
+            lock = _LockFile(path)
+            break
+        except FileExistsError:
+            watch.look()
+            watch.pause()
+    with lock:
+        yield
 
 
 def build_once(
     target: Path,
-    build: Callable[[Path], Mapping[str, Any]],
+    build: Build,
     *,
     kind: str,
-    say: Callable[[str], None] = print,
+    say: Say = print,
     written: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> bool:
     """Make sure that ``target`` stands and verifies; True when this call built it.
 
-    ``build`` fills the folder it is given and returns what the manifest should say of the sources. ``written`` (see
-    ``publish``) it may fill with what it hashed while writing. A target that no longer verifies (a changed or cut file)
-    is built again, and that is said.
+    ``build(folder, tell)`` fills the folder and returns what the manifest should say of the sources; what it ``tell``s is
+    said, here and by those who wait. ``written`` (see ``publish``) it may fill with what it hashed while writing. A target
+    that no longer verifies (a changed or cut file) is built again, and that is said. Raises what ``build`` does;
+    BuildFailedError, or OSError with the same number, when another process built and failed while this one waited.
     """
     if _stands(target):
         return False
-    with locked(target.with_name(f".{target.name}.lock"), say):
-        if _stands(target, say):
-            return False  # another process built it while this one waited
-        made_from: dict[str, Any] = {}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    watch = _Watch(target.with_name(f".{target.name}.lock"), say, _TOLD)
+    while True:
+        try:
+            lock = _LockFile(watch.path)
+        except FileExistsError:
+            watch.look()
+            watch.pause()
+            continue
+        with lock:
+            if _stands(target, say):
+                return False  # another process built it while this one waited
+            _raise_failure(target, watch.attempts)
+            return _build(target, build, lock, kind, say, written)
+
+
+def _build(
+    target: Path, build: Build, lock: _LockFile, kind: str, say: Say, written: Mapping[str, Mapping[str, Any]] | None
+) -> bool:
+    def tell(text: str) -> None:
+        lock.tell(text)
+        say(text)
+
+    made_from: dict[str, Any] = {}
+    try:
         with publish(target, kind=kind, made_from=made_from, replace=True, written=written) as folder:
-            made_from.update(build(folder))
-        _remember(target)  # all was hashed when it was published
+            made_from.update(build(folder, tell))
+            if not lock.held and _stands(target):
+                raise _LateError  # noqa: TRY301 - publish drops what was written
+    except _LateError:
+        return False
+    except Exception as error:
+        _note_failure(target, lock.record, error)
+        raise
+    _failure_of(target).unlink(missing_ok=True)
+    _remember(target)  # all was hashed when it was published
     return True
+
+
+def _note_failure(target: Path, record: Mapping[str, Any], error: Exception) -> None:
+    """Leave the cause for those who wait; it is theirs alone: who comes later tries anew."""
+    cause = {"error": str(error) or repr(error), "errno": error.errno if isinstance(error, OSError) else None}
+    with suppress(OSError):  # a full disk: then they try themselves
+        write_text(_failure_of(target), json.dumps({**record, **cause}))
+
+
+def _raise_failure(target: Path, attempts: Collection[object]) -> None:
+    """Raise what ended the build that this process waited for."""
+    try:
+        failure = json.loads(_failure_of(target).read_text(encoding="utf-8"))
+        owner, attempt, error, number = (failure[key] for key in ("owner", "attempt", "error", "errno"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if attempt not in attempts:
+        return
+    said = f"{error} (met by process {_named(owner)}, which built {target} while this one waited)"
+    if number is not None:
+        raise OSError(int(number), said, str(target))
+    raise BuildFailedError(said)
+
+
+def _failure_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.failed")
+
+
+def _named(owner: str) -> str:
+    """A process for people: its number and host."""
+    return f"{owner.split('-')[-2]} on {host_of(owner)}" if owner.count("-") > 2 else "that has not told its name"  # noqa: PLR2004
 
 
 def verify_once(folder: Path) -> dict[str, Any]:
@@ -80,25 +289,7 @@ def _memory_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.verified")
 
 
-@contextmanager
-def locked(path: Path, say: Callable[[str], None] = print, every: float = 10.0) -> Generator[None]:
-    """Hold an exclusive lock on ``path`` (created when absent), telling every ``every`` seconds what is waited for."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as stream:
-        began = said = time.monotonic()
-        while True:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.05)
-                if time.monotonic() - said > every:
-                    said = time.monotonic()
-                    say(f"waiting for another process that holds {path} ({said - began:.0f} s)")
-        yield
-
-
-def _stands(target: Path, say: Callable[[str], None] | None = None) -> bool:
+def _stands(target: Path, say: Say | None = None) -> bool:
     if not target.exists():
         return False
     try:

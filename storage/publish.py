@@ -8,6 +8,7 @@ and the next writer of the same target removes.
 import os
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from .manifest import MANIFEST_NAME, describe, dump, files_below
+from .owner import host_of, lives, me
 
 _MARK = ".tmp-"
 _OLD = ".old"
+_STILL = 600.0  # seconds
 
 
 def fsync_path(path: Path) -> None:
@@ -114,11 +117,12 @@ def remove(target: Path) -> None:
 def clear_leftovers(parent: Path, name: str) -> None:
     """Clear what dead writers of ``parent/name`` left; ``name`` may end in ``*`` for every target of that prefix.
 
+    Those of other hosts are left alone, since nobody can tell from here whether they live.
     An old artifact that a writer had moved aside when it was killed is put back.
     """
     for path in list(parent.iterdir()):
         found = path.name.startswith(".") and path.name[1:].partition(_MARK)
-        if not found or not found[1] or _owner_lives(found[2]):
+        if not found or not found[1] or not _is_dead(path, found[2].rpartition("-")[0]):
             continue
         target = parent / found[0]
         if target.name != name and not (name.endswith("*") and target.name.startswith(name[:-1])):
@@ -161,21 +165,18 @@ def _umask() -> int:
     return value
 
 
+def _is_dead(path: Path, owner: str) -> bool:
+    """Whether the writer of a temporary folder is gone: seen to be dead, or of this host's name and still for long.
+
+    The second is this machine before it was started again; or a container of the same name, which would write.
+    """
+    known = lives(owner)
+    if known is not None or host_of(owner) != socket.gethostname():
+        return known is False
+    newest = max(part.lstat().st_ctime for part in (path, *path.rglob("*")))
+    return time.time() - newest > _STILL
+
+
 def _temporary(target: Path, ending: str = "") -> Path:
-    """A hidden sibling's name that tells whose it is: host and process."""
-    owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    return target.with_name(f".{target.name}{_MARK}{owner}{ending}")
-
-
-def _owner_lives(owner: str) -> bool:
-    """Whether the process that named a temporary folder may still be writing; another host's is never judged."""
-    host, _, rest = owner.rpartition("-")[0].rpartition("-")
-    if host != socket.gethostname() or not rest.isdecimal():
-        return True
-    try:
-        os.kill(int(rest), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    """A hidden sibling's name that tells whose it is."""
+    return target.with_name(f".{target.name}{_MARK}{me()}-{uuid.uuid4().hex[:8]}{ending}")

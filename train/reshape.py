@@ -34,8 +34,8 @@ def reshaped(checkpoint: Path, output_dir: Path, say: Callable[[str], None]) -> 
     key = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
     target = output_dir / "reshaped" / f"{checkpoint.name}-{key}"
 
-    def build(folder: Path) -> dict[str, Any]:
-        say(f"resume: rewriting DeepSpeed's shards of {checkpoint} for another number of ranks, the others wait")
+    def build(folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+        tell(f"resume: rewriting DeepSpeed's shards of {checkpoint} for another number of ranks, the others wait")
         _run_tool(checkpoint, folder)
         for name in _TRAINER_FILES:
             shutil.copyfile(checkpoint / name, folder / name)

@@ -1,14 +1,19 @@
 """An artifact is built once, by real processes; neither a dead owner nor a failed build stops the next."""
 
+import json
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from finebridge.storage import manifest
+from finebridge.storage import manifest, once
 from finebridge.storage.manifest import ManifestError, verify
 from finebridge.storage.once import build_once, locked, verify_once
 from finebridge.storage.publish import publish
@@ -20,7 +25,7 @@ ASKER = """
 import os, sys, time
 from pathlib import Path
 from finebridge.storage.once import build_once
-def build(folder):
+def build(folder, tell):
     with open(sys.argv[2], "a") as log:
         log.write(f"{os.getpid()}\\n")
     time.sleep(0.5)
@@ -37,7 +42,7 @@ import sys, time
 from pathlib import Path
 from finebridge.storage.once import build_once, locked, verify_once
 from finebridge.storage.publish import publish
-def build(folder):
+def build(folder, tell):
     (folder / "data").write_text("half")
     print("inside", flush=True)
     time.sleep(600)
@@ -50,12 +55,12 @@ else:
 """
 
 
-def build(folder: Path) -> Mapping[str, Any]:
+def build(folder: Path, _tell: Any = None) -> Mapping[str, Any]:
     (folder / "data").write_text("built")
     return {"source": "s"}
 
 
-def refuse(_folder: Path) -> Mapping[str, Any]:
+def refuse(_folder: Path, _tell: Any = None) -> Mapping[str, Any]:
     raise AssertionError("built although it stands")
 
 
@@ -80,7 +85,7 @@ def test_six_processes_build_exactly_once(start: Start, tmp_path: Path) -> None:
     assert sorted(out.strip() for out, _ in said) == ["False"] * 5 + ["True"]
     (builder,) = (tmp_path / "log").read_text().split()
     assert verify(tmp_path / "out" / "x")["made_from"] == {"by": int(builder)}
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".x.lock", ".x.verified", "x"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".x.verified", "x"]
 
 
 def test_a_standing_artifact_is_used_as_it_is(tmp_path: Path) -> None:
@@ -98,15 +103,15 @@ def test_a_builder_killed_half_way_does_not_hang_the_next(start: Start, tmp_path
     code = f"""
 from pathlib import Path
 from finebridge.storage.once import build_once
-def build(folder):
+def build(folder, tell):
     (folder / "data").write_text("built")
     return {{}}
 print(build_once(Path({str(tmp_path / "x")!r}), build, kind="dataset"))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == "True\n"
+    assert re.fullmatch(r".* is dead or stands still; going on without it\nTrue\n", done.stdout)
     verify(tmp_path / "x")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.lock", ".x.verified", "x"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.verified", "x"]
 
 
 def test_a_waiter_says_what_it_waits_for_and_goes_on_when_the_owner_is_killed(start: Start, tmp_path: Path) -> None:
@@ -125,14 +130,14 @@ def test_a_waiter_says_what_it_waits_for_and_goes_on_when_the_owner_is_killed(st
 
 
 def test_a_failing_build_raises_in_the_caller_and_leaves_nothing(tmp_path: Path) -> None:
-    def fail(folder: Path) -> Mapping[str, Any]:
+    def fail(folder: Path, _tell: Any) -> Mapping[str, Any]:
         (folder / "data").write_text("half")
         raise ValueError("row 7 is bad")
 
     for _ in range(2):  # not remembered: each caller gets the cause itself
         with pytest.raises(ValueError, match="row 7 is bad"):
             build_once(tmp_path / "x", fail, kind="dataset")
-        assert [path.name for path in tmp_path.iterdir()] == [".x.lock"]
+        assert [path.name for path in tmp_path.iterdir()] == [".x.failed"]
     assert build_once(tmp_path / "x", build, kind="dataset") is True
 
 
@@ -162,7 +167,7 @@ def test_a_damaged_artifact_stays_when_it_cannot_be_built_again(tmp_path: Path) 
     build_once(tmp_path / "x", build, kind="dataset")
     (tmp_path / "x" / "data").write_text("evidence")
 
-    def fail(_folder: Path) -> Mapping[str, Any]:
+    def fail(_folder: Path, _tell: Any) -> Mapping[str, Any]:
         raise ValueError("the source is gone")
 
     with pytest.raises(ValueError, match="the source is gone"):
@@ -188,3 +193,122 @@ def test_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / ".a.verified").write_text("[")
     (target / "data").write_text("made")
     assert verify_once(target)["kind"] == "dataset"
+
+
+WAITER = """
+import sys, time
+from pathlib import Path
+from finebridge.storage import once
+once._DEAD, once._TOLD = float(sys.argv[2]), 0.05
+def build(folder, tell):
+    tell("half of it")
+    print("inside", flush=True)
+    sys.stdin.readline()
+    if sys.argv[3] == "full":
+        raise OSError(28, "No space left on device")
+    if sys.argv[3] == "bad":
+        raise ValueError("row 7 is bad")
+    (folder / "data").write_text(sys.argv[3])
+    return {"by": sys.argv[3]}
+try:
+    print(once.build_once(Path(sys.argv[1]), build, kind="dataset"))
+except (ValueError, OSError) as error:
+    print(type(error).__name__, getattr(error, "errno", None), error)
+"""
+
+
+def line(child: "subprocess.Popen[str]") -> str:
+    assert child.stdout is not None
+    return child.stdout.readline()
+
+
+@pytest.mark.parametrize(("how", "kind", "number"), [("bad", "BuildFailedError", "None"), ("full", "OSError", "28")])
+def test_waiters_fail_with_the_builders_error(start: Start, tmp_path: Path, how: str, kind: str, number: str) -> None:
+    """They do not build, one after the other, what cannot be built; who comes later tries anew."""
+    builder = start(WAITER, tmp_path / "x", 20, how)
+    assert [line(builder), line(builder)] == ["half of it\n", "inside\n"]
+    waiters = [start(WAITER, tmp_path / "x", 20, "other") for _ in range(2)]
+    for child in waiters:
+        assert line(child).startswith(f"waiting for process {builder.pid} on ")
+    builder.communicate("go on\n", timeout=60)
+    for child in waiters:
+        said = child.communicate(timeout=60)[0].splitlines()[-1]
+        assert said.startswith(f"{kind} {number} "), said
+        assert f"met by process {builder.pid} on {socket.gethostname()}, which built {tmp_path / 'x'}" in said
+    later = start(WAITER, tmp_path / "x", 20, "later")
+    assert later.communicate("go on\n", timeout=60)[0].endswith("inside\nTrue\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.verified", "x"]
+
+
+def test_a_builder_that_stands_still_is_replaced_and_does_no_harm_later(start: Start, tmp_path: Path) -> None:
+    builder = start(WAITER, tmp_path / "x", 20, "first")
+    assert [line(builder), line(builder)] == ["half of it\n", "inside\n"]
+    builder.send_signal(signal.SIGSTOP)
+    waiter = start(WAITER, tmp_path / "x", 3, "second")
+    said, _ = waiter.communicate("go on\n", timeout=60)
+    assert f"process {builder.pid} on {socket.gethostname()}, is dead or stands still" in said
+    assert said.endswith("inside\nTrue\n")
+    builder.send_signal(signal.SIGCONT)
+    assert builder.communicate("go on\n", timeout=60)[0] == "False\n"
+    assert verify(tmp_path / "x")["made_from"] == {"by": "second"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.verified", "x"]
+
+
+def test_a_waiter_tells_who_builds_since_when_and_how_far(tmp_path: Path) -> None:
+    said: list[str] = []
+    inside, done = threading.Event(), threading.Event()
+
+    def slow(folder: Path, tell: Callable[[str], None]) -> Mapping[str, Any]:
+        tell("34 % of it")
+        inside.set()
+        done.wait()
+        return build(folder)
+
+    def say(text: str) -> None:
+        said.append(text)
+        if "34 %" in text:
+            done.set()
+
+    builder = threading.Thread(target=build_once, args=(tmp_path / "x", slow), kwargs={"kind": "dataset", "say": len})
+    builder.start()
+    inside.wait()
+    with locked(tmp_path / ".x.lock", say, every=0.01):
+        builder.join()
+    me = rf"process {os.getpid()} on {re.escape(socket.gethostname())}"
+    assert re.search(
+        rf"waiting for {me}, which holds .*/.x.lock since \d{{4}}-.* \(waited \d+ s\): 34 % of it", said[-1]
+    )
+
+
+def test_a_lock_that_another_waiter_took_meanwhile_is_given_back(tmp_path: Path) -> None:
+    """Of two that see the same dead owner the slower one must not take the faster one's new lock for the dead one's."""
+    path = tmp_path / "lock"
+    path.write_text("the dead one's")
+    slower = once._Watch(path, lambda _: None, 10.0)
+    slower.look()
+    path.write_text("the faster one's")
+    slower._take_away("")
+    assert path.read_text() == "the faster one's"
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_lock_that_was_created_just_now_is_not_judged_by_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.write_text(json.dumps({"owner": f"{once.me()}0"}))
+    waiter = once._Watch(path, lambda _: None, 10.0)
+    waiter.look()
+    assert not path.exists(), "its owner is dead"
+    path.touch()
+    waiter.look()
+    waiter.look()
+    assert path.exists(), "nothing is known of its owner yet"
+
+
+def test_a_lock_without_room_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(once.os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left"), locked(tmp_path / "lock"):
+        pass
+    assert list(tmp_path.iterdir()) == []

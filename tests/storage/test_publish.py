@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from finebridge.storage.manifest import ManifestError, newest_verified, steps, verify
+from finebridge.storage.owner import me
 from finebridge.storage.publish import commit, fsync_path, publish, stage, write_text
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -230,12 +231,25 @@ def test_the_staging_folder_of_a_living_owner_stays(start: Start, tmp_path: Path
 def test_staging_folders_of_other_targets_and_other_hosts_stay(tmp_path: Path) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
-    mine, other = f".x.tmp-{socket.gethostname()}-{dead.pid}-0123abcd", f".x.tmp-elsewhere.invalid-{dead.pid}-0123abcd"
-    neighbour = f".x-10.tmp-{socket.gethostname()}-{dead.pid}-0123abcd"
+    _, place, _, start = me().rsplit("-", 3)
+    here = f"{socket.gethostname()}-{place}-{dead.pid}-{start}-0123abcd"
+    mine, other, neighbour = f".x.tmp-{here}", f".x.tmp-elsewhere-n-{dead.pid}-1-0123abcd", f".x-10.tmp-{here}"
     for name in (mine, other, neighbour):
         (tmp_path / name).mkdir()
     stage(tmp_path / "x").rmdir()
     assert names(tmp_path) == sorted([other, neighbour])
+
+
+def test_what_this_machine_left_before_it_was_started_again(tmp_path: Path) -> None:
+    """Nobody can tell its writer from a container of the same name, which would go on writing: so it must be still."""
+    old = tmp_path / f".x.tmp-{socket.gethostname()}-0123n1-77-88-0123abcd"
+    old.mkdir()
+    stage(tmp_path / "x").rmdir()
+    assert names(tmp_path) == [old.name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finebridge.storage.publish._STILL", -1.0)
+        stage(tmp_path / "x").rmdir()
+    assert names(tmp_path) == []
 
 
 def test_published_files_are_as_readable_as_the_umask_allows(tmp_path: Path) -> None:
