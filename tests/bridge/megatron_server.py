@@ -44,9 +44,9 @@ def build_chunks(request: dict[str, Any]) -> list[Any]:
     parallel = {f"{name}_model_parallel_size": sizes[key] for name, key in SIZES.items()}
     if request["stages"]:  # stages that are not equal, in Megatron's words
         parallel["pipeline_model_parallel_layout"] = PipelineParallelLayerLayout(request["stages"], sizes["pp"])
-    return build(
-        request["args"], request["rows"], fused=request["fused"], expert_tensor_parallel_size=sizes["etp"], **parallel
-    )
+    parallel["expert_tensor_parallel_size"] = sizes["etp"]
+    chunks = build(request["args"], request["rows"], fused=request["fused"], **parallel)
+    return [chunk.bfloat16() for chunk in chunks] if request["args"].get("bf16") else chunks
 
 
 # ---- canonical tensors and the ranks
@@ -151,7 +151,10 @@ def beside_the_model() -> dict[str, Any]:
     import numpy as np
     import torch
 
-    rng = {"np_random_rng_state": np.random.default_rng(0).bit_generator.state, "numbers": np.arange(4, dtype=np.uint32)}
+    rng = {
+        "np_random_rng_state": np.random.default_rng(0).bit_generator.state,
+        "numbers": np.arange(4, dtype=np.uint32),
+    }
     return {
         "rng_state": [rng],
         "optimizer": {"step": torch.ones(1), "param_groups": [{"lr": np.float64(0.1)}]},
@@ -226,8 +229,6 @@ def rank_main(rank: int, world: int, request: dict[str, Any]) -> None:
             sizes["tp"], sizes["pp"], sizes["vpp"],
             expert_model_parallel_size=sizes["ep"], expert_tensor_parallel_size=sizes["etp"],
         )  # fmt: skip
-        if request["args"].get("bf16"):
-            request["args"]["params_dtype"] = torch.bfloat16
         chunks = build_chunks(request)
         torch.save([STEPS[step["do"]](chunks, step, request) for step in request["steps"]], out / f"{rank}.pt")
         torch.distributed.barrier()

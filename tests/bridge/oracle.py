@@ -53,7 +53,12 @@ def _server() -> subprocess.Popen[str]:
 
 
 def ask(
-    model: Any, *steps: Mapping[str, Any], rows: int | None = None, dialect: str = "mcore", stages: str = "", **sizes: int
+    model: Any,
+    *steps: Mapping[str, Any],
+    rows: int | None = None,
+    dialect: str = "mcore",
+    stages: str = "",
+    **sizes: int,
 ) -> list[list[Any]]:
     """Do the steps of ``megatron_server.STEPS`` in ranks; what each answers, by rank and by step.
 
