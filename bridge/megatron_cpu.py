@@ -6,29 +6,12 @@ Each of it is needed to build or to run a GPTModel of local layer specs on the C
 # pyright: reportMissingImports=false
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import BridgeError
-
-VERSION = "0.16"
 _ABSENT = object()
-
-
-def check_megatron() -> None:
-    """Raise BridgeError unless Megatron-Core is installed in the version that these stand-ins fit."""
-    try:
-        found = version("megatron-core")
-    except PackageNotFoundError:
-        found = "none"
-    if not found.startswith(f"{VERSION}."):
-        raise BridgeError(
-            f"megatron-core {VERSION} computes a model without a GPU, installed is {found}: "
-            f"pip install 'finebridge[megatron]' 'megatron-core=={VERSION}.*'"
-        )
 
 
 @contextmanager
