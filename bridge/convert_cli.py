@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..storage.space import parse_size
+from ..storage.space import EXIT_DISK_FULL, free_bytes, is_disk_full, parse_size
 from .errors import BridgeError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str]) -> int:
-    """Run one verb; exit code 0, or 1 when ``verify`` finds a difference. Raises ValueError for bad input."""
+    """Run one verb; exit code 0, 1 when ``verify`` finds a difference, 28 for a full disk. Raises ValueError for bad input."""
     verbs = {"inspect": _inspect, "verify": _verify}
     if words and words[0] in verbs:
         return verbs[words[0]](words[1:])
@@ -98,7 +98,14 @@ def main(words: Sequence[str]) -> int:
         if args.dry_run:
             print("\n".join(made.lines()))
             return 0
-        convert(made, args.save, overwrite=args.overwrite)
+        try:
+            convert(made, args.save, overwrite=args.overwrite)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            free = f"{free_bytes(args.save):,} bytes are free"
+            print(f"error: {args.save}: {error}; {free}, nothing is left there", file=sys.stderr)
+            return EXIT_DISK_FULL
     print(f"wrote {args.save}")
     return 0
 

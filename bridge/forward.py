@@ -77,7 +77,7 @@ def _free_memory() -> int | None:
 def _transformers_logits(hf: Source, ids: torch.Tensor) -> torch.Tensor:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(hf.config_folder)
+    config = AutoConfig.from_pretrained(str(hf.config_folder))
     model = AutoModelForCausalLM.from_pretrained(
         hf.folder, config=config, dtype=torch.float32, attn_implementation="eager"
     )
@@ -120,7 +120,7 @@ def _one_rank() -> Generator[None]:
     """Megatron's groups of ranks, of this process alone."""
     from megatron.core import parallel_state
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     try:
         parallel_state.initialize_model_parallel()
         yield

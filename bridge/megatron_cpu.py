@@ -5,7 +5,7 @@ Each of it is needed to build or to run a GPTModel of local layer specs on the C
 
 # pyright: reportMissingImports=false
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,20 +40,28 @@ def _stand_ins() -> list[tuple[Any, str, Any]]:
         # Rotary positions, routers and attention make their buffers on "the current device".
         (torch.cuda, "current_device", _cpu),
         # Attention forks CUDA's random numbers around its dropout, which does nothing in a model that is evaluated.
-        (CudaRNGStatesTracker, "fork", lambda *_: nullcontext()),
+        (CudaRNGStatesTracker, "fork", _no_random_state),
         # A name that is bound by the import of Transformer Engine alone and asked for by the router.
         (megatron.core.transformer.moe.moe_utils, "te_general_gemm", None),
         # isinstance() is asked with them, and they are None without Transformer Engine.
         (latent, "TELinear", type("TELinear", (), {})),
         (latent, "TEColumnParallelLinear", type("TEColumnParallelLinear", (), {})),
         # Masks are made on CUDA; true is what a token does not see.
-        (fused_softmax, "get_default_causal_mask", lambda size: torch.ones(size, size, dtype=torch.bool).triu(1)),
+        (fused_softmax, "get_default_causal_mask", _mask),
         (fused_softmax, "get_sliding_window_causal_mask", _window_mask),
     ]
 
 
 def _cpu() -> torch.device:
     return torch.device("cpu")
+
+
+def _no_random_state(*_: Any) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _mask(size: int) -> Tensor:
+    return torch.ones(size, size, dtype=torch.bool).triu(1)
 
 
 def _window_mask(rows: int, columns: int, window: tuple[int, int]) -> Tensor:
@@ -70,6 +78,6 @@ class LatentCore(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         """States [sequence, batch, heads, size] to [sequence, batch, heads * size]; a token sees those before it."""
-        parts = (state.permute(1, 2, 0, 3) for state in (query, key, value))
-        seen = nn.functional.scaled_dot_product_attention(*parts, is_causal=True, scale=self.scale)
+        query, key, value = (state.permute(1, 2, 0, 3) for state in (query, key, value))
+        seen = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)
         return seen.permute(2, 0, 1, 3).flatten(2)

@@ -24,7 +24,7 @@ def build(args: Mapping[str, Any], rows: int, *, fused: bool = True, **parallel:
     from megatron.core.models.gpt import gpt_layer_specs
 
     config = _transformer_config(args, parallel)
-    layers = gpt_layer_specs.get_gpt_decoder_layer_specs(config, False, args["normalization"])
+    layers: Any = gpt_layer_specs.get_gpt_decoder_layer_specs(config, False, args["normalization"])
     latent = bool(args["multi_latent_attention"])
     for layer in layers:
         parts = layer.submodules
@@ -74,7 +74,7 @@ def _transformer_config(args: Mapping[str, Any], parallel: Mapping[str, Any]) ->
         "activation_func": nn.functional.silu, "pipeline_dtype": torch.float32, "use_cpu_initialization": True,
         "init_method": _nothing, "output_layer_init_method": _nothing, "masked_softmax_fusion": False, **parallel,
     }  # fmt: skip
-    config = kind(**chosen)
+    config: Any = kind(**chosen)
     for name, value in args.items():  # Megatron-LM's _apply_yarn_config_from_args
         if name.startswith("yarn_"):
             setattr(config, name, value)
@@ -94,12 +94,12 @@ def _chunk(args: Mapping[str, Any], config: Any, layers: list[Any], rows: int, s
     from megatron.core.models.gpt import GPTModel, gpt_layer_specs
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    spec = layers[0]
+    spec: Any = layers[0]
     if args["num_experts"]:
         spec = gpt_layer_specs.get_gpt_decoder_block_spec(config, False, args["normalization"], vp_stage=stage)
         first = get_transformer_layer_offset(config, vp_stage=stage)
         spec.layer_specs = layers[first : first + len(spec.layer_specs)]
-    further = None
+    further: Any = None
     if args["mtp_num_layers"]:
         further = gpt_layer_specs.get_gpt_mtp_block_spec(config, layers[-1], False, vp_stage=stage)
     return GPTModel(

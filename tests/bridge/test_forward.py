@@ -63,21 +63,56 @@ def with_swapped_heads(base: Path, folder: Path) -> Path:
     return folder
 
 
-@needs_megatron
-def test_both_compute_the_same_and_a_swapped_head_is_found(hf_models: Models, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def verified(hf_models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """What the command says of checkpoints that are right and of others that are not."""
+    folder = tmp_path_factory.mktemp("forward")
     dense, sparse = hf_models("qwen3"), hf_models("qwen3_moe")
-    one, other = converted(dense, tmp_path / "dense", *FORMS[0]), converted(sparse, tmp_path / "sparse", *FORMS[1])
-    swapped = converted(with_swapped_heads(dense, tmp_path / "swapped hf"), tmp_path / "swapped")
-    right, also, wrong = verify_forward((dense, one), (other, sparse), (dense, swapped))
-    for code, text in (right, also):
-        assert code == 0, text
-        assert float(text.split("differ by at most ")[1].split(",")[0]) < 1e-5
-        assert text.endswith("the same tensors\n")
-        assert "the whole model in fp32, twice in turn, 0.00 GB of memory; " in text
-    code, text = wrong
+    pairs = {
+        "dense": (dense, converted(dense, folder / "dense", *FORMS[0])),
+        "sparse": (converted(sparse, folder / "sparse", *FORMS[1]), sparse),
+        "swapped": (dense, converted(with_swapped_heads(dense, folder / "swapped hf"), folder / "swapped")),
+        "biased": (dense, with_args(converted(dense, folder / "biased", "--ckpt_format", "torch"), add_qkv_bias=True)),
+        "narrow": (dense, with_args(converted(dense, folder / "narrow", "--ckpt_format", "torch"), ffn_hidden_size=32)),
+    }
+    return dict(zip(pairs, verify_forward(*pairs.values()), strict=True))
+
+
+def with_args(mcore: Path, **changes: Any) -> Path:
+    """The checkpoint with other arguments."""
+    file = mcore / "release/mp_rank_00/model_optim_rng.pt"
+    content = torch.load(file, weights_only=False)
+    vars(content["args"]).update(changes)
+    torch.save(content, file)
+    (mcore / "manifest.json").unlink()
+    return mcore
+
+
+@needs_megatron
+@pytest.mark.parametrize("name", ["dense", "sparse"])
+def test_both_compute_the_same(verified: dict[str, tuple[int, str]], name: str) -> None:
+    code, text = verified[name]
+    assert code == 0, text
+    assert float(text.split("differ by at most ")[1].split(",")[0]) < 1e-5
+    assert text.endswith("the same tensors\n")
+    assert "the whole model in fp32, twice in turn, 0.00 GB of memory; " in text
+
+
+@needs_megatron
+def test_a_swapped_head_is_found(verified: dict[str, tuple[int, str]]) -> None:
+    code, text = verified["swapped"]
     assert code == 1, text
     assert float(text.split("differ by at most ")[1].split(",")[0]) > 1e-3
     assert text.endswith("1 tensors differ\n")
+
+
+@needs_megatron
+def test_other_arguments_than_the_tensors_are_refused(verified: dict[str, tuple[int, str]]) -> None:
+    """Megatron would not load such a checkpoint; nor is there anything to compute."""
+    biased, narrow = verified["biased"], verified["narrow"]
+    assert (biased[0], narrow[0]) == (2, 2)
+    assert "linear_qkv.bias is only in the model that Megatron-Core builds from its args; 4 in all" in biased[1]
+    assert "mlp.linear_fc1.weight is [128, 32], Megatron-Core's is [64, 32]" in narrow[1]
 
 
 @needs_megatron
@@ -88,24 +123,6 @@ def test_every_family_computes_the_same(hf_models: Models, tmp_path: Path) -> No
     ]
     found = verify_forward(*pairs)
     assert [code for code, _ in found] == [0] * len(MODELS), found
-
-
-@needs_megatron
-def test_other_arguments_than_the_tensors_are_refused(hf_models: Models, tmp_path: Path) -> None:
-    """Megatron would not load such a checkpoint; nor is there anything to compute."""
-    mcore = converted(hf_models("qwen3"), tmp_path / "mcore", "--ckpt_format", "torch")
-    file = mcore / "release/mp_rank_00/model_optim_rng.pt"
-    (mcore / "manifest.json").unlink()
-    said: list[tuple[int, str]] = []
-    for changes in ({"add_qkv_bias": True}, {"ffn_hidden_size": 32}):
-        content = torch.load(file, weights_only=False)
-        vars(content["args"]).update(changes)
-        torch.save(content, tmp_path / "changed")
-        (tmp_path / "changed").rename(file)
-        said += verify_forward((hf_models("qwen3"), mcore))
-    assert [code for code, _ in said] == [2, 2]
-    assert "linear_qkv.bias is only in the model that Megatron-Core builds from its args; 4 in all" in said[0][1]
-    assert "tensor" in said[1][1]
 
 
 def refused(words: list[Any], capsys: pytest.CaptureFixture[str]) -> str:
