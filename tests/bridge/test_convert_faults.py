@@ -17,18 +17,17 @@ TARGETS = {
     "torch": ["--to", "mcore", "--ckpt_format", "torch", "--tp", "2"],
     "hf": ["--to", "hf", "--max_shard_size", "30KB"],
 }
-# Target, whether an older output is replaced, and of how many points one is tried.
-SWEEPS = thinned(
-    [(target, overwrite, stride) for target in TARGETS for overwrite in (False, True) for stride in (1, 13)],
-    [("torch_dist", True, 13), ("torch", False, 13), ("hf", True, 13)],
-)
+# Target, whether an older output is replaced, and how many points are tried (0: all).
+FEW = [("torch_dist", True, 7), ("torch", False, 7), ("hf", True, 7)]
+SWEEPS = thinned([*FEW, *((target, overwrite, 0) for target in TARGETS for overwrite in (False, True))], FEW)
+LATE = 20  # points: with torch's format the device is asked now and then, how often depends on its speed
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """By target what is converted: a Hugging Face folder with files beside its weights, and the same from Megatron."""
     folder = tmp_path_factory.mktemp("sources")
-    tiny("qwen3", num_hidden_layers=2).save_pretrained(folder / "hf")
+    tiny("qwen3_tied", num_hidden_layers=1).save_pretrained(folder / "hf")
     for name in ("tokenizer.json", "tokenizer_config.json", "modeling_x.py"):
         (folder / "hf" / name).write_text("{}")
     assert main(["convert", "--to", "mcore", "--load", str(folder / "hf"), "--save", str(folder / "mcore")]) == 0
@@ -65,12 +64,13 @@ def points_of(trial: Trial, act: str, *, overwrite: bool) -> int:
     return whole["points"]
 
 
-@pytest.mark.parametrize(("target", "overwrite", "stride"), SWEEPS)
-def test_a_conversion_killed_anywhere(trial: Trial, overwrite: bool, stride: int) -> None:
+@pytest.mark.parametrize(("target", "overwrite", "tried"), SWEEPS)
+def test_a_conversion_killed_anywhere(trial: Trial, overwrite: bool, tried: int) -> None:
     points = points_of(trial, "kill", overwrite=overwrite)
-    results = [trial(at=at, act="kill", overwrite=overwrite) for at in [*range(1, points, stride), points]]
-    assert {result["code"] for result in results} == {-9}
+    places = [*range(1, points, points // tried if tried else 1), points]
+    results = [trial(at=at, act="kill", overwrite=overwrite) for at in places]
     for result in results:
+        assert result["code"] == -9 or (result["at"] > points - LATE and result["found"] == "new"), result
         assert result["found"] in (("old", "new", "absent") if overwrite else ("new", "absent")), result
         if result["found"] == "new" and not overwrite:
             assert result["again"] == 2, "it stands, and is never written over in silence"
@@ -80,10 +80,11 @@ def test_a_conversion_killed_anywhere(trial: Trial, overwrite: bool, stride: int
     assert found >= ({"old", "new"} if overwrite else {"absent", "new"})
 
 
-@pytest.mark.parametrize(("target", "overwrite", "stride"), SWEEPS)
-def test_a_disk_full_from_any_point_on(trial: Trial, overwrite: bool, stride: int) -> None:
+@pytest.mark.parametrize(("target", "overwrite", "tried"), SWEEPS)
+def test_a_disk_full_from_any_point_on(trial: Trial, overwrite: bool, tried: int) -> None:
     points = points_of(trial, "enospc", overwrite=overwrite)
-    results = [trial(at=at, act="enospc", overwrite=overwrite) for at in range(1, points + 1, stride)]
+    places = range(1, points + 1, points // tried if tried else 1)
+    results = [trial(at=at, act="enospc", overwrite=overwrite) for at in places]
     full = [result for result in results if result["code"] == 28]
     assert len(full) > len(results) // 2
     for result in results:
