@@ -3,18 +3,20 @@
     finebridge convert --from hf --to mcore --load MODEL --save OUT [--ckpt_format torch --tp 2 --pp 2]
     finebridge convert --from mcore --to hf --load CHECKPOINT --save OUT [--hf_config MODEL]
     finebridge convert inspect FOLDER
-    finebridge convert verify FOLDER FOLDER
+    finebridge convert verify FOLDER FOLDER [--forward]
 
-Neither Megatron nor a GPU is needed. Names of MindSpeed-LLM's converter are taken too.
+Neither Megatron nor a GPU is needed (for ``--forward`` Megatron is). Names of MindSpeed-LLM's converter are taken too.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..storage.space import parse_size
+from ..storage.space import EXIT_DISK_FULL, free_bytes, is_disk_full, parse_size
+from .errors import BridgeError
 
 if TYPE_CHECKING:
     from .convert import Source, Target
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 SIDES = ("hf", "mcore")
 FORMATS = ("torch_dist", "torch")
 DIALECTS = ("mcore", "mcore-local")
+_MEGATRON = "0.16"  # what megatron_cpu.py fits
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str]) -> int:
-    """Run one verb; exit code 0, or 1 when ``verify`` finds a difference. Raises ValueError for bad input."""
+    """Run one verb; exit code 0, 1 when ``verify`` finds a difference, 28 for a full disk. Raises ValueError for bad input."""
     verbs = {"inspect": _inspect, "verify": _verify}
     if words and words[0] in verbs:
         return verbs[words[0]](words[1:])
@@ -95,7 +98,14 @@ def main(words: Sequence[str]) -> int:
         if args.dry_run:
             print("\n".join(made.lines()))
             return 0
-        convert(made, args.save, overwrite=args.overwrite)
+        try:
+            convert(made, args.save, overwrite=args.overwrite)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            free = f"{free_bytes(args.save):,} bytes are free"
+            print(f"error: {args.save}: {error}; {free}, nothing is left there", file=sys.stderr)
+            return EXIT_DISK_FULL
     print(f"wrote {args.save}")
     return 0
 
@@ -170,19 +180,44 @@ def _verify(words: Sequence[str]) -> int:
     parser.add_argument("one", type=Path)
     parser.add_argument("other", type=Path)
     parser.add_argument("--hf_config", type=Path, help="folder of config.json, for one that has none")
+    parser.add_argument(
+        "--forward",
+        action="store_true",
+        help="also compute both, Hugging Face's by transformers and Megatron's by Megatron-Core (extra megatron), in fp32 on "
+        "the CPU, and compare their logits",
+    )
     args = parser.parse_args(words)
+    if args.forward:
+        _check_megatron()
 
     from .convert import open_source, same
 
     one, other = (open_source(folder, hf_config=args.hf_config) for folder in (args.one, args.other))
+    alike = True
     with one.tensors, other.tensors:
+        if args.forward:
+            from .forward import compare
+
+            alike = compare(one, other)
         found = same(one.tensors, other.tensors)
     for line in found[:20]:
         print(line, file=sys.stderr)
     if len(found) > 20:  # noqa: PLR2004
         print(f"and {len(found) - 20} more", file=sys.stderr)
-    print("the same model" if not found else f"{len(found)} tensors differ")
-    return 1 if found else 0
+    print("the same tensors" if not found else f"{len(found)} tensors differ")
+    return 0 if alike and not found else 1
+
+
+def _check_megatron() -> None:
+    try:
+        found = version("megatron-core")
+    except PackageNotFoundError:
+        found = "none"
+    if not found.startswith(f"{_MEGATRON}."):
+        raise BridgeError(
+            f"--forward needs megatron-core {_MEGATRON}, which computes without a GPU; installed is {found}: "
+            f"pip install 'finebridge[megatron]' 'megatron-core=={_MEGATRON}.*'"
+        )
 
 
 def _side(text: str) -> str:

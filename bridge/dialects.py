@@ -18,7 +18,7 @@ _IN_LAYER = re.compile(r"^(decoder\.layers\.\d+|mtp\.layers\.\d+\.(?:transformer
 _EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)$")
 _GROUPED = re.compile(r"^mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
 _LINEAR = re.compile(r"^(.*\.(?:linear_\w+|eh_proj))\.weight\d*$")
-_FUSED = {  # the norm is a part of the linear layer behind it -> it is a module of its own
+FUSED = {  # the norm is a part of the linear layer behind it -> it is a module of its own
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
     "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
@@ -44,7 +44,7 @@ def stored_name(name: str, dialect: str) -> str:
     if dialect == "mcore":
         expert = _EXPERT.match(inner)
         return f"{layer}.mlp.experts.{expert[2]}.{expert[3]}{expert[1]}" if expert else name
-    for fused, alone in _FUSED.items():
+    for fused, alone in FUSED.items():
         if inner.startswith(fused):
             return f"{layer}.{alone}{inner.removeprefix(fused)}"
     return name
@@ -110,7 +110,7 @@ def _inner(inner: str, layer: Collection[str]) -> str:
     """The canonical name of a layer's tensor, given the names of all tensors of that layer in this state dict."""
     if grouped := _GROUPED.match(inner):
         return f"mlp.experts.local_experts.{grouped[3]}.{grouped[1]}.{grouped[2]}"
-    for fused, alone in _FUSED.items():
+    for fused, alone in FUSED.items():
         linear = fused.removesuffix("layer_norm_") + "weight"
         if inner.startswith(alone) and linear in layer:
             return fused + inner.removeprefix(alone)

@@ -224,7 +224,10 @@ def write_dist(
     for key in extra_states_of(places):
         table[key] = BytesStorageMetadata()
         found[MetadataIndex(key)] = nothing[0]  # one record serves all: none of them says anything
-    metadata = pickle.dumps(Metadata(table, storage_data=found))
+    order = sorted(
+        found, key=lambda index: (index.fqn, tuple(index.offset or ()))
+    )  # the same files from the same source
+    metadata = pickle.dumps(Metadata(table, storage_data={index: found[index] for index in order}))
     ledger.write(folder / METADATA_NAME, lambda stream: stream.write(metadata))
     ledger.write(folder / "metadata.json", lambda stream: stream.write(json.dumps(_BACKEND).encode()))
     return ledger.entries

@@ -5,13 +5,14 @@ a part of it. They are no maps, so that a full disk is an error and not a signal
 """
 
 import errno
+import io
 import os
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -153,8 +154,13 @@ def _write_holes(
     crc = torch.serialization.get_crc32_options()
     try:
         torch.serialization.set_crc32_options(False)
-        with torch.serialization.skip_data():
-            torch.save({**base, **states}, path)
+        with torch.serialization.skip_data(), _File(path, "wb") as stream:
+            try:
+                torch.save({**base, **states}, cast("Any", stream))
+            except RuntimeError:
+                if stream.error:
+                    raise stream.error from None
+                raise
     finally:
         torch.serialization.set_crc32_options(crc)
     order = [(chunk, spec) for chunk, state in enumerate(chunks.values()) for spec in state.items()]
@@ -164,6 +170,25 @@ def _write_holes(
         assert size == spec.size, f"{path}: the record of {name} has {size} bytes"
         starts[chunk, name] = start
     return starts
+
+
+class _File(io.FileIO):
+    """A file that keeps the error of a write: torch raises one in its place that does not tell what happened."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        """All of the bytes, which plain files may take in parts."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while rest:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            error.filename = self.name
+            self.error = error
+            raise
+        return size
 
 
 def _records(path: Path) -> list[tuple[int, int]]:

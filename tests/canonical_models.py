@@ -4,20 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finebridge.bridge.args import to_args
 from finebridge.bridge.parallel import EMBEDDING, OUTPUT, Layout
 from finebridge.bridge.torch_format import TorchCheckpoint
 from finebridge.bridge.torch_writer import write_torch
 from finebridge.storage.safetensors_io import Spec
 
-__all__ = ["EMBEDDING", "OUTPUT", "read", "tiny_model", "write"]
+__all__ = ["EMBEDDING", "OUTPUT", "args_of", "read", "tiny_model", "write"]
 
 
 def tiny_model(
     layers: int = 4, *, vocab: int = 100, hidden: int = 16, heads: int = 4, groups: int = 4, ffn: int = 24, tied: bool = False,
     bias: bool = False, experts: int = 0, expert_bias: bool = True, gate: bool = True, mla: bool = False, q_lora: bool = True,
-    mtp: int = 0, seed: int = 0, dtype: torch.dtype = torch.float32,
+    mtp: int = 0, seed: int = 0, dtype: torch.dtype = torch.float32, dense: int = 1,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """The tensors of a model by canonical name. With experts the first layer stays dense; ``gate``: of shared experts."""
+    """The tensors of a model by canonical name. With experts the first layers stay ``dense``; ``gate``: of shared experts."""
     generator = torch.Generator().manual_seed(seed)
     dim = hidden // heads
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (vocab, hidden)}
@@ -62,7 +63,7 @@ def tiny_model(
             shapes[f"{at}.mlp.shared_experts.gate_weight"] = (1, hidden)
 
     for number in range(layers):
-        layer(f"decoder.layers.{number}", experts if number else 0)
+        layer(f"decoder.layers.{number}", experts if number >= dense else 0)
     shapes["decoder.final_layernorm.weight"] = (hidden,)
     for number in range(mtp):
         at = f"mtp.layers.{number}"
@@ -73,6 +74,34 @@ def tiny_model(
     if not tied:
         shapes["output_layer.weight"] = (vocab, hidden)
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def args_of(
+    layers: int = 4, *, vocab: int = 100, hidden: int = 16, heads: int = 4, groups: int = 4, ffn: int = 24, tied: bool = False,
+    bias: bool = False, experts: int = 0, expert_bias: bool = True, mla: bool = False, q_lora: bool = True, mtp: int = 0,
+    dense: int = 1, grouped: bool = False, **_: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Megatron's arguments of that model; ``grouped``: its experts are one tensor, which Megatron wants in bf16."""
+    dim = hidden // heads
+    args = to_args({
+        "model_type": "qwen3", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": groups, "head_dim": dim, "intermediate_size": ffn, "vocab_size": vocab,
+        "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "tie_word_embeddings": tied,
+    })  # fmt: skip
+    args |= {"add_qkv_bias": bias, "mtp_num_layers": mtp or None, "bf16": grouped}
+    if experts:
+        args |= {
+            "num_experts": experts, "moe_ffn_hidden_size": ffn // 2, "moe_shared_expert_intermediate_size": ffn // 2,
+            "moe_layer_freq": [int(layer >= dense) for layer in range(layers)] if dense else 1,
+            "moe_router_enable_expert_bias": expert_bias, "moe_router_score_function": "sigmoid", "moe_grouped_gemm": grouped,
+        }  # fmt: skip
+    if mla:
+        args |= {
+            "multi_latent_attention": True, "group_query_attention": False, "q_lora_rank": 8 if q_lora else None,
+            "kv_lora_rank": 8, "qk_head_dim": dim, "qk_pos_emb_head_dim": 4, "v_head_dim": dim, "rope_type": "rope",
+            "rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0,
+        }  # fmt: skip
+    return args
 
 
 def write(

@@ -1,6 +1,6 @@
 """Tiny models of every family, as transformers saves them, with random weights of every kind."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,15 @@ def tiny(name: str, **changes: Any) -> Any:
             if value.is_floating_point() and (value.ndim == 1 or "norm" in key):
                 value.add_(0.1 * torch.randn_like(value))
     return model.eval()
+
+
+def thinned(cases: Iterable[Any], kept: Container[Any]) -> list[Any]:
+    """The cases of a test; those that are not ``kept`` for the default tier are slow."""
+    slow = pytest.mark.slow
+    return [
+        case if case in kept else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=slow)
+        for case in cases
+    ]
 
 
 @pytest.fixture(scope="session")

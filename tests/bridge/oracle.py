@@ -1,7 +1,7 @@
 """Megatron-Core as an oracle: what it computes from canonical tensors, what it writes, and whether it loads what we write.
 
-All of it runs in processes of ``megatron_ranks.py``: a server that starts with the first question and ends with this process.
-The model is built from ``bridge.args.to_args`` alone, so that each answer proves the arguments too.
+All of it runs in processes of ``megatron_server.py``: a server that starts with the first question and ends with this process.
+The model is built from Megatron's arguments alone, so that each answer proves ``bridge.args.to_args`` too.
 """
 
 import atexit
@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ needs_megatron = pytest.mark.skipif(
 
 @functools.cache
 def _server() -> subprocess.Popen[str]:
-    script = Path(__file__).with_name("megatron_ranks.py")
+    script = Path(__file__).with_name("megatron_server.py")
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the server
     server = subprocess.Popen(
         [sys.executable, "-W", "ignore", str(script)],
@@ -52,23 +52,31 @@ def _server() -> subprocess.Popen[str]:
     return server
 
 
-def _ask(
-    do: str, config: Any, *, rows: int | None, dialect: str = "mcore", sizes: Mapping[str, int], **more: Any
-) -> list[Any]:
-    """Run a request in ranks; what each of them answers, by rank. Raises AssertionError with the ranks' tracebacks."""
-    args = to_args(config if isinstance(config, Mapping) else config.to_dict())
-    if do == "logits":
+def ask(
+    model: Any,
+    *steps: Mapping[str, Any],
+    rows: int | None = None,
+    dialect: str = "mcore",
+    stages: str = "",
+    **sizes: int,
+) -> list[list[Any]]:
+    """Do the steps of ``megatron_server.STEPS`` in ranks; what each answers, by rank and by step.
+
+    ``model``: a config of transformers, the content of a config.json, or Megatron's arguments. ``sizes`` are tp, pp, vpp, ep,
+    etp. Raises AssertionError with the ranks' tracebacks.
+    """
+    args = dict(model) if isinstance(model, Mapping) else model.to_dict()
+    args = args if "num_layers" in args else to_args(args)
+    if any(step["do"] == "logits" for step in steps):
         args["mtp_num_layers"] = None  # without labels core 0.16.1 cannot run these layers
-    given = {name: more.pop(name) for name in ("canonical", "ids") if name in more}
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(given, Path(folder, "input"))
         request = {
-            "do": do, "args": args, "out": folder,
+            "args": args, "rows": rows or args["vocab_size"], "fused": dialect == "mcore", "stages": stages, "out": folder,
             "sizes": {"tp": 1, "pp": 1, "vpp": None, "ep": 1, "etp": sizes.get("tp", 1), **sizes},
-            "input": str(Path(folder, "input")), "rows": rows or args["vocab_size"], "fused": dialect == "mcore", **more,
+            "steps": [_on_disk(step, Path(folder, f"step{number}")) for number, step in enumerate(steps)],
         }  # fmt: skip
         server = _server()
-        print(json.dumps(request), file=server.stdin, flush=True)
+        print(json.dumps(request, default=str), file=server.stdin, flush=True)
         answer = server.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
         assert answer, "the Megatron server has ended"
         failed = json.loads(answer)["failed"]
@@ -77,13 +85,43 @@ def _ask(
         return [torch.load(rank, weights_only=True) for rank in ranks]
 
 
+def _on_disk(step: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    if "canonical" not in step:
+        return dict(step)
+    torch.save(dict(step["canonical"]), path)
+    return {**step, "canonical": path}
+
+
+def fill(canonical: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The step that gives the model canonical tensors."""
+    return {"do": "fill", "canonical": canonical}
+
+
+def save(folder: Path, form: str, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The step that writes a checkpoint into ``folder``, that of an iteration; ``metadata`` is Megatron's content metadata."""
+    return {"do": "save", "folder": folder, "form": form, "metadata": metadata}
+
+
+def load(folder: Path, form: str) -> dict[str, Any]:
+    """The step that reads one, with default strictness."""
+    return {"do": "load", "folder": folder, "form": form}
+
+
+PIECES = {"do": "pieces"}
+
+
 def megatron_logits(config: Any, canonical: Mapping[str, Tensor], ids: Tensor, *, tp: int = 1) -> Tensor:
     """Logits [batch, sequence, vocabulary] that Megatron-Core computes from canonical tensors, in fp32.
 
     ``config`` is transformers' or the content of a config.json. Every canonical tensor must have a place in the model, and
     every one of the model be given; layers that predict further tokens have no part in logits and are left out.
     """
-    return _ask("logits", config, rows=None, canonical=dict(canonical), ids=ids, sizes={"tp": tp})[0]
+    own = {name: value for name, value in canonical.items() if not name.startswith("mtp.")}
+    steps = fill(own), PIECES, {"do": "logits", "ids": ids.tolist()}
+    ranks = ask(config, *steps, tp=tp)
+    held = {piece[0] for rank in ranks for piece in rank[1]}
+    assert not held ^ own.keys(), f"only in the model or only given: {sorted(held ^ own.keys())}"
+    return ranks[0][2]
 
 
 def save_with_megatron(
@@ -96,11 +134,7 @@ def save_with_megatron(
     keys of Transformer Engine's modules, mcore-local those of the local spec; ``torch`` files are always of the latter.
     ``metadata`` is Megatron's content metadata.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _ask(
-        "save", config, rows=rows, dialect=dialect, sizes=sizes, canonical=dict(canonical), folder=str(folder),
-        form=form, metadata=metadata,
-    )  # fmt: skip
+    ask(config, fill(canonical), save(folder, form, metadata), rows=rows, dialect=dialect, **sizes)
 
 
 def load_with_megatron(
@@ -116,17 +150,22 @@ def load_with_megatron(
 
     Ranks that hold the same must hold the same bits. Without ``rows`` the model has the vocabulary of the config.
     """
-    ranks = _ask("load", config, rows=rows, dialect=dialect, sizes=sizes, folder=str(folder), form=form)
-    pieces: dict[str, dict[int, Tensor]] = {}
+    ranks = ask(config, load(folder, form), PIECES, rows=rows, dialect=dialect, **sizes)
+    return joined([rank[1] for rank in ranks])
+
+
+def joined(ranks: Sequence[list[Any]]) -> dict[str, Tensor]:
+    """Canonical tensors of what ranks answer to PIECES."""
+    parts: dict[str, dict[int, Tensor]] = {}
     axes: dict[str, int | None] = {}
     for name, tensor, axis, number in (piece for rank in ranks for piece in rank):
         axes[name] = axis
-        known = pieces.setdefault(name, {}).setdefault(number, tensor)
+        known = parts.setdefault(name, {}).setdefault(number, tensor)
         assert torch.equal(known, tensor), f"{name}: ranks differ"
-    return {name: _joined(name, [parts[key] for key in sorted(parts)], axes[name]) for name, parts in pieces.items()}
+    return {name: _whole(name, [found[key] for key in sorted(found)], axes[name]) for name, found in parts.items()}
 
 
-def _joined(name: str, parts: list[Tensor], axis: int | None) -> Tensor:
+def _whole(name: str, parts: list[Tensor], axis: int | None) -> Tensor:
     if axis is None:
         return parts[0]
     if name.endswith("linear_fc1.weight"):  # each rank has rows of the gate, then rows of the up projection

@@ -1,88 +1,78 @@
 """Real Megatron-Core reads what is written here, and what it writes is read here, bit for bit."""
 
-import importlib.util
-from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from canonical_models import args_of, tiny_model
 from finebridge.bridge.dist_format import DistCheckpoint, write_dist
 from finebridge.storage.safetensors_io import Spec
 
 from .dist_by_hand import same
-from .megatron_cpu import KINDS, Megatron
+from .oracle import PIECES, ask, fill, joined, load, needs_megatron, save
 
-needs_megatron = pytest.mark.skipif(
-    importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed; it is the oracle here"
-)
-
-# Megatron itself
-
-
-@pytest.fixture(scope="module")
-def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Megatron]:
-    server = Megatron(tmp_path_factory.mktemp("megatron") / "log")
-    yield server
-    server.end()
+pytestmark = [needs_megatron, pytest.mark.distributed]
+slow = pytest.mark.slow
+KINDS: dict[str, dict[str, Any]] = {
+    "tied": {"tied": True, "bias": True, "groups": 2},
+    "experts": {"experts": 4, "dense": 0},
+    "mixed": {"experts": 4, "mtp": 1},
+    "latent": {"experts": 4, "mla": True},
+}
+SPLIT = [{"tp": 2, "ep": 2}, {"pp": 2}]
 
 
-# What the local spec's own modules are called, the canonical name, and the neighbour in a layer that has the latter.
-LOCAL = [
-    ("input_layernorm.", "self_attention.linear_qkv.layer_norm_", "self_attention.linear_qkv.weight"),
-    ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_", "mlp.linear_fc1.weight"),
-    ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_", "self_attention.linear_q_up_proj.weight"),
-    ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_", "self_attention.linear_kv_up_proj.weight"),
-]  # fmt: skip
+def made_of(kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Megatron's arguments and canonical tensors of a kind, in bf16; routers' biases stay in fp32, as Megatron keeps them."""
+    made = tiny_model(gate=False, dtype=torch.bfloat16, **KINDS[kind])
+    bias = {name: tensor.float() for name, tensor in made.items() if name.endswith("expert_bias")}
+    return args_of(**KINDS[kind]) | {"bf16": True}, made | bias
 
 
-def canonical(name: str, names: Collection[str]) -> str:
-    for local, engine, neighbour in LOCAL:
-        head, found, rest = name.partition(local)
-        if found and head + neighbour in names:
-            return head + engine + rest
-    return name
+def differing(folder: Path, canonical: dict[str, torch.Tensor]) -> list[str]:
+    """Names that a checkpoint or the model lacks or whose tensors differ in a bit."""
+    with DistCheckpoint(folder) as found:
+        both = found.shapes.keys() & canonical.keys()
+        return [*(found.shapes.keys() ^ canonical.keys()), *(n for n in both if not same(found.get(n), canonical[n]))]
 
 
-def different(one: DistCheckpoint, other: DistCheckpoint) -> list[str]:
-    """Names that one of them lacks or whose tensors differ in a bit."""
-    both = one.shapes.keys() & other.shapes.keys()
-    return [*(one.shapes.keys() ^ other.shapes.keys()), *(n for n in both if not same(one.get(n), other.get(n)))]
+def write(folder: Path, kind: str, dialect: str) -> None:
+    args, canonical = made_of(kind)
+    folder.mkdir()
+    specs = [Spec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in canonical.items()]
+    uniform = not isinstance(args.get("moe_layer_freq"), list)
+    write_dist(folder, specs, canonical.__getitem__, args=args, iteration=7, uniform=uniform, dialect=dialect)
 
 
-@needs_megatron
-@pytest.mark.distributed
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_reads_what_the_other_writes(tmp_path: Path, megatron: Megatron, kind: str) -> None:
-    megatron(do="save", kind=kind, to=tmp_path / "theirs")
-    truth = torch.load(tmp_path / "theirs.truth", weights_only=True)
-    with DistCheckpoint(tmp_path / "theirs") as theirs:
-        assert {canonical(name, truth) for name in truth} == set(theirs)
-        for name, tensor in truth.items():
-            assert same(theirs.get(canonical(name, truth)), tensor), name
-        assert theirs.args == {"num_layers": 4, "params_dtype": torch.bfloat16, "nested": {"a": [1, 2.5]}}
-        specs = [Spec(name, theirs.dtypes[name], theirs.shapes[name]) for name in theirs]
-        uniform = "moe_layer_freq" not in KINDS[kind]
-        for name, dialect in (("ours", "mcore"), ("local", "mcore-local")):
-            (tmp_path / name).mkdir()
-            write_dist(
-                tmp_path / name, specs, theirs.get, args=theirs.args, iteration=7, uniform=uniform, dialect=dialect
-            )
-            with DistCheckpoint(tmp_path / name) as ours:
-                assert different(theirs, ours) == []
-        for sizes in [{}, {"tp": 2, "ep": 2 if "num_moe_experts" in KINDS[kind] else 1}, {"pp": 2}]:
-            split = tmp_path / f"split{sizes}"
-            folders = {"of": tmp_path / "theirs", "ours": tmp_path / "ours", "to": split}
-            megatron(do="compare", kind=kind, **folders, **sizes, **({} if sizes else {"local": tmp_path / "local"}))
-            with DistCheckpoint(split) as resharded:
-                assert different(theirs, resharded) == []
+@pytest.mark.parametrize("kind", ["mixed", *(pytest.param(kind, marks=slow) for kind in KINDS if kind != "mixed")])
+def test_each_reads_what_the_other_writes(tmp_path: Path, kind: str) -> None:
+    args, canonical = made_of(kind)
+    for dialect in ("mcore", "mcore-local"):
+        write(tmp_path / f"our {dialect}", kind, dialect)
+        assert differing(tmp_path / f"our {dialect}", canonical) == []
+        steps = (
+            load(tmp_path / f"our {dialect}", "torch_dist"),
+            PIECES,
+            save(tmp_path / f"their {dialect}", "torch_dist"),
+        )
+        loaded = joined([rank[1] for rank in ask(args, *steps, dialect=dialect)])
+        assert loaded.keys() == canonical.keys()
+        assert [name for name in loaded if not same(loaded[name], canonical[name])] == []
+        assert differing(tmp_path / f"their {dialect}", canonical) == []
+    for number, sizes in enumerate(SPLIT):
+        split = tmp_path / f"split{number}"
+        ask(args, load(tmp_path / "our mcore", "torch_dist"), save(split, "torch_dist"), etp=1, **fitting(sizes, kind))
+        assert differing(split, canonical) == []
 
 
-@needs_megatron
-@pytest.mark.distributed
-@pytest.mark.parametrize("metadata", ["singleton_local_shards", "non_homogeneous_layers"])
-def test_other_layouts_of_megatron_are_read(tmp_path: Path, megatron: Megatron, metadata: str) -> None:
-    kind = "experts"
-    megatron(do="save", kind=kind, to=tmp_path / "plain")
-    megatron(do="reshard", kind=kind, of=tmp_path / "plain", to=tmp_path / "other", metadata={metadata: True}, tp=2)
-    with DistCheckpoint(tmp_path / "plain") as plain, DistCheckpoint(tmp_path / "other") as other:
-        assert different(plain, other) == []
+def fitting(sizes: dict[str, int], kind: str) -> dict[str, int]:
+    return sizes if "experts" in KINDS[kind] else {name: size for name, size in sizes.items() if name != "ep"}
+
+
+@pytest.mark.parametrize("metadata", ["singleton_local_shards", pytest.param("non_homogeneous_layers", marks=slow)])
+def test_other_layouts_of_megatron_are_read(tmp_path: Path, metadata: str) -> None:
+    args, canonical = made_of("experts")
+    step = save(tmp_path / "other", "torch_dist", {metadata: True})
+    ask(args, fill(canonical), step, tp=2, etp=1)
+    assert differing(tmp_path / "other", canonical) == []

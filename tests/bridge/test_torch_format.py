@@ -17,6 +17,8 @@ from finebridge.bridge.torch_writer import write_torch
 from finebridge.storage.hashing import file_entry
 from finebridge.storage.safetensors_io import Spec
 
+from .conftest import thinned
+
 
 def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
     return found.keys() == wanted.keys() and all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
@@ -33,8 +35,14 @@ DENSE: list[dict[str, Any]] = [{"bias": True}, {"tied": True, "dtype": torch.bfl
 SPARSE: list[dict[str, Any]] = [{"experts": 4}, {"experts": 4, "mla": True, "mtp": 1, "dtype": torch.float16}]
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("layout", [*LAYOUTS, *EXPERT_LAYOUTS], ids=str)
+PRODUCT = [(layout, dialect) for layout in (*LAYOUTS, *EXPERT_LAYOUTS) for dialect in DIALECTS]
+KEPT = [
+    (Layout(), "mcore-local"), (Layout(tp=2, pp=2, vpp=2, layer_list=(0, 1, 1, 2)), "mcore"),
+    (Layout(tp=4, ep=4, etp=2), "mcore"), (Layout(tp=2, pp=2, ep=2, etp=1), "mcore-local"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "dialect"), thinned(PRODUCT, KEPT), ids=str)
 def test_what_is_written_is_read(tmp_path: Path, layout: Layout, dialect: str) -> None:
     for number, made in enumerate([*DENSE, *SPARSE] if layout.ep == 1 else SPARSE):
         model = tiny_model(**made)

@@ -33,9 +33,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory, make_adapter: MakeAdapter)
 @pytest.fixture(scope="module")
 def ask(trials: Callable[[str], Trial], sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Trial:
     """``ask(at=, act=, overwrite=)``: one merge under a fault, and one after it without."""
-    inputs = ["--base_model_path", sources[0], "--adapter_model_path", sources[1], "--max_shard_size", "20KB"]
-    known = {"inputs": list(map(str, inputs)), "home": str(tmp_path_factory.mktemp("merges"))}
-    return partial(trials("merge_trials.py"), **known)
+    inputs = ["merge", "--base_model_path", sources[0], "--adapter_model_path", sources[1], "--max_shard_size", "20KB"]
+    words = {
+        name: [*map(str, inputs), "--save_dtype", dtype, "--output_path"]
+        for name, dtype in (("new", "bf16"), ("old", "fp16"))
+    }
+    return partial(trials("command_trials.py"), **words, home=str(tmp_path_factory.mktemp("merges")))
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""Merges that are killed or run out of disk at one chosen point; a process of its own with ``faults/inject.c`` preloaded.
+"""Merges and conversions that are killed or run out of disk at one chosen point, with ``faults/inject.c`` preloaded.
 
-Reads one request a line (JSON) and answers each with a line. A trial is the command's ``main`` in a fork of this process,
-which has merged once, so that everything is imported.
+Reads one request a line (JSON) and answers each with a line. A trial is the command in a fork of this process, which has
+run it once, so that everything is imported.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from fault_trials import arm
 
 def in_fork(argv: list[str], told: Path, folder: str = "", at: int = 0, act: str = "kill") -> tuple[int, str, int]:
     """Exit code, what was printed, and the number of points that were met (unless killed)."""
-    from finebridge.merge.merge_lora import main
+    from finebridge.finetune.cli import main
 
     points = told.with_suffix(".points")
     points.write_text("-1")
@@ -38,7 +38,7 @@ def in_fork(argv: list[str], told: Path, folder: str = "", at: int = 0, act: str
 
 
 def state(output: Path, sizes: dict[str, Any]) -> str:
-    """Which of the known merges ``output`` is, ``absent``, or what is wrong with it."""
+    """Which of the known artifacts ``output`` is, ``absent``, or what is wrong with it."""
     from finebridge.storage.manifest import ManifestError, verify
 
     if not output.exists():
@@ -54,21 +54,24 @@ def hidden(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
 
 
-class Merges:
-    """The right merges, made without a fault: ``new`` as the request says, ``old`` in another dtype."""
+class Artifacts:
+    """The right artifacts, made without a fault: ``new`` by the command that is tried, ``old`` by another one.
 
-    def __init__(self, inputs: list[str], home: Path) -> None:
-        from finebridge.merge.merge_lora import main
+    The words of both lack the folder, which is the last one: they end with the flag for it.
+    """
+
+    def __init__(self, new: list[str], old: list[str], home: Path) -> None:
+        from finebridge.finetune.cli import main
         from finebridge.storage.manifest import read
 
-        self.inputs, self.home = inputs, home
+        self.new, self.home = new, home
         self.known: dict[str, Any] = {}
-        for name, dtype in (("new", "bf16"), ("old", "fp16")):
-            assert main([*inputs, "--output_path", str(home / name), "--save_dtype", dtype]) == 0
+        for name, words in (("new", new), ("old", old)):
+            assert main([*words, str(home / name)]) == 0
             self.known[name] = read(home / name)["files"]
 
     def trial(self, at: int, act: str, *, overwrite: bool) -> dict[str, Any]:
-        """A merge under a fault, and one after it without."""
+        """The command under a fault, and once more without."""
         faulty, told = self.home / "trial", self.home / "told"
         shutil.rmtree(faulty, ignore_errors=True)
         folder = faulty / "models"
@@ -76,7 +79,7 @@ class Merges:
         output = folder / "out"
         if overwrite:
             shutil.copytree(self.home / "old", output, copy_function=os.link)
-        argv = [*self.inputs, "--output_path", str(output), "--save_dtype", "bf16", *["--overwrite"] * overwrite]
+        argv = [*self.new, str(output), *["--overwrite"] * overwrite]
         code, text, points = in_fork(argv, told, str(faulty), at, act)
         answer = {"at": at, "code": code, "text": text, "points": points, "left": hidden(folder)}
         answer["found"] = state(output, self.known)
@@ -86,13 +89,13 @@ class Merges:
 
 
 def serve() -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr  # what a merge prints is no answer
-    made: dict[str, Merges] = {}
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a command prints is no answer
+    made: dict[str, Artifacts] = {}
     for line in sys.stdin:
         request = json.loads(line)
         key = request["home"]
         if key not in made:
-            made[key] = Merges(request["inputs"], Path(key))
+            made[key] = Artifacts(request["new"], request["old"], Path(key))
         answer = made[key].trial(request["at"], request["act"], overwrite=request["overwrite"])
         print(json.dumps(answer), file=answers, flush=True)
 
