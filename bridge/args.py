@@ -62,6 +62,7 @@ def _body(config: Config, names: set[str]) -> Args:
         raise BridgeError(f"config.json: hidden_act {act} is none that the bridge knows; silu is")
     for key, tensor in {
         "attention_bias": ".linear_qkv.bias", "attention_out_bias": ".linear_proj.bias", "mlp_bias": ".linear_fc1.bias",
+        "use_bias": ".linear_proj.bias",
     }.items():  # fmt: skip
         if config.get(key) and not _any(names, tensor):
             raise BridgeError(
@@ -83,7 +84,7 @@ def _body(config: Config, names: set[str]) -> Args:
         "add_bias_linear": False,
         "add_qkv_bias": _any(names, ".linear_qkv.bias"),
         "attention_dropout": float(config.get("attention_dropout") or 0.0),
-        "hidden_dropout": float(config.get("residual_dropout") or 0.0),
+        "hidden_dropout": float(config.get("residual_dropout") or config.get("output_dropout") or 0.0),
     }
 
 
@@ -204,15 +205,20 @@ def _experts(config: Config, names: set[str]) -> Args:
     layers = int(config["num_hidden_layers"])
     sparse = [int(f"decoder.layers.{layer}.mlp.router.weight" in names) for layer in range(layers)]
     biased = _any(names, ".router.expert_bias")
-    score = config.get("scoring_func") or ("sigmoid" if biased else "softmax")
+    score = config.get("scoring_func") or config.get("score_function") or ("sigmoid" if biased else "softmax")
+    if config.get("moe_router_use_sigmoid") is False:
+        raise BridgeError(
+            "config.json: moe_router_use_sigmoid false: the bridge knows this model with a sigmoid router only"
+        )
     chosen = int(_need(config, "num_experts_per_tok"))
-    normed = bool(config.get("norm_topk_prob", biased))
+    normed = bool(config.get("norm_topk_prob", config.get("route_norm", biased)))
     if score == "sigmoid" and chosen > 1 and not normed:
         raise BridgeError(
             "config.json: norm_topk_prob false: Megatron-Core always norms the weights of a sigmoid router"
         )
-    scale, size = float(config.get("routed_scaling_factor") or 1.0), int(_need(config, "moe_intermediate_size"))
-    shared = int(config.get("n_shared_experts") or 0)
+    scale = float(config.get("routed_scaling_factor") or config.get("router_scaling_factor") or 1.0)
+    size = int(_need(config, "moe_intermediate_size"))
+    shared = int(config.get("n_shared_experts") or config.get("num_shared_experts") or 0)
     return {
         "num_experts": len(
             {name.split(".local_experts.")[1].split(".")[0] for name in names if ".local_experts." in name}
@@ -223,6 +229,9 @@ def _experts(config: Config, names: set[str]) -> Args:
         "moe_router_score_function": score,
         "moe_router_pre_softmax": score == "softmax" and not normed,
         "moe_router_enable_expert_bias": biased,
+        "moe_router_dtype": "fp32"
+        if biased
+        else None,  # as these models' own code; scores with a bias are close together
         "moe_router_topk_scaling_factor": None if scale == 1.0 else scale,
         **_expert_groups(config, chosen, biased=biased),
         "moe_shared_expert_intermediate_size": shared * size or None,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import BridgeError
-from .mapping import QKV, Copy, Gated, Rule, Vocab
+from .mapping import QKV, Copy, Gated, Rule, Stacked, Vocab
 
 Config = Mapping[str, Any]
 _MTP = "num_nextn_predict_layers"
@@ -41,6 +41,8 @@ class Family:
     ``sparse`` tells from config and number whether a layer has experts, ``experts`` are keys of their count. ``mtp`` are
     the lines of a layer that predicts further tokens, beside those of a layer; ``mtp_copies`` its tensors that repeat
     others: (name in the layer, name of the other). ``computed`` are endings of tensors that hold nothing learnt.
+    ``aliases`` are names that others give the family. ``spellings`` are parts of names on disk that some releases of a
+    model write otherwise: (theirs, that of the table).
     """
 
     name: str
@@ -56,6 +58,8 @@ class Family:
     mtp_copies: Sequence[tuple[str, str]] = ()
     computed: tuple[str, ...] = ("rotary_emb.inv_freq",)
     prefix: str = "model.layers.{l}."
+    aliases: tuple[str, ...] = ()
+    spellings: Sequence[tuple[str, str]] = ()
 
     def rows(self, config: Config) -> Iterator[Row]:
         """Every canonical tensor of a model of this config, in order."""
@@ -88,6 +92,18 @@ class Family:
             for layer in self._mtp_layers(config)
             for name, other in self.mtp_copies
         }
+
+    def tied(self, config: Config) -> dict[str, str]:
+        """The head that a model without one of its own may store all the same: its name -> that of the embedding."""
+        names = {line.mcore: line.hf[0] for line in self.top}
+        tied = config.get("tie_word_embeddings") and "output_layer.weight" in names
+        return {names["output_layer.weight"]: names["embedding.word_embeddings.weight"]} if tied else {}
+
+    def spelled(self, name: str) -> str:
+        """A name on disk as the table has it."""
+        for theirs, ours in self.spellings:
+            name = name.replace(theirs, ours)
+        return name
 
     def _mtp_layers(self, config: Config) -> range:
         layers = int(config["num_hidden_layers"])
@@ -137,6 +153,17 @@ def vocab(config: Config) -> Rule:
 
 def qkv(config: Config) -> Rule:
     """Query, key and value by query group."""
+    return _qkv(config)
+
+
+def one_qkv(config: Config) -> Rule:
+    """Query, key and value by query group, of one tensor with all queries, then all keys, then all values."""
+    rule = _qkv(config)
+    keys = rule.groups * rule.head_dim
+    return Stacked(rule, (rule.heads * rule.head_dim, keys, keys))
+
+
+def _qkv(config: Config) -> QKV:
     heads = int(config["num_attention_heads"])
     groups = int(config.get("num_key_value_heads") or heads)
     if heads % groups:
@@ -171,6 +198,40 @@ def every(step: str = "decoder_sparse_step", dense: str = "mlp_only_layers") -> 
 def from_layer(first: str = "first_k_dense_replace") -> Callable[[Config, int], bool]:
     """All layers from the one that ``first`` numbers on have experts (DeepSeek's rule)."""
     return lambda config, layer: layer >= int(config.get(first) or 0)
+
+
+def listed(kinds: str = "mlp_layer_types", sparse: str = "sparse") -> Callable[[Config, int], bool]:
+    """The layers that are ``sparse`` in the list ``kinds``, and those after its end; without a list as ``from_layer``."""
+
+    def has_experts(config: Config, layer: int) -> bool:
+        types: Sequence[str] | None = config.get(kinds)
+        if types is None:
+            return from_layer()(config, layer)
+        return layer >= len(types) or types[layer] == sparse
+
+    return has_experts
+
+
+def shared_experts(place: str = "mlp.shared_experts", count: str = "n_shared_experts") -> tuple[Line, Line]:
+    """Experts that every token sees, stored as one below ``place``, where the config has some under ``count``."""
+    ours, names = "mlp.shared_experts", (f"{place}.gate_proj.weight", f"{place}.up_proj.weight")
+    return (
+        Line(f"{ours}.linear_fc1.weight", gated, names, has(count)),
+        Line(f"{ours}.linear_fc2.weight", copy, (f"{place}.down_proj.weight",), has(count)),
+    )
+
+
+def expert_bias(
+    name: str = "mlp.gate.e_score_correction_bias", when: Callable[[Config], bool] = lambda _: True
+) -> Line:
+    """What is added to an expert's score when it is chosen, stored under ``name``."""
+    return Line("mlp.router.expert_bias", copy, (name,), when)
+
+
+def further(norm: str) -> tuple[Line, ...]:
+    """What a layer that predicts further tokens has beside a layer; ``norm`` is its last norm on disk."""
+    names = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "final_layernorm": norm}
+    return tuple(Line(f"{ours}.weight", copy, (f"{theirs}.weight",)) for ours, theirs in names.items())
 
 
 TOP = (

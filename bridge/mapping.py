@@ -104,6 +104,23 @@ class QKV:
         return [self.heads // self.groups * self.head_dim, self.head_dim, self.head_dim]
 
 
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """The parts of another rule below each other in one tensor; ``rows`` are those of each part."""
+
+    rule: Rule
+    rows: tuple[int, ...]
+
+    def to_mcore(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        whole = parts[0]
+        if whole.shape[0] != sum(self.rows):
+            raise BridgeError(f"{whole.shape[0]} rows where {sum(self.rows)} are expected ({self.rule})")
+        return self.rule.to_mcore(whole.split(self.rows))
+
+    def to_hf(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.cat(self.rule.to_hf(whole))]
+
+
 @cache
 def mcore_shape(rule: Rule, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
     """The shape of the canonical tensor of parts of these shapes. Raises BridgeError when they do not fit the rule."""
