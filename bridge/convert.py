@@ -29,6 +29,7 @@ from .hf import HFCheckpoint, write_hf
 from .mapping import hf_shapes, mcore_shape
 from .parallel import Layout
 from .run_flags import run_notes
+from .shapes import check_shapes
 from .torch_format import TRACKER, TorchCheckpoint, tracked
 from .torch_writer import write_torch
 
@@ -153,7 +154,10 @@ class Plan:
 
 
 def plan(source: Source, target: Target) -> Plan:
-    """Check that the source is the model of its config, tensor by tensor. Raises BridgeError naming the first that is not."""
+    """Check that the source is the model of its config, tensor by tensor. Raises BridgeError naming the first that is not.
+
+    Also for a model that Megatron-Core cannot compute, when it is the target.
+    """
     tensors, family = source.tensors, source.family
     wanted = {row.mcore: row for row in family.rows(source.config)}
     if missing := [name for name in wanted if name not in tensors.shapes]:
@@ -176,7 +180,10 @@ def plan(source: Source, target: Target) -> Plan:
         stored = tensors.dtypes[name]
         keeps = asked is None or not stored.is_floating_point or own.itemsize < stored.itemsize > asked.itemsize
         specs.append(Spec(name, stored if keeps or asked is None else asked, shape))
-    return Plan(source, target, specs)
+    made = Plan(source, target, specs)
+    if target.form != "hf":
+        check_shapes(specs, made.args())
+    return made
 
 
 def convert(made: Plan, save: Path, *, overwrite: bool = False, say: Callable[[str], None] = print) -> None:

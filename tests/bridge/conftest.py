@@ -15,6 +15,7 @@ LATENT = {
     "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
     "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, **EXPERTS,
 }  # fmt: skip
+ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "routed_scaling_factor": 2.5, **EXPERTS}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "rope_parameters": {
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -31,7 +32,19 @@ MODELS: dict[str, dict[str, Any]] = {
     "seed_oss": {"model_type": "seed_oss", "head_dim": 16, "attention_bias": True, "attention_out_bias": False},
     "deepseek_v2": {"model_type": "deepseek_v2", "q_lora_rank": None, **LATENT},
     "deepseek_v3": {"model_type": "deepseek_v3", "q_lora_rank": 8, **LATENT},
+    "glm4_moe": {"model_type": "glm4_moe", "attention_bias": True, "use_qk_norm": True, **ROUTED},
+    "glm4_moe_air": {"model_type": "glm4_moe", "attention_bias": True, "head_dim": 16, "first_k_dense_replace": 2, **ROUTED},
+    "hy_v3": {
+        "model_type": "hy_v3", "initializer_range": 0.02, "head_dim": 16, "num_experts": 4, "num_shared_experts": 2,
+        "num_nextn_predict_layers": 1, **EXPERTS,
+    },
+    "ling": {
+        "model_type": "bailing_moe", "head_dim": 16, "num_experts": 8, "n_group": 4, "topk_group": 2,
+        **EXPERTS, "num_experts_per_tok": 4,
+    },
 }  # fmt: skip
+# Cut over ranks as others are: one layout stands for all of them in the default tier.
+CUT_AS_OTHERS = {"glm4_moe", "glm4_moe_air", "hy_v3", "ling"}
 
 
 def tiny(name: str, **changes: Any) -> Any:
@@ -39,14 +52,40 @@ def tiny(name: str, **changes: Any) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
+    from .ling import Ling
+
     settings = {**SMALL, **MODELS[name], **changes}
     set_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+    if settings["model_type"] == "bailing_moe":
+        model = Ling(settings)
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
     with torch.no_grad():
         for key, value in model.state_dict().items():
             if value.is_floating_point() and (value.ndim == 1 or "norm" in key):
                 value.add_(0.1 * torch.randn_like(value))
     return model.eval()
+
+
+# The last norm of a layer that predicts further tokens, and whether the layer repeats embedding and head.
+FURTHER = {
+    "deepseek_v3": ("shared_head.norm", True), "glm4_moe": ("shared_head.norm", True), "hy_v3": ("final_layernorm", False),
+}  # fmt: skip
+
+
+def add_further(name: str, values: dict[str, Any]) -> None:
+    """Add the tensors of such a layer to those of a saved model, as its makers' own files have them."""
+    import torch
+
+    last, further = "model.layers.3.", "model.layers.4."
+    norm, repeats = FURTHER[name]
+    values |= {further + key.removeprefix(last): value + 1 for key, value in values.items() if key.startswith(last)}
+    random = torch.Generator().manual_seed(4)
+    values |= {f"{further}{key}.weight": torch.randn(32, generator=random) for key in ("enorm", "hnorm", norm)}
+    values[f"{further}eh_proj.weight"] = torch.randn(32, 64, generator=random)
+    if repeats:
+        values[f"{further}embed_tokens.weight"] = values["model.embed_tokens.weight"].clone()
+        values[f"{further}shared_head.head.weight"] = values["lm_head.weight"].clone()
 
 
 @pytest.fixture(scope="session")

@@ -168,7 +168,7 @@ def test_flags_of_a_run() -> None:
     assert words == (
         "--qk-layernorm --multi-latent-attention --q-lora-rank 24 --kv-lora-rank 16 --qk-head-dim 12 "
         "--qk-pos-emb-head-dim 8 --v-head-dim 12 --rope-type yarn --rotary-scaling-factor 40 --mscale-all-dim 1 "
-        "--moe-router-num-groups 4 --moe-router-group-topk 2 --mtp-num-layers 1"
+        "--moe-router-num-groups 4 --moe-router-group-topk 2 --moe-router-dtype fp32 --mtp-num-layers 1"
     )
 
 

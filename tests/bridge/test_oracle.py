@@ -1,5 +1,6 @@
 """What real Megatron-Core makes of our arguments and of canonical tensors that a second, plain way has made."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in MOD
     "deepseek_v2_groups": ("deepseek_v2", {
         "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "n_routed_experts": 8, "q_lora_rank": 8,
     }),
+    "ling_1": ("ling", {
+        "moe_router_enable_expert_bias": False, "score_function": "softmax", "n_group": 1, "topk_group": 1,
+        "use_qk_norm": False, "use_qkv_bias": True, "num_shared_experts": 2, "routed_scaling_factor": 1.0,
+    }),
+    "ling_1_softmax_first": ("ling", {
+        "moe_router_enable_expert_bias": False, "score_function": "softmax", "n_group": 1, "topk_group": 1,
+        "use_qk_norm": False, "norm_topk_prob": False, "partial_rotary_factor": 1.0,
+    }),
+    "hy_v3_layers": ("hy_v3", {"mlp_layer_types": ["dense", "sparse", "dense", "sparse"]}),
     "deepseek_v3_yarn": ("deepseek_v3", {"rope_parameters": LATENT_YARN}),
 }  # fmt: skip
 
@@ -51,6 +61,7 @@ def model_of(name: str, **more: Any) -> Any:
 def canonical_of(model: Any) -> dict[str, Tensor]:
     """The canonical tensors of a model in memory."""
     state, config = model.state_dict(), model.config
+    state = _usual(state, config)
     made = {
         "embedding.word_embeddings.weight": state["model.embed_tokens.weight"],
         "decoder.final_layernorm.weight": state["model.norm.weight"],
@@ -65,6 +76,36 @@ def canonical_of(model: Any) -> dict[str, Tensor]:
         ours |= _sparse(theirs) if "mlp.gate.weight" in theirs else _dense(theirs)
         made |= {f"decoder.layers.{layer}.{key}": value for key, value in ours.items()}
     return {key: value.clone() for key, value in made.items()}
+
+
+USUAL = {  # how a name is written by models in memory -> by most of them
+    "word_embeddings": "embed_tokens", ".attention.dense.": ".self_attn.o_proj.",
+    ".attention.query_layernorm.": ".self_attn.q_norm.", ".attention.key_layernorm.": ".self_attn.k_norm.",
+    ".gate.expert_bias": ".gate.e_score_correction_bias", ".mlp.e_score": ".mlp.gate.e_score",
+}  # fmt: skip
+
+
+def _usual(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """A model's tensors under the names of most, with query, key and value apart and the experts of a layer together."""
+    made: dict[str, Tensor] = {}
+    for name, value in state.items():
+        key = functools.reduce(lambda text, pair: text.replace(*pair), USUAL.items(), name)
+        start, packed, kind = key.partition("attention.query_key_value.")
+        if not packed:
+            made[key] = value
+            continue
+        rows = [config.head_dim * heads for heads in (config.num_attention_heads, *2 * [config.num_key_value_heads])]
+        for part, piece in zip("qkv", value.split(rows), strict=True):
+            made[f"{start}self_attn.{part}_proj.{kind}"] = piece
+    for place in {key.partition("experts.0.")[0] for key in made if ".mlp.experts.0." in key}:
+        every = range(config.num_experts)
+        parts = {
+            kind: torch.stack([made.pop(f"{place}experts.{expert}.{kind}_proj.weight") for expert in every])
+            for kind in ("gate", "up", "down")
+        }
+        made[f"{place}experts.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], dim=1)
+        made[f"{place}experts.down_proj"] = parts["down"]
+    return made
 
 
 def _grouped(theirs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
