@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from finebridge.storage.safetensors_io import Checkpoint
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from .conftest import MODELS
+from .conftest import CUT_AS_OTHERS, FURTHER, MODELS, add_further
 
 Models = Callable[[str], Path]
 ROOT = Path(__file__).parents[2]
 LAYOUTS = ["", "--tp 2", "--pp 2", "--tp 4 --pp 2 --vpp 2", "--pp 4", "--pp 2 --num_layer_list 1,3"]
-SPARSE = ["--ep 2", "--tp 2 --ep 2 --etp 2 --pp 2", "--tp 2 --ep 4"]
+ALL_AT_ONCE = "--tp 2 --ep 2 --etp 2 --pp 2"
+SPARSE = ["--ep 2", ALL_AT_ONCE, "--tp 2 --ep 4"]
 
 
 def run(*words: object) -> int:
@@ -40,10 +42,10 @@ def assert_same(one: Path, other: Path) -> None:
         assert torch.equal(value, second[name]), name
 
 
-def layouts() -> list[tuple[str, str]]:
+def layouts() -> list[Any]:
     """Each family in every layout that its heads allow; the small number of query groups limits TP."""
     return [
-        (name, layout)
+        pytest.param(name, layout, marks=pytest.mark.slow if name in CUT_AS_OTHERS and layout != ALL_AT_ONCE else ())
         for name, settings in MODELS.items()
         for layout in LAYOUTS + (SPARSE if "experts_per_tok" in str(settings) else [])
         if "--tp 4" not in layout or name.startswith("deepseek")
@@ -81,6 +83,27 @@ def test_torch_dist_and_back(name: str, hf_models: Models, tmp_path: Path) -> No
     assert run("--to", "hf", "--load", tmp_path / "mcore", "--save", tmp_path / "hf", "--max_shard_size", "20KB") == 0
     assert_same(base, tmp_path / "hf")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+
+
+FORMS = [
+    "--ckpt_format torch --pp 2 --ep 2",
+    "--ckpt_format torch --tp 2 --dialect mcore-local",
+    "--ckpt_format torch_dist",
+]
+
+
+@pytest.mark.parametrize("form", [FORMS[0], *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS[1:])])
+@pytest.mark.parametrize("name", FURTHER)
+def test_further_layers_through_megatrons_forms(name: str, form: str, hf_models: Models, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    values = tensors(hf_models(name))
+    add_further(name, values)
+    save_file(values, base / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(hf_models(name) / "config.json", base)
+    assert run("--to", "mcore", "--load", base, "--save", tmp_path / "mcore", *form.split()) == 0
+    assert run("--to", "hf", "--load", tmp_path / "mcore", "--save", tmp_path / "hf") == 0
+    assert_same(base, tmp_path / "hf")
 
 
 @pytest.mark.parametrize("name", ["qwen2_tied", "qwen3_moe_mixed", "deepseek_v3"])

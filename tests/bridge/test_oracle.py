@@ -68,13 +68,19 @@ def canonical_of(model: Any) -> dict[str, Tensor]:
     }
     if not config.tie_word_embeddings:
         made["output_layer.weight"] = state["lm_head.weight"]
-    for layer in range(config.num_hidden_layers):
+    last = max(int(key.split(".")[2]) for key in state if key.startswith("model.layers."))
+    for layer in range(last + 1):
         start = f"model.layers.{layer}."
         theirs = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
         latent = "self_attn.kv_b_proj.weight" in theirs
         ours = _latent(theirs) if latent else _grouped(theirs, config)
         ours |= _sparse(theirs) if "mlp.gate.weight" in theirs else _dense(theirs)
-        made |= {f"decoder.layers.{layer}.{key}": value for key, value in ours.items()}
+        further = layer - config.num_hidden_layers
+        place = f"decoder.layers.{layer}." if further < 0 else f"mtp.layers.{further}.transformer_layer."
+        made |= {place + key: value for key, value in ours.items()}
+        if further >= 0:  # of these models only Ling's has them
+            own = ("enorm.weight", "hnorm.weight", "eh_proj.weight", "final_layernorm.weight")
+            made |= {f"mtp.layers.{further}.{key}": theirs[key] for key in own}
     return {key: value.clone() for key, value in made.items()}
 
 

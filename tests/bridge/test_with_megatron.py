@@ -11,6 +11,7 @@ from finebridge.storage.safetensors_io import Checkpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from .ling import Ling
 from .oracle import load_with_megatron, needs_megatron, save_with_megatron
 from .test_oracle import assert_same, canonical_of, with_further_layers
 
@@ -20,12 +21,15 @@ Sizes = dict[str, int]
 
 
 def model_in(folder: Path) -> Any:
+    if "bailing" in (folder / "config.json").read_text():
+        return Ling.from_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def without_further(model: Any) -> dict[str, Any]:
-    """The config of what the files hold: transformers does not load layers that predict further tokens."""
-    return model.config.to_dict() | {"num_nextn_predict_layers": 0}
+    """The config of what the model holds: transformers does not load layers that predict further tokens."""
+    held = any(name.endswith("eh_proj.weight") for name in model.state_dict())
+    return model.config.to_dict() | ({} if held else {"num_nextn_predict_layers": 0})
 
 
 def convert(source: Path, target: Path, *words: str) -> None:
@@ -35,6 +39,7 @@ def convert(source: Path, target: Path, *words: str) -> None:
 DIST: dict[str, Sizes] = {
     "llama": {"tp": 2}, "qwen2_tied": {"pp": 2}, "qwen3": {"pp": 2, "vpp": 2}, "qwen3_moe": {"ep": 2},
     "qwen3_moe_mixed": {"tp": 2, "pp": 2}, "seed_oss": {}, "deepseek_v2": {"tp": 2, "ep": 2, "etp": 1}, "deepseek_v3": {"pp": 2},
+    "glm4_moe": {"tp": 2}, "hy_v3": {"ep": 2},
 }  # fmt: skip
 
 
@@ -52,7 +57,7 @@ def test_megatron_loads_our_torch_dist(name: str, hf_models: Models, tmp_path: P
 TORCH: dict[str, Sizes] = {
     "llama_tied": {"tp": 2, "pp": 2}, "qwen2": {"pp": 2, "vpp": 2}, "qwen3_moe": {"tp": 2, "ep": 2, "etp": 1},
     "deepseek_v2": {"tp": 2, "ep": 2, "etp": 2},
-    "deepseek_v3": {"pp": 2},
+    "deepseek_v3": {"pp": 2}, "ling": {"tp": 2, "ep": 2, "etp": 2},
 }  # fmt: skip
 
 
