@@ -68,6 +68,8 @@ def _body(config: Config, names: set[str]) -> Args:
             raise BridgeError(
                 f"config.json: {key} is true, but Megatron-Core has no such bias in {config['model_type']} models"
             )
+    if config.get("norm_head"):
+        raise BridgeError("config.json: norm_head true: Megatron-Core has no head whose rows are normed")
     context = int(_need(config, "max_position_embeddings"))
     return {
         "num_layers": int(_need(config, "num_hidden_layers")),

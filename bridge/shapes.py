@@ -47,7 +47,8 @@ def expected(args: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def _attention(args: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, heads, channels = args["hidden_size"], args["num_attention_heads"], args["kv_channels"]
     if not args["multi_latent_attention"]:
-        rows = (heads + 2 * args["num_query_groups"]) * channels
+        queries = heads * (2 if args.get("attention_output_gate") else 1)
+        rows = (queries + 2 * args["num_query_groups"]) * channels
         norms = dict.fromkeys(("q_layernorm.weight", "k_layernorm.weight"), (channels,))
         return norms | {
             "linear_qkv.weight": (rows, hidden),

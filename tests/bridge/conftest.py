@@ -43,8 +43,6 @@ MODELS: dict[str, dict[str, Any]] = {
         **EXPERTS, "num_experts_per_tok": 4,
     },
 }  # fmt: skip
-# Cut over ranks as others are: one layout stands for all of them in the default tier.
-CUT_AS_OTHERS = {"glm4_moe", "glm4_moe_air", "hy_v3", "ling"}
 
 
 def tiny(name: str, **changes: Any) -> Any:

@@ -16,13 +16,12 @@ from finebridge.storage.safetensors_io import Checkpoint
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from .conftest import CUT_AS_OTHERS, FURTHER, MODELS, add_further
+from .conftest import FURTHER, MODELS, add_further
 
 Models = Callable[[str], Path]
 ROOT = Path(__file__).parents[2]
 LAYOUTS = ["", "--tp 2", "--pp 2", "--tp 4 --pp 2 --vpp 2", "--pp 4", "--pp 2 --num_layer_list 1,3"]
-ALL_AT_ONCE = "--tp 2 --ep 2 --etp 2 --pp 2"
-SPARSE = ["--ep 2", ALL_AT_ONCE, "--tp 2 --ep 4"]
+SPARSE = ["--ep 2", "--tp 2 --ep 2 --etp 2 --pp 2", "--tp 2 --ep 4"]
 
 
 def run(*words: object) -> int:
@@ -43,13 +42,14 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 def layouts() -> list[Any]:
-    """Each family in every layout that its heads allow; the small number of query groups limits TP."""
-    return [
-        pytest.param(name, layout, marks=pytest.mark.slow if name in CUT_AS_OTHERS and layout != ALL_AT_ONCE else ())
+    """Each family in every layout that its heads allow, every third by default; few query groups limit TP."""
+    pairs = [
+        (name, layout)
         for name, settings in MODELS.items()
-        for layout in LAYOUTS + (SPARSE if "experts_per_tok" in str(settings) else [])
+        for layout in LAYOUTS + (SPARSE if "n_routed_experts" in settings or "num_experts" in settings else [])
         if "--tp 4" not in layout or name.startswith("deepseek")
     ]
+    return [pytest.param(*pair, marks=[pytest.mark.slow] if number % 3 else []) for number, pair in enumerate(pairs)]
 
 
 @pytest.mark.parametrize(("name", "layout"), layouts())

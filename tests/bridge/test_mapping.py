@@ -3,7 +3,7 @@
 import pytest
 import torch
 from finebridge.bridge.errors import BridgeError
-from finebridge.bridge.mapping import QKV, Copy, Gated, Vocab
+from finebridge.bridge.mapping import QKV, Copy, Gated, Stacked, Vocab
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +20,18 @@ def test_query_groups(groups: int, ratio: int, size: int, hidden: int) -> None:
     first = whole[: (ratio + 2) * size]
     assert torch.equal(first[: ratio * size], parts[0][: ratio * size]), "the first group's queries stand first"
     assert torch.equal(first[ratio * size :][:size], parts[1][:size])
+
+
+@given(groups=st.integers(1, 3), ratio=st.integers(1, 3), size=st.integers(1, 4), hidden=st.integers(1, 4))
+def test_parts_in_one_tensor(groups: int, ratio: int, size: int, hidden: int) -> None:
+    inner = QKV(groups * ratio, groups, size)
+    rows = (groups * ratio * size, groups * size, groups * size)
+    parts = [torch.randn(count, hidden) for count in rows]
+    rule = Stacked(inner, rows)
+    whole = rule.to_mcore([torch.cat(parts)])
+    assert torch.equal(whole, inner.to_mcore(parts))
+    (back,) = rule.to_hf(whole)
+    assert torch.equal(back, torch.cat(parts))
 
 
 @given(rows=st.integers(1, 9), hidden=st.integers(1, 5))
@@ -46,6 +58,7 @@ def test_padded_rows_of_the_vocabulary_go() -> None:
         (lambda: Gated().to_hf(torch.ones(5, 3)), "5 rows are no gate and up"),
         (lambda: QKV(4, 2, 8).to_mcore([torch.ones(32, 3), torch.ones(8, 3), torch.ones(16, 3)]), "8 rows where 16"),
         (lambda: QKV(4, 2, 8).to_hf(torch.ones(60, 3)), "60 rows where 64 are expected"),
+        (lambda: Stacked(QKV(4, 2, 8), (32, 16, 16)).to_mcore([torch.ones(60, 3)]), "60 rows where 64 are expected"),
     ],
 )
 def test_shapes_that_do_not_fit(work: object, message: str) -> None:
