@@ -197,6 +197,7 @@ def test_verify_names_what_differs(hf_models: Models, tmp_path: Path, capsys: py
     values = tensors(other)
     values["model.layers.1.mlp.up_proj.weight"][3, 4] += 1
     save_file(values, other / "model.safetensors")
+    capsys.readouterr()  # of the model's making, if it was made here
     assert run("verify", hf_models("qwen3"), other) == 1
     said = capsys.readouterr()
     assert said.err == "decoder.layers.1.mlp.linear_fc1.weight: 1 of 4096 values differ\n"
