@@ -231,9 +231,8 @@ def _experts(config: Config, names: set[str]) -> Args:
         "moe_router_score_function": score,
         "moe_router_pre_softmax": score == "softmax" and not normed,
         "moe_router_enable_expert_bias": biased,
-        "moe_router_dtype": "fp32"
-        if biased
-        else None,  # as these models' own code; scores with a bias are close together
+        # As these models' own code: scores with a bias are close together.
+        "moe_router_dtype": "fp32" if biased else None,
         "moe_router_topk_scaling_factor": None if scale == 1.0 else scale,
         **_expert_groups(config, chosen, biased=biased),
         "moe_shared_expert_intermediate_size": shared * size or None,
