@@ -6,7 +6,7 @@ Numbers are filled in here, once for all families: ``{l}`` is the layer, ``{e}``
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .errors import BridgeError
 from .mapping import QKV, Copy, Gated, Rule, Vocab
@@ -35,12 +35,36 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Support:
+    """Whether Megatron-Core computes a model: as it is, only when changed, or not at all; the last two with a reason."""
+
+    kind: Literal["stock", "needs_patch", "none"]
+    reason: str = ""
+
+
+def stock(_: Config) -> Support:
+    """Megatron-Core as it is computes the model."""
+    return Support("stock")
+
+
+def needs_patch(reason: str, when: Callable[[Config], bool] = lambda _: True) -> Callable[[Config], Support]:
+    """Names and shapes fit, but Megatron-Core computes otherwise where ``when`` holds, until its attention is changed."""
+    return lambda config: Support("needs_patch", reason) if when(config) else stock(config)
+
+
+def none(reason: str, when: Callable[[Config], bool] = lambda _: True) -> Callable[[Config], Support]:
+    """Nothing computes the model from a Megatron checkpoint where ``when`` holds."""
+    return lambda config: Support("none", reason) if when(config) else stock(config)
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """A table by place: once in the model, in every layer, in layers with one MLP, in layers with experts, an expert.
 
     ``sparse`` tells from config and number whether a layer has experts, ``experts`` are keys of their count. ``mtp`` are
     the lines of a layer that predicts further tokens, beside those of a layer; ``mtp_copies`` its tensors that repeat
     others: (name in the layer, name of the other). ``computed`` are endings of tensors that hold nothing learnt.
+    ``support`` is asked before a Megatron checkpoint is read or written.
     """
 
     name: str
@@ -56,6 +80,7 @@ class Family:
     mtp_copies: Sequence[tuple[str, str]] = ()
     computed: tuple[str, ...] = ("rotary_emb.inv_freq",)
     prefix: str = "model.layers.{l}."
+    support: Callable[[Config], Support] = stock
 
     def rows(self, config: Config) -> Iterator[Row]:
         """Every canonical tensor of a model of this config, in order."""
