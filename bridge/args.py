@@ -19,6 +19,7 @@ from .family import Family, head_dim
 
 Config = Mapping[str, Any]
 Args = dict[str, Any]
+SHARED_UP = ".shared_experts.linear_fc1.weight"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # what is meant where a config does not say
 
@@ -30,6 +31,7 @@ def to_args(config: Config, family: Family | None = None, *, tp: int = 1, divisi
     model that Megatron-Core cannot compute.
     """
     family = family or family_of(config)
+    config = family.plain(config)
     names = {row.mcore for row in family.rows(config)}
     rows, step = int(_need(config, "vocab_size")), tp * divisible_by
     return {
@@ -92,6 +94,8 @@ def _attention(config: Config, names: set[str]) -> Args:
     heads = int(_need(config, "num_attention_heads"))
     groups = int(config.get("num_key_value_heads") or heads)
     common: Args = {"num_attention_heads": heads, "apply_query_key_layer_scaling": False, **_window(config)}
+    if config.get("use_cla"):  # arguments of MindSpeed-LLM
+        common |= {"cla_share_factor": int(config["cla_share_factor"]), "share_kvstates": True}
     if not _any(names, ".linear_kv_down_proj.weight"):
         return common | {
             "multi_latent_attention": False,
@@ -139,6 +143,9 @@ def _rope(config: Config, *, latent: bool) -> Args:
     rope: dict[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if kind == "dynamic" and rope.get("alpha"):  # Hunyuan: not dynamic at all, another base
+        kind, size = "default", head_dim(config)
+        base *= float(rope["alpha"]) ** (size / (size - 2))
     common: Args = {
         "position_embedding_type": "rope",
         "use_rotary_position_embeddings": True,
@@ -212,7 +219,6 @@ def _experts(config: Config, names: set[str]) -> Args:
             "config.json: norm_topk_prob false: Megatron-Core always norms the weights of a sigmoid router"
         )
     scale, size = float(config.get("routed_scaling_factor") or 1.0), int(_need(config, "moe_intermediate_size"))
-    shared = int(config.get("n_shared_experts") or 0)
     return {
         "num_experts": len(
             {name.split(".local_experts.")[1].split(".")[0] for name in names if ".local_experts." in name}
@@ -225,9 +231,14 @@ def _experts(config: Config, names: set[str]) -> Args:
         "moe_router_enable_expert_bias": biased,
         "moe_router_topk_scaling_factor": None if scale == 1.0 else scale,
         **_expert_groups(config, chosen, biased=biased),
-        "moe_shared_expert_intermediate_size": shared * size or None,
-        "moe_shared_expert_gate": False,
+        "moe_shared_expert_intermediate_size": _shared_size(config, size) if _any(names, SHARED_UP) else None,
+        "moe_shared_expert_gate": _any(names, ".shared_experts.gate_weight"),
     }
+
+
+def _shared_size(config: Config, size: int) -> int:
+    """Width of the shared experts together."""
+    return int(config.get("shared_expert_intermediate_size") or int(config.get("n_shared_experts") or 1) * size)
 
 
 def _expert_groups(config: Config, chosen: int, *, biased: bool) -> Args:

@@ -107,7 +107,7 @@ def open_source(folder: Path, *, hf_config: Path | None = None, family: str | No
         mcore = TorchCheckpoint(folder, vocab_size=known.get("vocab_size") if known else None)
     config = known or to_config(mcore.args)
     table = family_of(config, family)
-    config = table.without_mtp(config, mcore.shapes, hf=False)
+    config = table.as_stored(config, mcore.shapes, hf=False)
     return Source(folder, form, mcore, config, config_folder, table)
 
 

@@ -43,10 +43,10 @@ class HFCheckpoint:
         self.folder = folder
         self.said: list[str] = []
         self._weights = open_weights(folder)
-        self.config = family.without_mtp(config, self._weights, hf=True)
+        self.config = family.as_stored(config, self._weights, hf=True)
         if self.config != config:
             self.said.append(
-                "config.json names layers that predict further tokens, the files have none: they are left out"
+                "config.json and the files differ in layers that predict further tokens: what the files hold counts"
             )
         self._rows = {row.mcore: row for row in family.rows(self.config)}
         self._parts = dict(self._stored())

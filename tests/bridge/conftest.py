@@ -15,6 +15,7 @@ LATENT = {
     "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
     "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, **EXPERTS,
 }  # fmt: skip
+ALPHA = {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0}  # Hunyuan's
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "rope_parameters": {
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -31,6 +32,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "seed_oss": {"model_type": "seed_oss", "head_dim": 16, "attention_bias": True, "attention_out_bias": False},
     "deepseek_v2": {"model_type": "deepseek_v2", "q_lora_rank": None, **LATENT},
     "deepseek_v3": {"model_type": "deepseek_v3", "q_lora_rank": 8, **LATENT},
+    "hunyuan_v1_dense": {"model_type": "hunyuan_v1_dense", "head_dim": 16, "rope_parameters": ALPHA},
+    "hunyuan_v1_moe": {
+        "model_type": "hunyuan_v1_moe", "head_dim": 8, "num_experts": 4, "moe_topk": [2, 2, 2, 2], "rope_parameters": ALPHA,
+    },
 }  # fmt: skip
 
 
