@@ -119,6 +119,19 @@ def _attention(config: Config, names: set[str]) -> Args:
         "qk_head_dim": int(_need(config, "qk_nope_head_dim")),
         "qk_pos_emb_head_dim": int(_need(config, "qk_rope_head_dim")),
         "v_head_dim": int(config["v_head_dim"]),
+        **(_indexer(config) if _any(names, ".indexer.linear_wk.weight") else {}),
+    }
+
+
+def _indexer(config: Config) -> Args:
+    """What picks the tokens that attention sees."""
+    return {
+        "experimental_attention_variant": "dsa",
+        "dsa_indexer_n_heads": int(_need(config, "index_n_heads")),
+        "dsa_indexer_head_dim": int(_need(config, "index_head_dim")),
+        "dsa_indexer_topk": int(_need(config, "index_topk")),
+        "dsa_indexer_rope_interleaved": bool(config.get("indexer_rope_interleave", False)),
+        "dsa_indexer_k_norm_epsilon": 1e-6,
     }
 
 

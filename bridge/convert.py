@@ -150,8 +150,9 @@ class Plan:
             said.append("one set of files for every TP, PP, VPP, EP and ETP")
         if self.target.form != "hf":
             said += run_notes(self.args())
-        if support := _support(self.source, self.target).reason:
-            said.append(f"only for a Megatron-Core that was changed: {support}")
+        if (support := _support(self.source, self.target)).reason:
+            patched = "only for a Megatron-Core that was changed: " if support.kind == "needs_patch" else ""
+            said.append(patched + support.reason)
         return said + self.source.tensors.said
 
 

@@ -39,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """Whether Megatron-Core computes a model: as it is, only when changed, or not at all; the last two with a reason."""
+    """Whether Megatron-Core computes a model: as it is, only when changed, or not at all; ``reason`` says what to know."""
 
     kind: Literal["stock", "needs_patch", "none"]
     reason: str = ""
@@ -48,6 +48,11 @@ class Support:
 def stock(_: Config) -> Support:
     """Megatron-Core as it is computes the model."""
     return Support("stock")
+
+
+def since(version: str, reason: str) -> Callable[[Config], Support]:
+    """Megatron-Core as it is computes the model from a version on."""
+    return lambda _: Support("stock", f"for Megatron-Core {version} or newer: {reason}")
 
 
 def needs_patch(reason: str, when: Callable[[Config], bool] = lambda _: True) -> Callable[[Config], Support]:

@@ -22,7 +22,8 @@ _EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 _MTP = re.compile(r"^mtp\.layers\.(\d+)\.")
 _WHOLE = re.compile(  # what every tensor-parallel rank holds alike
     r"(layer_norm_weight|layer_norm_bias|norm\.weight|norm\.bias|router\.weight|expert_bias|gate_weight"
-    r"|linear_proj\.bias|linear_fc2\.bias|linear_q_down_proj\.weight|linear_kv_down_proj\.weight)$"
+    r"|linear_proj\.bias|linear_fc2\.bias|linear_q_down_proj\.weight|linear_kv_down_proj\.weight"
+    r"|indexer\.linear_(wq_b|wk|weights_proj)\.weight)$"
 )
 
 

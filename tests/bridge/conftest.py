@@ -32,6 +32,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "seed_oss": {"model_type": "seed_oss", "head_dim": 16, "attention_bias": True, "attention_out_bias": False},
     "deepseek_v2": {"model_type": "deepseek_v2", "q_lora_rank": None, **LATENT},
     "deepseek_v3": {"model_type": "deepseek_v3", "q_lora_rank": 8, **LATENT},
+    "deepseek_v32": {
+        "model_type": "deepseek_v32", "q_lora_rank": 8, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4, **LATENT,
+    },
     "hunyuan_v1_dense": {"model_type": "hunyuan_v1_dense", "head_dim": 16, "rope_parameters": ALPHA},
     "hunyuan_v1_moe": {
         "model_type": "hunyuan_v1_moe", "head_dim": 8, "num_experts": 4, "moe_topk": [2, 2, 2, 2], "rope_parameters": ALPHA,
