@@ -79,7 +79,7 @@ def _body(config: Config, names: set[str]) -> Args:
         "normalization": "RMSNorm",
         "norm_epsilon": float(_need(config, "rms_norm_eps")),  # its name before core 0.16
         "layernorm_epsilon": float(config["rms_norm_eps"]),
-        "apply_layernorm_1p": False,
+        "apply_layernorm_1p": bool(config.get("apply_layernorm_1p", False)),
         "swiglu": True,
         "squared_relu": False,
         "add_bias_linear": False,
@@ -103,6 +103,8 @@ def _attention(config: Config, names: set[str]) -> Args:
             "num_query_groups": groups,
             "kv_channels": head_dim(config),
             "qk_layernorm": _any(names, ".q_layernorm.weight"),
+            "attention_output_gate": bool(config.get("attention_output_gate", False)),
+            **(_delta_net(config, names) if _any(names, ".in_proj.weight") else {}),
         }
     if config.get("rope_interleave") is False:
         raise BridgeError(
@@ -120,6 +122,19 @@ def _attention(config: Config, names: set[str]) -> Args:
         "qk_pos_emb_head_dim": int(_need(config, "qk_rope_head_dim")),
         "v_head_dim": int(config["v_head_dim"]),
         **(_indexer(config) if _any(names, ".indexer.linear_wk.weight") else {}),
+    }
+
+
+def _delta_net(config: Config, names: set[str]) -> Args:
+    """Layers of gated delta nets, a flag a layer, and their sizes."""
+    layers = range(int(config["num_hidden_layers"]))
+    sizes = ("conv_kernel_dim", "key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads")
+    return {
+        "experimental_attention_variant": "gated_delta_net",
+        "linear_attention_freq": [
+            int(f"decoder.layers.{layer}.self_attention.in_proj.weight" in names) for layer in layers
+        ],
+        **{f"linear_{size}": int(_need(config, f"linear_{size}")) for size in sizes},
     }
 
 

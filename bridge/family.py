@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .errors import BridgeError
-from .mapping import QKV, Copy, Gated, Rule, Vocab
+from .mapping import QKV, Copy, DeltaNet, Gated, GatedQKV, MinusOne, Rule, Vocab
 
 Config = Mapping[str, Any]
 _MTP = "num_nextn_predict_layers"
@@ -213,6 +213,28 @@ def qkv(config: Config) -> Rule:
     if heads % groups:
         raise BridgeError(f"config.json: {heads} attention heads cannot share {groups} key-value heads")
     return QKV(heads, groups, head_dim(config))
+
+
+def gated_qkv(config: Config) -> Rule:
+    """Query with its gate, key and value by query group."""
+    plain = qkv(config)
+    assert isinstance(plain, QKV)
+    return GatedQKV(plain.heads, plain.groups, plain.head_dim)
+
+
+def delta_net(config: Config) -> Rule:
+    """The input projection of a gated delta net."""
+    return DeltaNet(
+        *(
+            int(config[f"linear_{key}"])
+            for key in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+        )
+    )
+
+
+def minus_one(_: Config) -> Rule:
+    """A norm around one that Megatron-Core keeps around zero."""
+    return MinusOne()
 
 
 def untied(config: Config) -> bool:

@@ -19,6 +19,10 @@ def _is_normed(config: Config) -> bool:
     return bool(config.get("use_qk_norm", True))
 
 
+def _is_mixed(config: Config) -> bool:
+    return bool(config.get("use_mixed_mlp_moe", True))
+
+
 def _support(config: Config) -> Support:
     factor = config.get("cla_share_factor") if config.get("use_cla") else None
     if factor not in (None, 2):
@@ -34,15 +38,15 @@ _NAMES = {f"self_attn.{head[0]}_norm.weight": f"self_attn.{head}_layernorm.weigh
 _NORMS = tuple(replace(line, when=_is_normed) for line in renamed(QK_NORM, _NAMES))
 _QUERY = Line("self_attention.linear_qkv.weight", copy, ("self_attn.q_proj.weight",))
 _CROSS = tuple(_QUERY if line.mcore == _QUERY.mcore else line for line in ATTENTION)
-_SHARED, _MIXED = "mlp.shared_mlp", lambda config: bool(config.get("use_mixed_mlp_moe", True))
+_SHARED = "mlp.shared_mlp"
 _SHARED_MLP = (
     Line(
         "mlp.shared_experts.linear_fc1.weight",
         gated,
         (f"{_SHARED}.gate_proj.weight", f"{_SHARED}.up_proj.weight"),
-        _MIXED,
+        _is_mixed,
     ),
-    Line("mlp.shared_experts.linear_fc2.weight", copy, (f"{_SHARED}.down_proj.weight",), _MIXED),
+    Line("mlp.shared_experts.linear_fc2.weight", copy, (f"{_SHARED}.down_proj.weight",), _is_mixed),
 )
 
 FAMILY = Family(
