@@ -24,7 +24,7 @@ from .args import to_args, to_config
 from .dist_format import DistCheckpoint, write_dist
 from .errors import BridgeError
 from .families import family_of
-from .family import Family
+from .family import Family, Support
 from .hf import HFCheckpoint, write_hf
 from .mapping import hf_shapes, mcore_shape
 from .parallel import Layout
@@ -54,6 +54,7 @@ class Target:
     iteration: int | None = None
     divisible_by: int = 128  # of the padded vocabulary, times TP
     workers: int = 2
+    allow_patched_attention: bool = False  # models that stock Megatron-Core computes otherwise
 
 
 def form_of(folder: Path) -> Form:
@@ -107,7 +108,7 @@ def open_source(folder: Path, *, hf_config: Path | None = None, family: str | No
         mcore = TorchCheckpoint(folder, vocab_size=known.get("vocab_size") if known else None)
     config = known or to_config(mcore.args)
     table = family_of(config, family)
-    config = table.without_mtp(config, mcore.shapes, hf=False)
+    config = table.as_stored(config, mcore.shapes, hf=False)
     return Source(folder, form, mcore, config, config_folder, table)
 
 
@@ -150,6 +151,9 @@ class Plan:
             said.append("one set of files for every TP, PP, VPP, EP and ETP")
         if self.target.form != "hf":
             said += run_notes(self.args())
+        if (support := _support(self.source, self.target)).reason:
+            patched = "only for a Megatron-Core that was changed: " if support.kind == "needs_patch" else ""
+            said.append(patched + support.reason)
         return said + self.source.tensors.said
 
 
@@ -157,8 +161,10 @@ def plan(source: Source, target: Target) -> Plan:
     """Check that the source is the model of its config, tensor by tensor. Raises BridgeError naming the first that is not.
 
     Also for a model that Megatron-Core cannot compute, when it is the target.
+    Raises BridgeError too for a model that stock Megatron-Core does not compute, unless the target allows it.
     """
     tensors, family = source.tensors, source.family
+    _support(source, target)
     wanted = {row.mcore: row for row in family.rows(source.config)}
     if missing := [name for name in wanted if name not in tensors.shapes]:
         raise BridgeError(
@@ -184,6 +190,21 @@ def plan(source: Source, target: Target) -> Plan:
     if target.form != "hf":
         check_shapes(specs, made.args())
     return made
+
+
+def _support(source: Source, target: Target) -> Support:
+    """Whether Megatron-Core computes the model; of no meaning when neither side is its. Raises BridgeError when it may not be."""
+    if source.form == target.form == "hf":
+        return Support("stock")
+    support, name = source.family.support(source.config), source.family.name
+    if support.kind == "none":
+        raise BridgeError(f"{source.folder}: {name} has no form in Megatron-Core: {support.reason}")
+    if support.kind == "needs_patch" and not target.allow_patched_attention:
+        raise BridgeError(
+            f"{source.folder}: stock Megatron-Core computes {name} otherwise: {support.reason}. For a Megatron-Core that was "
+            "changed give --allow_patched_attention"
+        )
+    return support
 
 
 def convert(made: Plan, save: Path, *, overwrite: bool = False, say: Callable[[str], None] = print) -> None:

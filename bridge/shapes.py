@@ -50,11 +50,9 @@ def _attention(args: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         queries = heads * (2 if args.get("attention_output_gate") else 1)
         rows = (queries + 2 * args["num_query_groups"]) * channels
         norms = dict.fromkeys(("q_layernorm.weight", "k_layernorm.weight"), (channels,))
-        return norms | {
-            "linear_qkv.weight": (rows, hidden),
-            "linear_qkv.bias": (rows,),
-            "linear_proj.weight": (hidden, heads * channels),
-        }
+        # Where layers share keys and values, the rows differ by layer.
+        joined = {} if args.get("share_kvstates") else {"linear_qkv.weight": (rows, hidden), "linear_qkv.bias": (rows,)}
+        return {**norms, **joined, "linear_proj.weight": (hidden, heads * channels), **_delta_net(args)}
     query, key_value, value = args["q_lora_rank"], args["kv_lora_rank"], args["v_head_dim"]
     plain, turned = args["qk_head_dim"], args["qk_pos_emb_head_dim"]
     return {
@@ -66,6 +64,36 @@ def _attention(args: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         "linear_kv_up_proj.layer_norm_weight": (key_value,),
         "linear_kv_up_proj.weight": (heads * (plain + value), key_value),
         "linear_proj.weight": (hidden, heads * value),
+        **{f"core_attention.indexer.{name}": shape for name, shape in _indexer(args).items()},
+    }
+
+
+def _delta_net(args: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    if args.get("experimental_attention_variant") != "gated_delta_net":
+        return {}
+    hidden, heads, size = args["hidden_size"], args["linear_num_value_heads"], args["linear_value_head_dim"]
+    keys, values = args["linear_num_key_heads"] * args["linear_key_head_dim"], heads * size
+    return {
+        "in_proj.layer_norm_weight": (hidden,),
+        "in_proj.weight": (2 * (keys + values + heads), hidden),
+        "conv1d.weight": (2 * keys + values, 1, args["linear_conv_kernel_dim"]),
+        "A_log": (heads,),
+        "dt_bias": (heads,),
+        "out_norm.weight": (size,),
+        "out_proj.weight": (hidden, values),
+    }
+
+
+def _indexer(args: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    if args.get("experimental_attention_variant") != "dsa":
+        return {}
+    heads, size = args["dsa_indexer_n_heads"], args["dsa_indexer_head_dim"]
+    return {
+        "linear_wq_b.weight": (heads * size, args["q_lora_rank"]),
+        "linear_wk.weight": (size, args["hidden_size"]),
+        "linear_weights_proj.weight": (heads, args["hidden_size"]),
+        "k_norm.weight": (size,),
+        "k_norm.bias": (size,),
     }
 
 
@@ -74,6 +102,7 @@ def _experts(args: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {
         "mlp.router.weight": (count, hidden),
         "mlp.router.expert_bias": (count,),
+        "mlp.shared_experts.gate_weight": (1, hidden),
         **_gated("mlp.experts.local_experts", hidden, args["moe_ffn_hidden_size"]),
         **_gated("mlp.shared_experts", hidden, args["moe_shared_expert_intermediate_size"] or 0),
     }

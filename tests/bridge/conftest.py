@@ -16,6 +16,7 @@ LATENT = {
     "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, **EXPERTS,
 }  # fmt: skip
 ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "routed_scaling_factor": 2.5, **EXPERTS}
+ALPHA = {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0}  # Hunyuan's
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "rope_parameters": {
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -41,6 +42,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "ling": {
         "model_type": "bailing_moe", "head_dim": 16, "num_experts": 8, "n_group": 4, "topk_group": 2,
         **EXPERTS, "num_experts_per_tok": 4,
+    },
+    "deepseek_v32": {
+        "model_type": "deepseek_v32", "q_lora_rank": 8, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4, **LATENT,
+    },
+    "qwen3_next": {
+        "model_type": "qwen3_next", "head_dim": 16, "num_experts": 4, "shared_expert_intermediate_size": 24,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"], **EXPERTS,
+    },
+    "hunyuan_v1_dense": {"model_type": "hunyuan_v1_dense", "head_dim": 16, "rope_parameters": ALPHA},
+    "hunyuan_v1_moe": {
+        "model_type": "hunyuan_v1_moe", "head_dim": 8, "num_experts": 4, "moe_topk": [2, 2, 2, 2], "rope_parameters": ALPHA,
     },
 }  # fmt: skip
 

@@ -24,6 +24,9 @@ LAYOUTS = ["", "--tp 2", "--pp 2", "--tp 4 --pp 2 --vpp 2", "--pp 4", "--pp 2 --
 SPARSE = ["--ep 2", "--tp 2 --ep 2 --etp 2 --pp 2", "--tp 2 --ep 4"]
 
 
+PATCHED = ["--allow_patched_attention"]  # what is not needed does no harm
+
+
 def run(*words: object) -> int:
     return main(["convert", *map(str, words)])
 
@@ -55,9 +58,9 @@ def layouts() -> list[Any]:
 @pytest.mark.parametrize(("name", "layout"), layouts())
 def test_torch_and_back(name: str, layout: str, hf_models: Models, tmp_path: Path) -> None:
     base = hf_models(name)
-    words = ["--ckpt_format", "torch", *layout.split()]
+    words = ["--ckpt_format", "torch", *layout.split(), *PATCHED]
     assert run("--from", "hf", "--to", "mcore", "--load", base, "--save", tmp_path / "mcore", *words) == 0
-    assert run("--from", "mcore", "--to", "hf", "--load", tmp_path / "mcore", "--save", tmp_path / "hf") == 0
+    assert run("--from", "mcore", "--to", "hf", "--load", tmp_path / "mcore", "--save", tmp_path / "hf", *PATCHED) == 0
     assert_same(base, tmp_path / "hf")
 
 
@@ -77,10 +80,11 @@ def test_rows_above_the_tokenizers_own_are_kept(hf_models: Models, tmp_path: Pat
 @pytest.mark.parametrize("name", MODELS)
 def test_torch_dist_and_back(name: str, hf_models: Models, tmp_path: Path) -> None:
     base = hf_models(name)
-    assert run("--to", "mcore", "--load", base, "--save", tmp_path / "mcore") == 0
+    assert run("--to", "mcore", "--load", base, "--save", tmp_path / "mcore", *PATCHED) == 0
     assert (tmp_path / "mcore/latest_checkpointed_iteration.txt").read_text() == "release"
     assert verify(tmp_path / "mcore")["kind"] == "torch_dist"
-    assert run("--to", "hf", "--load", tmp_path / "mcore", "--save", tmp_path / "hf", "--max_shard_size", "20KB") == 0
+    words = ["--max_shard_size", "20KB", *PATCHED]
+    assert run("--to", "hf", "--load", tmp_path / "mcore", "--save", tmp_path / "hf", *words) == 0
     assert_same(base, tmp_path / "hf")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
 

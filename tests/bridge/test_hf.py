@@ -201,7 +201,7 @@ def test_every_tensor_that_is_missing_or_misshapen_is_refused(name: str, hf_mode
         save_file(changed, tmp_path / "model.safetensors")
         source = open_source(tmp_path)
         with source.tensors:
-            plan(source, Target("torch_dist"))
+            plan(source, Target("torch_dist", allow_patched_attention=True))
 
     planned(values)
     tried = one_of_each(values)

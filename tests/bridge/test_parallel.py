@@ -256,7 +256,7 @@ def test_a_tensor_that_cannot_be_cut_is_named() -> None:
 
 def test_a_name_of_which_nothing_is_known_is_refused() -> None:
     with pytest.raises(BridgeError, match="conv1d.weight: how Megatron-Core spreads it"):
-        cut_of("decoder.layers.0.self_attention.conv1d.weight")
+        cut_of("decoder.layers.0.mixer.conv1d.weight")
 
 
 @pytest.mark.parametrize(
