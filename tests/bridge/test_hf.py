@@ -234,6 +234,19 @@ def test_a_tied_head_that_is_stored_too_must_be_the_embedding(hf_models: Models,
         open_hf(other)[0].check_copies()
 
 
+def test_a_tied_head_under_another_name_of_the_embedding(hf_models: Models, tmp_path: Path) -> None:
+    def tie(values: dict[str, torch.Tensor]) -> None:
+        values["lm_head.weight"] = values["model.word_embeddings.weight"].clone()
+
+    folder = edited(hf_models("ling"), tmp_path, tie)
+    checkpoint, _ = open_hf(folder, tie_word_embeddings=True)
+    assert "output_layer.weight" not in checkpoint.shapes
+    checkpoint.check_copies()
+    other = edited(folder, tmp_path, lambda t: t["lm_head.weight"].add_(1), "other")
+    with pytest.raises(BridgeError, match=r"lm_head\.weight should repeat model\.word_embeddings\.weight"):
+        open_hf(other, tie_word_embeddings=True)[0].check_copies()
+
+
 def test_families_are_found_by_config_or_name() -> None:
     assert {"llama", "qwen2", "qwen3", "qwen3-moe", "seed-oss", "deepseek"} <= families().keys()
     assert family_of({"model_type": "mistral"}).name == "llama"
