@@ -262,7 +262,7 @@ MINDSPEED = {
     "qwen3": "qwen3", "qwen3-moe": "qwen3_moe", "deepseek3": "deepseek_v3", "glm45-moe": "glm4_moe",
     "bailing_mini": "bailing_moe", "seed-oss": "seed_oss", "magistral": "mistral", "deepseek2-lite": "deepseek_v2",
     "deepseek2": "deepseek_v2", "glm45": "glm4_moe", "glm45-air": "glm4_moe", "llama2": "llama", "qwen25": "qwen2",
-    "HYV3": "hy_v3",
+    "HYV3": "hy_v3", "deepseek32": "deepseek_v32", "qwen3-next": "qwen3_next", "hunyuan": "hunyuan",
 }  # fmt: skip
 
 
