@@ -156,7 +156,7 @@ class Plan:
 def plan(source: Source, target: Target) -> Plan:
     """Check that the source is the model of its config, tensor by tensor. Raises BridgeError naming the first that is not.
 
-    Also for a model that Megatron-Core cannot compute, when it is the target.
+    Also for a model that Megatron-Core cannot compute, unless neither side is its.
     """
     tensors, family = source.tensors, source.family
     wanted = {row.mcore: row for row in family.rows(source.config)}
@@ -181,8 +181,9 @@ def plan(source: Source, target: Target) -> Plan:
         keeps = asked is None or not stored.is_floating_point or own.itemsize < stored.itemsize > asked.itemsize
         specs.append(Spec(name, stored if keeps or asked is None else asked, shape))
     made = Plan(source, target, specs)
-    if target.form != "hf":
-        check_shapes(specs, made.args())
+    if not source.form == target.form == "hf":
+        names = {name: ", ".join(row.hf) if source.form == "hf" else name for name, row in wanted.items()}
+        check_shapes(specs, made.args(), lambda name: f"{source.folder}: {names[name]}")
     return made
 
 
