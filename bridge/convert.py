@@ -160,8 +160,8 @@ class Plan:
 def plan(source: Source, target: Target) -> Plan:
     """Check that the source is the model of its config, tensor by tensor. Raises BridgeError naming the first that is not.
 
-    Also for a model that Megatron-Core cannot compute, when it is the target.
-    Raises BridgeError too for a model that stock Megatron-Core does not compute, unless the target allows it.
+    Raises BridgeError too for a model that Megatron-Core does not compute, unless the target allows it or neither side is
+    Megatron's.
     """
     tensors, family = source.tensors, source.family
     _support(source, target)
@@ -187,8 +187,9 @@ def plan(source: Source, target: Target) -> Plan:
         keeps = asked is None or not stored.is_floating_point or own.itemsize < stored.itemsize > asked.itemsize
         specs.append(Spec(name, stored if keeps or asked is None else asked, shape))
     made = Plan(source, target, specs)
-    if target.form != "hf":
-        check_shapes(specs, made.args())
+    if not source.form == target.form == "hf":
+        names = {name: ", ".join(row.hf) if source.form == "hf" else name for name, row in wanted.items()}
+        check_shapes(specs, made.args(), lambda name: f"{source.folder}: {names[name]}")
     return made
 
 

@@ -62,7 +62,7 @@ class HFCheckpoint:
             try:
                 self.shapes[name] = mcore_shape(row.rule, tuple(self._parts[part].shape for part in row.hf))
             except BridgeError as error:
-                raise BridgeError(f"{folder}: {row.hf[0]}: {error}") from None
+                raise BridgeError(f"{folder}: {', '.join(row.hf)}: {error}") from None
             kinds = {self._dtype(part) for part in row.hf}
             if len(kinds) > 1:
                 raise BridgeError(f"{folder}: {', '.join(row.hf)} become one tensor, but have the types {kinds}")

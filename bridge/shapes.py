@@ -4,7 +4,7 @@ Rules see whether parts fit together; a projection whose rows are too few in all
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..storage.safetensors_io import Spec
@@ -13,16 +13,16 @@ from .errors import BridgeError
 _PLACE = re.compile(r"^(decoder|mtp)\.layers\.\d+\.(transformer_layer\.)?|(?<=local_experts\.)\d+\.")
 
 
-def check_shapes(specs: Iterable[Spec], args: Mapping[str, Any]) -> None:
+def check_shapes(specs: Iterable[Spec], args: Mapping[str, Any], say: Callable[[str], str] = str) -> None:
     """Compare canonical tensors with Megatron's arguments of their model. Raises BridgeError naming the first that differs.
 
-    A tensor of a kind that ``expected`` does not list passes.
+    A tensor of a kind that ``expected`` does not list passes. ``say`` is how a user knows a tensor, by its canonical name.
     """
     wanted = expected(args)
     for name, _, shape in specs:
         known = wanted.get(_PLACE.sub("", name), shape)
         if known != shape:
-            raise BridgeError(f"{name}: the shape is {tuple(shape)}, config.json makes it {known}")
+            raise BridgeError(f"{say(name)}: {tuple(shape)} in Megatron-Core, where config.json makes it {known}")
 
 
 def expected(args: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

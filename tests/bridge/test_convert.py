@@ -140,6 +140,21 @@ def test_a_config_is_made_from_the_arguments(name: str, hf_models: Models, tmp_p
         assert torch.equal(one(ids).logits, other(ids).logits)
 
 
+def test_the_config_of_another_size_is_refused(
+    hf_models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--to", "mcore", "--load", hf_models("qwen3"), "--save", tmp_path / "mcore") == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    config = json.loads((hf_models("qwen3") / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    words = ["--to", "hf", "--load", tmp_path / "mcore", "--save", tmp_path / "hf", "--hf_config", other]
+    assert run(*words) == 2
+    said = "decoder.layers.0.mlp.linear_fc1.weight: (128, 32) in Megatron-Core, where config.json makes it (192, 32)"
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+
+
 def test_what_lies_beside_is_carried_and_dtypes_change(hf_models: Models, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(hf_models("deepseek_v3"), base)
