@@ -61,7 +61,7 @@ def model_of(name: str, **more: Any) -> Any:
 def canonical_of(model: Any) -> dict[str, Tensor]:
     """The canonical tensors of a model in memory."""
     state, config = model.state_dict(), model.config
-    state = _usual(state, config)
+    state = _as_most(state, config)
     made = {
         "embedding.word_embeddings.weight": state["model.embed_tokens.weight"],
         "decoder.final_layernorm.weight": state["model.norm.weight"],
@@ -84,18 +84,18 @@ def canonical_of(model: Any) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in made.items()}
 
 
-USUAL = {  # how a name is written by models in memory -> by most of them
+IN_MOST = {  # how a name is written by models in memory -> by most of them
     "word_embeddings": "embed_tokens", ".attention.dense.": ".self_attn.o_proj.",
     ".attention.query_layernorm.": ".self_attn.q_norm.", ".attention.key_layernorm.": ".self_attn.k_norm.",
     ".gate.expert_bias": ".gate.e_score_correction_bias", ".mlp.e_score": ".mlp.gate.e_score",
 }  # fmt: skip
 
 
-def _usual(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+def _as_most(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
     """A model's tensors under the names of most, with query, key and value apart and the experts of a layer together."""
     made: dict[str, Tensor] = {}
     for name, value in state.items():
-        key = functools.reduce(lambda text, pair: text.replace(*pair), USUAL.items(), name)
+        key = functools.reduce(lambda text, pair: text.replace(*pair), IN_MOST.items(), name)
         start, packed, kind = key.partition("attention.query_key_value.")
         if not packed:
             made[key] = value
