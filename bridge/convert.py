@@ -29,6 +29,7 @@ from .hf import HFCheckpoint, write_hf
 from .mapping import hf_shapes, mcore_shape
 from .parallel import Layout
 from .run_flags import run_notes
+from .shapes import check_shapes
 from .torch_format import TRACKER, TorchCheckpoint, tracked
 from .torch_writer import write_torch
 
@@ -184,6 +185,11 @@ def plan(source: Source, target: Target) -> Plan:
         stored = tensors.dtypes[name]
         keeps = asked is None or not stored.is_floating_point or own.itemsize < stored.itemsize > asked.itemsize
         specs.append(Spec(name, stored if keeps or asked is None else asked, shape))
+    width = source.config.get("hidden_size")
+    try:
+        check_shapes(wanted.values(), {spec.name: spec.shape for spec in specs}, width, hf=source.form == "hf")
+    except BridgeError as error:
+        raise BridgeError(f"{source.folder}: {error}") from None
     return Plan(source, target, specs)
 
 
