@@ -26,7 +26,7 @@ from .errors import BridgeError
 from .families import family_of
 from .family import Family, Support
 from .hf import HFCheckpoint, write_hf
-from .mapping import hf_shapes, mcore_shape
+from .mapping import MinusOne, hf_dtype, hf_shapes, mcore_shape
 from .parallel import Layout
 from .run_flags import run_notes
 from .shapes import check_shapes
@@ -151,10 +151,22 @@ class Plan:
             said.append("one set of files for every TP, PP, VPP, EP and ETP")
         if self.target.form != "hf":
             said += run_notes(self.args())
+        elif rounded := self._rounded():
+            said.append(
+                f"{len(rounded)} norms that Megatron-Core keeps as distances from one are rounded when one is added, the "
+                f"first is {rounded[0]}"
+            )
         if (support := _support(self.source, self.target)).reason:
             patched = "only for a Megatron-Core that was changed: " if support.kind == "needs_patch" else ""
             said.append(patched + support.reason)
         return said + self.source.tensors.said
+
+    def _rounded(self) -> list[str]:
+        """Tensors for whose Hugging Face form the type that they have is too narrow."""
+        rules = {row.mcore: row.rule for row in self.source.family.rows(self.source.config)}
+        main = max(self.specs, key=lambda spec: spec.size).dtype
+        narrow = (spec for spec in self.specs if isinstance(rules[spec.name], MinusOne))
+        return [spec.name for spec in narrow if hf_dtype(rules[spec.name], spec.dtype, main) == spec.dtype]
 
 
 def plan(source: Source, target: Target) -> Plan:

@@ -49,7 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_next": {
         "model_type": "qwen3_next", "head_dim": 16, "num_experts": 4, "shared_expert_intermediate_size": 24,
         "linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"], **EXPERTS,
+        "layer_types": ["linear_attention", "full_attention"] * 2, **EXPERTS,
     },
     "hunyuan_v1_dense": {"model_type": "hunyuan_v1_dense", "head_dim": 16, "rope_parameters": ALPHA},
     "hunyuan_v1_moe": {

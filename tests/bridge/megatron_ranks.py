@@ -5,6 +5,7 @@ it is patched here and never enters the tests' own process. Facts: megatron-core
 """
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -16,6 +17,8 @@ from multiprocessing import connection, get_context
 from pathlib import Path
 from queue import Queue
 from typing import Any
+
+import megatron_parts
 
 LIMIT = 120.0  # seconds a request may take
 GRACE = 3.0  # seconds that the other ranks have after one has failed
@@ -30,10 +33,11 @@ FUSED = {
 }
 
 
-def fused_names(*, latent: bool, sparse: bool) -> dict[str, str]:
-    """The part of FUSED that holds in a layer with or without latent attention and experts."""
+def fused_names(*, latent: bool, sparse: bool, delta_net: bool = False) -> dict[str, str]:
+    """The part of FUSED that holds in a layer with or without latent attention, experts and a gated delta net."""
     mine = ["self_attention.q_layernorm.", "self_attention.kv_layernorm."] if latent else ["input_layernorm."]
-    return {key: FUSED[key] for key in [*mine, *([] if sparse else ["pre_mlp_layernorm."])]}
+    found = {key: FUSED[key] for key in [*mine, *([] if sparse else ["pre_mlp_layernorm."])]}
+    return found | ({"input_layernorm.": "self_attention.in_proj.layer_norm_"} if delta_net else {})
 
 
 def patch() -> None:
@@ -57,6 +61,7 @@ def patch() -> None:
     fused_softmax.get_sliding_window_causal_mask = lambda rows, columns, window: (
         ~(torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows - window[0]).tril(columns - rows + window[1]))
     )
+    megatron_parts.patch()
     # The stock queue is a Python of its own, for saves in the background.
     filesystem_async._results_queue = Queue()
 
@@ -92,6 +97,7 @@ def transformer_config(args: dict[str, Any], sizes: dict[str, Any]) -> Any:
         **chosen | {"num_query_groups": args["num_query_groups"] if args["group_query_attention"] else None},
         num_moe_experts=args["num_experts"],
         gated_linear_unit=args["swiglu"],
+        layernorm_zero_centered_gamma=args["apply_layernorm_1p"],
         activation_func=torch.nn.functional.silu,
         tensor_model_parallel_size=sizes["tp"],
         pipeline_model_parallel_size=sizes["pp"],
@@ -120,13 +126,19 @@ def build(args: dict[str, Any], sizes: dict[str, Any], rows: int, *, fused: bool
 
     config = transformer_config(args, sizes)
     layers = gpt_layer_specs.get_gpt_decoder_layer_specs(config, False, args["normalization"])
+    layers = [copy.deepcopy(layer) for layer in layers]
     own, latent = attention_class(), args["multi_latent_attention"]
-    for layer in layers:
+    for number, layer in enumerate(layers):
         parts = layer.submodules
         if latent:
             parts.self_attention.submodules.core_attention = own
+        megatron_parts.change(layer, args, number)
         if fused:
-            parts.sharded_state_dict_keys_map = fused_names(latent=latent, sparse="MoE" in parts.mlp.module.__name__)
+            parts.sharded_state_dict_keys_map = fused_names(
+                latent=latent,
+                sparse="MoE" in parts.mlp.module.__name__,
+                delta_net="Delta" in parts.self_attention.module.__name__,
+            )
     stages = [None] if sizes["vpp"] is None else range(sizes["vpp"])
     return [build_chunk(args, config, layers, rows, stage).eval() for stage in stages]
 
@@ -173,7 +185,7 @@ def places(model: Any) -> dict[str, tuple[Any, int | None, str]]:
         canonical = in_layer(layers[place], place, name.removeprefix(place)) if place else name
         if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
             canonical = "embedding.word_embeddings.weight"  # the last stage's copy
-        axis = tensor.partition_dim if getattr(tensor, "tensor_model_parallel", False) else None
+        axis = getattr(tensor, "partition_dim", 0) if getattr(tensor, "tensor_model_parallel", False) else None
         assert canonical not in found, canonical
         found[canonical] = tensor, axis, "etp" if ".local_experts." in name else "tp"
     return found
@@ -183,7 +195,11 @@ def in_layer(layer: Any, prefix: str, name: str) -> str:
     """The canonical name of a tensor of a layer that lies under ``prefix``."""
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    fused = fused_names(latent=layer.config.multi_latent_attention, sparse=isinstance(layer.mlp, MoELayer))
+    fused = fused_names(
+        latent=layer.config.multi_latent_attention,
+        sparse=isinstance(layer.mlp, MoELayer),
+        delta_net=hasattr(layer.self_attention, "in_proj"),
+    )
     module, _, kind = name.rpartition(".")
     name = fused.get(f"{module}.", f"{module}.") + kind
     experts, local, rest = name.partition("local_experts.")
@@ -202,7 +218,7 @@ def rank_of(kind: str) -> tuple[int, int]:
     return ranks.get_tensor_model_parallel_rank(), ranks.get_tensor_model_parallel_world_size()
 
 
-def fill(model: Any, canonical: dict[str, Any]) -> None:
+def fill(model: Any, canonical: dict[str, Any], args: dict[str, Any]) -> None:
     """Give the model its part of the canonical tensors. A tensor that neither side knows is an error."""
     import torch
 
@@ -215,6 +231,8 @@ def fill(model: Any, canonical: dict[str, Any]) -> None:
         if axis is not None:
             rank, count = rank_of(kind)
             halves = whole.chunk(2) if name.endswith("linear_fc1.weight") else (whole,)  # gate and up
+            if sections := megatron_parts.sections(args, name):
+                halves = whole.split(sections)
             whole = torch.cat([half.chunk(count, axis)[rank] for half in halves], axis)
         assert tensor.shape == whole.shape, f"{name}: {tuple(tensor.shape)} here, {tuple(whole.shape)} given"
         tensor.data.copy_(whole)
@@ -231,7 +249,7 @@ def logits(chunks: list[Any], request: dict[str, Any]) -> Any:
     own = {name: value for name, value in given["canonical"].items() if not name.startswith("mtp.")}
     unknown = own.keys() ^ places(chunks[0]).keys()
     assert not unknown, f"only in the model or only given: {sorted(unknown)}"
-    fill(chunks[0], own)
+    fill(chunks[0], own, request["args"])
     ids = given["ids"]
     with torch.no_grad():
         return chunks[0](ids, torch.arange(ids.shape[1]).expand_as(ids), None)
@@ -244,7 +262,7 @@ def save(chunks: list[Any], request: dict[str, Any]) -> None:
 
     canonical = torch.load(request["input"], weights_only=True)["canonical"]
     for chunk in chunks:
-        fill(chunk, canonical)
+        fill(chunk, canonical, request["args"])
     state = {"args": Namespace(**run_args(request)), "checkpoint_version": 3.0, "iteration": 1}
     if request["form"] == "torch_dist":
         state |= sharded(chunks, request["metadata"])
@@ -369,6 +387,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # some parts of Megatron-Core compile themselves
     patch()
     for line in sys.stdin:
         print(json.dumps({"failed": serve(json.loads(line))}), file=answers, flush=True)

@@ -20,6 +20,8 @@ import torch
 from finebridge.bridge.args import to_args
 from torch import Tensor
 
+from .megatron_parts import sections
+
 
 def _installed() -> str:
     try:
@@ -56,7 +58,11 @@ def _ask(
     do: str, config: Any, *, rows: int | None, dialect: str = "mcore", sizes: Mapping[str, int], **more: Any
 ) -> list[Any]:
     """Run a request in ranks; what each of them answers, by rank. Raises AssertionError with the ranks' tracebacks."""
-    args = to_args(config if isinstance(config, Mapping) else config.to_dict())
+    content = config if isinstance(config, Mapping) else config.to_dict()
+    args = to_args(content)
+    args["norms_after_rotation"] = content["model_type"].startswith(
+        "hunyuan"
+    )  # what --allow_patched_attention asks for
     if do == "logits":
         args["mtp_num_layers"] = None  # without labels core 0.16.1 cannot run these layers
     given = {name: more.pop(name) for name in ("canonical", "ids") if name in more}
@@ -117,18 +123,25 @@ def load_with_megatron(
     Ranks that hold the same must hold the same bits. Without ``rows`` the model has the vocabulary of the config.
     """
     ranks = _ask("load", config, rows=rows, dialect=dialect, sizes=sizes, folder=str(folder), form=form)
+    args = to_args(config if isinstance(config, Mapping) else config.to_dict())
     pieces: dict[str, dict[int, Tensor]] = {}
     axes: dict[str, int | None] = {}
     for name, tensor, axis, number in (piece for rank in ranks for piece in rank):
         axes[name] = axis
         known = pieces.setdefault(name, {}).setdefault(number, tensor)
         assert torch.equal(known, tensor), f"{name}: ranks differ"
-    return {name: _joined(name, [parts[key] for key in sorted(parts)], axes[name]) for name, parts in pieces.items()}
+    return {
+        name: _joined(name, [parts[key] for key in sorted(parts)], axes[name], sections(args, name))
+        for name, parts in pieces.items()
+    }
 
 
-def _joined(name: str, parts: list[Tensor], axis: int | None) -> Tensor:
+def _joined(name: str, parts: list[Tensor], axis: int | None, rows: list[int] | None) -> Tensor:
     if axis is None:
         return parts[0]
+    if rows:  # of each tensor that this one joins
+        split = [part.split([size // len(parts) for size in rows]) for part in parts]
+        return torch.cat([piece for pieces in zip(*split, strict=True) for piece in pieces])
     if name.endswith("linear_fc1.weight"):  # each rank has rows of the gate, then rows of the up projection
         halves = [part.chunk(2) for part in parts]
         return torch.cat([half[0] for half in halves] + [half[1] for half in halves])

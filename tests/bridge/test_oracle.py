@@ -43,6 +43,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in MOD
         "use_qk_norm": False, "norm_topk_prob": False, "partial_rotary_factor": 1.0,
     }),
     "hy_v3_layers": ("hy_v3", {"mlp_layer_types": ["dense", "sparse", "dense", "sparse"]}),
+    "qwen3_next_other": ("qwen3_next", {"linear_num_key_heads": 4, "layer_types": ["linear_attention"] * 3 + ["full_attention"]}),
+    "hunyuan_plain_base": ("hunyuan_v1_dense", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
     "deepseek_v3_yarn": ("deepseek_v3", {"rope_parameters": LATENT_YARN}),
 }  # fmt: skip
 
@@ -51,10 +53,11 @@ def model_of(name: str, **more: Any) -> Any:
     """A tiny model whose weights are large enough that each of them moves the logits."""
     base, changes = CASES[name]
     model = tiny(base, **changes, **more)
+    factor = 4 if base == "qwen3_next" else 8  # delta nets enlarge what is lost by rounding with their weights
     with torch.no_grad():
         for key, value in model.named_parameters():
-            if "norm" not in key:
-                value.mul_(8)
+            if not key.endswith(("norm.weight", "A_log", "dt_bias")):
+                value.mul_(factor)
     return model
 
 
@@ -72,8 +75,11 @@ def canonical_of(model: Any) -> dict[str, Tensor]:
     for layer in range(last + 1):
         start = f"model.layers.{layer}."
         theirs = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
-        latent = "self_attn.kv_b_proj.weight" in theirs
-        ours = _latent(theirs) if latent else _grouped(theirs, config)
+        theirs = {_usual(key): value for key, value in theirs.items()}
+        if "self_attn.kv_b_proj.weight" in theirs:
+            ours = _latent(theirs)
+        else:
+            ours = _delta_net(theirs, config) if "linear_attn.A_log" in theirs else _grouped(theirs, config)
         ours |= _sparse(theirs) if "mlp.gate.weight" in theirs else _dense(theirs)
         further = layer - config.num_hidden_layers
         place = f"decoder.layers.{layer}." if further < 0 else f"mtp.layers.{further}.transformer_layer."
@@ -114,6 +120,42 @@ def _as_most(state: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
     return made
 
 
+def _usual(key: str) -> str:
+    """Hunyuan's and Qwen3-Next's names as those of others."""
+    names = {
+        "gate.wg.": "gate.", "shared_mlp.": "shared_experts.", "shared_expert.": "shared_experts.",
+        "query_layernorm": "q_norm", "key_layernorm": "k_norm",
+    }  # fmt: skip
+    for other, usual in names.items():
+        key = key.replace(other, usual)
+    return key
+
+
+def _delta_net(theirs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """Row by row: each key head has a query, a key, its values and their gates; then a beta and an alpha a value."""
+    kinds: dict[str, list[Tensor]] = {kind: [] for kind in "qkvzba"}
+    each = config.linear_num_value_heads // config.linear_num_key_heads
+    wide = each * config.linear_value_head_dim
+    sizes = {"q": config.linear_key_head_dim, "k": config.linear_key_head_dim, "v": wide, "z": wide}
+    for name, parts in [("in_proj_qkvz", sizes), ("in_proj_ba", {"b": each, "a": each})]:
+        rows = list(theirs[f"linear_attn.{name}.weight"])
+        while rows:
+            for kind, count in parts.items():
+                kinds[kind] += [rows.pop(0) for _ in range(count)]
+    names = {
+        "conv1d.weight": "conv1d.weight",
+        "A_log": "A_log",
+        "dt_bias": "dt_bias",
+        "out_proj.weight": "out_proj.weight",
+    }
+    return {
+        "self_attention.in_proj.layer_norm_weight": theirs["input_layernorm.weight"],
+        "self_attention.in_proj.weight": torch.stack([row for rows in kinds.values() for row in rows]),
+        "self_attention.out_norm.weight": (theirs["linear_attn.norm.weight"].double() - 1).float(),
+        **{f"self_attention.{ours}": theirs[f"linear_attn.{name}"] for ours, name in names.items()},
+    }
+
+
 def _grouped(theirs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     made = {
         "self_attention.linear_qkv.layer_norm_weight": theirs["input_layernorm.weight"],
@@ -124,11 +166,15 @@ def _grouped(theirs: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
             continue
         query, key, value = (theirs[f"self_attn.{part}_proj.{kind}"] for part in "qkv")
         each = config.num_attention_heads // config.num_key_value_heads
-        size = query.shape[0] // config.num_attention_heads
+        size = key.shape[0] // config.num_key_value_heads
         heads = [part.split(size) for part in (query, key, value)]
+        gates: list[Tensor] = []
+        if len(heads[0]) == 2 * config.num_attention_heads:  # a gate behind each query
+            heads[0], gates = heads[0][::2], list(heads[0][1::2])
         rows: list[Tensor] = []
         for group in range(config.num_key_value_heads):
-            rows += [*heads[0][group * each : (group + 1) * each], heads[1][group], heads[2][group]]
+            mine = slice(group * each, (group + 1) * each)
+            rows += [*heads[0][mine], *gates[mine], heads[1][group], heads[2][group]]
         made[f"self_attention.linear_qkv.{kind}"] = torch.cat(rows)
     for part in "qk":
         if f"self_attn.{part}_norm.weight" in theirs:
@@ -147,6 +193,10 @@ def _latent(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     made = {
         f"self_attention.{ours}": theirs[f"{key}.weight"] for key, ours in names.items() if f"{key}.weight" in theirs
     }
+    for part in ("wq_b.weight", "wk.weight", "weights_proj.weight", "k_norm.weight", "k_norm.bias"):
+        if f"self_attn.indexer.{part}" in theirs:
+            ours = part if "norm" in part else f"linear_{part}"
+            made[f"self_attention.core_attention.indexer.{ours}"] = theirs[f"self_attn.indexer.{part}"]
     return {"input_layernorm.weight": theirs["input_layernorm.weight"], **made}
 
 
@@ -176,6 +226,8 @@ def _sparse(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         made["mlp.router.expert_bias"] = theirs["mlp.gate.e_score_correction_bias"]
     if "mlp.shared_experts.gate_proj.weight" in theirs:
         made |= _dense(theirs, "mlp.shared_experts")
+    if "mlp.shared_expert_gate.weight" in theirs:
+        made["mlp.shared_experts.gate_weight"] = theirs["mlp.shared_expert_gate.weight"]
     return made
 
 

