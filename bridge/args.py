@@ -19,6 +19,7 @@ from .family import Family, head_dim
 
 Config = Mapping[str, Any]
 Args = dict[str, Any]
+SHARED_UP = ".shared_experts.linear_fc1.weight"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # what is meant where a config does not say
 
@@ -30,6 +31,7 @@ def to_args(config: Config, family: Family | None = None, *, tp: int = 1, divisi
     model that Megatron-Core cannot compute.
     """
     family = family or family_of(config)
+    config = family.plain(config)
     names = {row.mcore for row in family.rows(config)}
     rows, step = int(_need(config, "vocab_size")), tp * divisible_by
     return {
@@ -62,11 +64,14 @@ def _body(config: Config, names: set[str]) -> Args:
         raise BridgeError(f"config.json: hidden_act {act} is none that the bridge knows; silu is")
     for key, tensor in {
         "attention_bias": ".linear_qkv.bias", "attention_out_bias": ".linear_proj.bias", "mlp_bias": ".linear_fc1.bias",
+        "use_bias": ".linear_proj.bias",
     }.items():  # fmt: skip
         if config.get(key) and not _any(names, tensor):
             raise BridgeError(
                 f"config.json: {key} is true, but Megatron-Core has no such bias in {config['model_type']} models"
             )
+    if config.get("norm_head"):
+        raise BridgeError("config.json: norm_head true: Megatron-Core has no head whose rows are normed")
     context = int(_need(config, "max_position_embeddings"))
     return {
         "num_layers": int(_need(config, "num_hidden_layers")),
@@ -77,13 +82,13 @@ def _body(config: Config, names: set[str]) -> Args:
         "normalization": "RMSNorm",
         "norm_epsilon": float(_need(config, "rms_norm_eps")),  # its name before core 0.16
         "layernorm_epsilon": float(config["rms_norm_eps"]),
-        "apply_layernorm_1p": False,
+        "apply_layernorm_1p": bool(config.get("apply_layernorm_1p", False)),
         "swiglu": True,
         "squared_relu": False,
         "add_bias_linear": False,
         "add_qkv_bias": _any(names, ".linear_qkv.bias"),
         "attention_dropout": float(config.get("attention_dropout") or 0.0),
-        "hidden_dropout": float(config.get("residual_dropout") or 0.0),
+        "hidden_dropout": float(config.get("residual_dropout") or config.get("output_dropout") or 0.0),
     }
 
 
@@ -92,6 +97,8 @@ def _attention(config: Config, names: set[str]) -> Args:
     heads = int(_need(config, "num_attention_heads"))
     groups = int(config.get("num_key_value_heads") or heads)
     common: Args = {"num_attention_heads": heads, "apply_query_key_layer_scaling": False, **_window(config)}
+    if config.get("use_cla"):  # arguments of MindSpeed-LLM
+        common |= {"cla_share_factor": int(config["cla_share_factor"]), "share_kvstates": True}
     if not _any(names, ".linear_kv_down_proj.weight"):
         return common | {
             "multi_latent_attention": False,
@@ -99,6 +106,8 @@ def _attention(config: Config, names: set[str]) -> Args:
             "num_query_groups": groups,
             "kv_channels": head_dim(config),
             "qk_layernorm": _any(names, ".q_layernorm.weight"),
+            "attention_output_gate": bool(config.get("attention_output_gate", False)),
+            **(_delta_net(config, names) if _any(names, ".in_proj.weight") else {}),
         }
     if config.get("rope_interleave") is False:
         raise BridgeError(
@@ -115,6 +124,32 @@ def _attention(config: Config, names: set[str]) -> Args:
         "qk_head_dim": int(_need(config, "qk_nope_head_dim")),
         "qk_pos_emb_head_dim": int(_need(config, "qk_rope_head_dim")),
         "v_head_dim": int(config["v_head_dim"]),
+        **(_indexer(config) if _any(names, ".indexer.linear_wk.weight") else {}),
+    }
+
+
+def _delta_net(config: Config, names: set[str]) -> Args:
+    """Layers of gated delta nets, a flag a layer, and their sizes."""
+    layers = range(int(config["num_hidden_layers"]))
+    sizes = ("conv_kernel_dim", "key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads")
+    return {
+        "experimental_attention_variant": "gated_delta_net",
+        "linear_attention_freq": [
+            int(f"decoder.layers.{layer}.self_attention.in_proj.weight" in names) for layer in layers
+        ],
+        **{f"linear_{size}": int(_need(config, f"linear_{size}")) for size in sizes},
+    }
+
+
+def _indexer(config: Config) -> Args:
+    """What picks the tokens that attention sees."""
+    return {
+        "experimental_attention_variant": "dsa",
+        "dsa_indexer_n_heads": int(_need(config, "index_n_heads")),
+        "dsa_indexer_head_dim": int(_need(config, "index_head_dim")),
+        "dsa_indexer_topk": int(_need(config, "index_topk")),
+        "dsa_indexer_rope_interleaved": bool(config.get("indexer_rope_interleave", False)),
+        "dsa_indexer_k_norm_epsilon": 1e-6,
     }
 
 
@@ -139,6 +174,9 @@ def _rope(config: Config, *, latent: bool) -> Args:
     rope: dict[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     base = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if kind == "dynamic" and rope.get("alpha"):  # Hunyuan: not dynamic at all, another base
+        kind, size = "default", head_dim(config)
+        base *= float(rope["alpha"]) ** (size / (size - 2))
     common: Args = {
         "position_embedding_type": "rope",
         "use_rotary_position_embeddings": True,
@@ -204,15 +242,19 @@ def _experts(config: Config, names: set[str]) -> Args:
     layers = int(config["num_hidden_layers"])
     sparse = [int(f"decoder.layers.{layer}.mlp.router.weight" in names) for layer in range(layers)]
     biased = _any(names, ".router.expert_bias")
-    score = config.get("scoring_func") or ("sigmoid" if biased else "softmax")
+    score = config.get("scoring_func") or config.get("score_function") or ("sigmoid" if biased else "softmax")
+    if config.get("moe_router_use_sigmoid") is False:
+        raise BridgeError(
+            "config.json: moe_router_use_sigmoid false: the bridge knows this model with a sigmoid router only"
+        )
     chosen = int(_need(config, "num_experts_per_tok"))
-    normed = bool(config.get("norm_topk_prob", biased))
+    normed = bool(config.get("norm_topk_prob", config.get("route_norm", biased)))
     if score == "sigmoid" and chosen > 1 and not normed:
         raise BridgeError(
             "config.json: norm_topk_prob false: Megatron-Core always norms the weights of a sigmoid router"
         )
-    scale, size = float(config.get("routed_scaling_factor") or 1.0), int(_need(config, "moe_intermediate_size"))
-    shared = int(config.get("n_shared_experts") or 0)
+    scale = float(config.get("routed_scaling_factor") or config.get("router_scaling_factor") or 1.0)
+    size = int(_need(config, "moe_intermediate_size"))
     return {
         "num_experts": len(
             {name.split(".local_experts.")[1].split(".")[0] for name in names if ".local_experts." in name}
@@ -223,11 +265,19 @@ def _experts(config: Config, names: set[str]) -> Args:
         "moe_router_score_function": score,
         "moe_router_pre_softmax": score == "softmax" and not normed,
         "moe_router_enable_expert_bias": biased,
+        # As these models' own code: scores with a bias are close together.
+        "moe_router_dtype": "fp32" if biased else None,
         "moe_router_topk_scaling_factor": None if scale == 1.0 else scale,
         **_expert_groups(config, chosen, biased=biased),
-        "moe_shared_expert_intermediate_size": shared * size or None,
-        "moe_shared_expert_gate": False,
+        "moe_shared_expert_intermediate_size": _shared_size(config, size) if _any(names, SHARED_UP) else None,
+        "moe_shared_expert_gate": _any(names, ".shared_experts.gate_weight"),
     }
+
+
+def _shared_size(config: Config, size: int) -> int:
+    """Width of the shared experts together."""
+    count = int(config.get("n_shared_experts") or config.get("num_shared_experts") or 1)
+    return int(config.get("shared_expert_intermediate_size") or count * size)
 
 
 def _expert_groups(config: Config, chosen: int, *, biased: bool) -> Args:

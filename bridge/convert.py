@@ -24,11 +24,12 @@ from .args import to_args, to_config
 from .dist_format import DistCheckpoint, write_dist
 from .errors import BridgeError
 from .families import family_of
-from .family import Family
+from .family import Family, Support
 from .hf import HFCheckpoint, write_hf
-from .mapping import hf_shapes, mcore_shape
+from .mapping import MinusOne, hf_dtype, hf_shapes, mcore_shape
 from .parallel import Layout, check_layout
 from .run_flags import run_notes
+from .shapes import check_shapes
 from .torch_format import TorchCheckpoint, tracked
 from .torch_writer import write_torch
 
@@ -53,6 +54,7 @@ class Target:
     iteration: int | None = None
     divisible_by: int = 128  # of the padded vocabulary, times TP
     workers: int = 2
+    allow_patched_attention: bool = False  # models that stock Megatron-Core computes otherwise
 
 
 def form_of(folder: Path) -> Form:
@@ -106,7 +108,7 @@ def open_source(folder: Path, *, hf_config: Path | None = None, family: str | No
         mcore = TorchCheckpoint(folder, vocab_size=known.get("vocab_size") if known else None)
     config = known or to_config(mcore.args)
     table = family_of(config, family)
-    config = table.without_mtp(config, mcore.shapes, hf=False)
+    config = table.as_stored(config, mcore.shapes, hf=False)
     return Source(folder, form, mcore, config, config_folder, table)
 
 
@@ -156,12 +158,32 @@ class Plan:
             said.append("one set of files for every TP, PP, VPP, EP and ETP")
         if self.target.form != "hf":
             said += run_notes(self.args())
+        elif rounded := self._rounded():
+            said.append(
+                f"{len(rounded)} norms that Megatron-Core keeps as distances from one are rounded when one is added, the "
+                f"first is {rounded[0]}"
+            )
+        if (support := _support(self.source, self.target)).reason:
+            patched = "only for a Megatron-Core that was changed: " if support.kind == "needs_patch" else ""
+            said.append(patched + support.reason)
         return said + self.source.tensors.said
+
+    def _rounded(self) -> list[str]:
+        """Tensors for whose Hugging Face form the type that they have is too narrow."""
+        rules = {row.mcore: row.rule for row in self.source.family.rows(self.source.config)}
+        main = max(self.specs, key=lambda spec: spec.size).dtype
+        narrow = (spec for spec in self.specs if isinstance(rules[spec.name], MinusOne))
+        return [spec.name for spec in narrow if hf_dtype(rules[spec.name], spec.dtype, main) == spec.dtype]
 
 
 def plan(source: Source, target: Target) -> Plan:
-    """Check that the source is the model of its config, tensor by tensor. Raises BridgeError naming the first that is not."""
+    """Check that the source is the model of its config, tensor by tensor. Raises BridgeError naming the first that is not.
+
+    Raises BridgeError too for a model that Megatron-Core does not compute, unless the target allows it or neither side is
+    Megatron's.
+    """
     tensors, family = source.tensors, source.family
+    _support(source, target)
     wanted = {row.mcore: row for row in family.rows(source.config)}
     if missing := [name for name in wanted if name not in tensors.shapes]:
         raise BridgeError(
@@ -183,7 +205,26 @@ def plan(source: Source, target: Target) -> Plan:
         stored = tensors.dtypes[name]
         keeps = asked is None or not stored.is_floating_point or own.itemsize < stored.itemsize > asked.itemsize
         specs.append(Spec(name, stored if keeps or asked is None else asked, shape))
-    return Plan(source, target, specs)
+    made = Plan(source, target, specs)
+    if not source.form == target.form == "hf":
+        names = {name: ", ".join(row.hf) if source.form == "hf" else name for name, row in wanted.items()}
+        check_shapes(specs, made.args(), lambda name: f"{source.folder}: {names[name]}")
+    return made
+
+
+def _support(source: Source, target: Target) -> Support:
+    """Whether Megatron-Core computes the model; of no meaning when neither side is its. Raises BridgeError when it may not be."""
+    if source.form == target.form == "hf":
+        return Support("stock")
+    support, name = source.family.support(source.config), source.family.name
+    if support.kind == "none":
+        raise BridgeError(f"{source.folder}: {name} has no form in Megatron-Core: {support.reason}")
+    if support.kind == "needs_patch" and not target.allow_patched_attention:
+        raise BridgeError(
+            f"{source.folder}: stock Megatron-Core computes {name} otherwise: {support.reason}. For a Megatron-Core that was "
+            "changed give --allow_patched_attention"
+        )
+    return support
 
 
 def convert(made: Plan, save: Path, *, overwrite: bool = False, say: Callable[[str], None] = print) -> None:

@@ -69,6 +69,10 @@ def parser() -> argparse.ArgumentParser:
         "--make_vocab_size_divisible_by", type=_positive, default=128, help="of the padded vocabulary, times TP (torch)"
     )
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of the weights (default: as they are)")
+    add(
+        "--allow_patched_attention", action="store_true",
+        help="convert a model that stock Megatron-Core computes otherwise, for one that was changed",
+    )  # fmt: skip
     add("--max_shard_size", default="5GB", help="largest Hugging Face file (default 5GB)")
     add("--workers", type=_positive, default=2, help="threads (default %(default)s)")
     add("--dry_run", action="store_true", help="check everything and print the plan; nothing is written")
@@ -138,6 +142,7 @@ def target_of(args: argparse.Namespace, max_bytes: int) -> "Target":
         args.iteration,
         args.make_vocab_size_divisible_by,
         args.workers,
+        args.allow_patched_attention,
     )
 
 

@@ -17,9 +17,10 @@ _PLANNED = ("mindspeed", "pai")
 _IN_LAYER = re.compile(r"^(decoder\.layers\.\d+|mtp\.layers\.\d+\.(?:transformer_layer|mtp_model_layer))\.(.+)$")
 _EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)$")
 _GROUPED = re.compile(r"^mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
-_LINEAR = re.compile(r"^(.*\.(?:linear_\w+|eh_proj))\.weight\d*$")
+_LINEAR = re.compile(r"^(.*\.(?:linear_\w+|eh_proj|in_proj|out_proj))\.weight\d*$")
 FUSED = {  # the norm is a part of the linear layer behind it -> it is a module of its own
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "self_attention.in_proj.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
     "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
     "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo  # pyright: ignore[reportPrivateUsage]
@@ -32,9 +32,10 @@ from torch.distributed.checkpoint.metadata import (
 from ..storage.hashing import HashingFile, Ledger
 from ..storage.safe_pickle import Inert
 from ..storage.safetensors_io import Spec, bytes_of
-from .dist_names import Piece, Place, extra_states_of, pieces_of, places_of
+from .dist_names import Piece, Place, extra_states_of, pieces_of, places_of, section_places
 from .dist_records import METADATA_NAME, Files, Record, check_tiling, read_metadata
 from .errors import BridgeError
+from .sections import sections_of
 
 COMMON_NAME = "common.pt"
 _COMMON_OBJECT = "common_state/shard_0_1"
@@ -199,7 +200,9 @@ def write_dist(
     """
     common = _common_state(args, iteration, uniform=uniform)
     places = places_of({spec.name for spec in specs}, uniform=uniform, dialect=dialect)
-    table = _described(specs, places)
+    sections = sections_of({spec.name: spec.shape for spec in specs})
+    stored = {spec.name: _stored(spec, places[spec.name], sections.get(spec.name)) for spec in specs}
+    table = _described([part for parts in stored.values() for part in parts])
     ledger = Ledger(folder)
     found: dict[MetadataIndex, _StorageInfo] = {}
     nothing: list[_StorageInfo] = []
@@ -210,9 +213,10 @@ def write_dist(
             if number == 0:
                 nothing.append(records.add([None]))
             for spec in part:
-                place = places[spec.name]
-                record = records.add(_checked(get(spec.name), spec, len(place.at)))
-                found[MetadataIndex(place.key, _offset(spec, place))] = record
+                whole = _checked(get(spec.name), spec)
+                for one, place, first in stored[spec.name]:
+                    record = records.add(_record(whole, one, first, len(place.at)))
+                    found[MetadataIndex(place.key, _offset(one, place))] = record
 
         name = f"__{number}_0.distcp"
         ledger.write(folder / name, work)
@@ -244,11 +248,30 @@ def _common_state(args: Mapping[str, Any], iteration: int, *, uniform: bool) -> 
     return common if uniform else common | {"content_metadata": {"non_homogeneous_layers": True}}
 
 
-def _described(specs: Sequence[Spec], places: Mapping[str, Place]) -> dict[str, Any]:
+class _Stored(NamedTuple):
+    """What is stored under a key: a tensor or one of those that it joins, from the row ``first`` on."""
+
+    spec: Spec
+    place: Place
+    first: int
+
+
+def _stored(spec: Spec, place: Place, rows: Sequence[int] | None) -> list[_Stored]:
+    """What a canonical tensor is stored as; ``rows`` of each of the tensors that it joins, None when it joins none."""
+    if rows is None:
+        return [_Stored(spec, place, 0)]
+    starts = [sum(rows[:number]) for number in range(len(rows))]
+    return [
+        _Stored(spec._replace(shape=(count, *spec.shape[1:])), one, start)
+        for one, count, start in zip(section_places(place), rows, starts, strict=True)
+    ]
+
+
+def _described(parts: Sequence[_Stored]) -> dict[str, Any]:
     """What ``.metadata`` says of each tensor. Raises BridgeError when layers or experts that share one differ."""
     table: dict[str, Any] = {}
-    for spec in specs:
-        key, at, lead = places[spec.name]
+    for spec, place, _ in parts:
+        key, at, lead = place
         size = torch.Size((*lead, *spec.shape))
         entry = table.setdefault(key, TensorStorageMetadata(TensorProperties(spec.dtype), size, []))
         if (entry.size, entry.properties.dtype) != (size, spec.dtype):
@@ -257,7 +280,7 @@ def _described(specs: Sequence[Spec], places: Mapping[str, Place]) -> dict[str, 
                 f"{tuple(entry.size[len(lead) :])}"
             )
         sizes = torch.Size((1,) * len(at) + spec.shape)
-        entry.chunks.append(ChunkStorageMetadata(torch.Size(_offset(spec, places[spec.name])), sizes))
+        entry.chunks.append(ChunkStorageMetadata(torch.Size(_offset(spec, place)), sizes))
     return table
 
 
@@ -279,15 +302,21 @@ def _parts(specs: Sequence[Spec], workers: int, max_bytes: int) -> list[list[Spe
     return parts
 
 
-def _checked(tensor: torch.Tensor, spec: Spec, depth: int) -> torch.Tensor:
-    """The tensor with its leading dimensions, on a storage of its own size: torch.save writes whole storages."""
+def _checked(tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
+    """The tensor. Raises BridgeError when it is not as its spec says."""
     if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape or not spec.size:
         raise BridgeError(
             f"tensor {spec.name}: {tensor.dtype} {tuple(tensor.shape)} in place of {spec.dtype} {spec.shape}"
             if spec.size
             else f"tensor {spec.name} is empty: {spec.shape}"
         )
-    flat = torch.frombuffer(bytes_of(tensor), dtype=torch.uint8)
+    return tensor
+
+
+def _record(tensor: torch.Tensor, spec: Spec, first: int, depth: int) -> torch.Tensor:
+    """Rows from ``first`` on with their leading dimensions, on a storage of their size: torch.save writes whole ones."""
+    rows = tensor[first : first + spec.shape[0]] if spec.shape else tensor
+    flat = torch.frombuffer(bytes_of(rows), dtype=torch.uint8)
     return flat.view(spec.dtype).reshape((1,) * depth + spec.shape)
 
 

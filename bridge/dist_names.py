@@ -16,13 +16,18 @@ from typing import NamedTuple
 from .dialects import check_dialect
 from .dist_records import Chunk, Stored
 from .errors import BridgeError
+from .sections import NAMES
 
 _LAYER = re.compile(
     r"(?P<head>.*\blayers\.)(?P<number>\d+\.)?(?P<inner>transformer_layer\.|mtp_model_layer\.)?(?P<rest>.+)"
 )
 _EXPERTS = re.compile(r"mlp\.experts\.experts\.(?:(\d+)\.)?(linear_fc[12]\..+)")
 _EXPERT = re.compile(r"(.*\bmlp\.experts\.)local_experts\.(\d+)\.(.+)")
+_PART = re.compile(r"(?:linear_fc1\.(?:weight|bias)(?=_)|(?:in_proj|conv1d)\.weight(?=\.))(_[wv]|\.\w+)$")
 _DECODER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
+
+# The endings of the keys of one tensor's parts, in their order: one for all of it, or a gated layer's halves, or sections.
+_WHOLES = [("",), ("_w", "_v"), *(tuple(f".{part}" for part in parts) for parts in NAMES.values())]
 
 # (of a stored key, of the canonical name, the neighbour in the same layer that tells that this row holds)
 # The local spec writes the rows 2 to 4 of a layer with latent attention and the last one of others: its map of keys is
@@ -63,25 +68,27 @@ def pieces_of(tensors: Mapping[str, Stored]) -> dict[str, list[Piece]]:
             name = pattern
             for number in index:
                 name = name.replace("{}", str(number), 1)
-            halves = names.setdefault(name, {})
-            if half in halves:
-                raise BridgeError(f"tensor {name}: stored twice, as {halves[half].key} and as {key}")
-            halves[half] = Piece(key, index, stored.shape[depth:], chunks)
-    for name, halves in names.items():
-        if halves.keys() not in ({""}, {"_w", "_v"}):
+            parts = names.setdefault(name, {})
+            if half in parts:
+                raise BridgeError(f"tensor {name}: stored twice, as {parts[half].key} and as {key}")
+            parts[half] = Piece(key, index, stored.shape[depth:], chunks)
+    for name, parts in names.items():
+        if not any(parts.keys() == set(whole) for whole in _WHOLES):
             raise BridgeError(
-                f"tensor {name}: only its half {', '.join(piece.key for piece in halves.values())} is stored"
+                f"tensor {name}: of its parts only {', '.join(piece.key for piece in parts.values())} is stored"
             )
-    return {name: [halves[half] for half in ("", "_w", "_v") if half in halves] for name, halves in names.items()}
+    order = [ending for whole in _WHOLES for ending in whole]
+    return {name: [parts[ending] for ending in sorted(parts, key=order.index)] for name, parts in names.items()}
 
 
 def _canonical(key: str, neighbours: Mapping[str, set[str]]) -> tuple[str, str, int]:
-    """The canonical name with {} for what is a leading dimension, the half ("", "_w", "_v"), and how many there are."""
+    """The canonical name with {} for what is a leading dimension, the part (one of _WHOLES), and how many there are."""
     found = _LAYER.fullmatch(key)
     if not found:
         return key, "", 0
     rest = _renamed(found["rest"], neighbours[key[: found.start("rest")]])
-    half = rest[-2:] if re.search(r"linear_fc1\.(weight|bias)_[wv]$", rest) else ""
+    part = _PART.search(rest)
+    half = part[1] if part else ""
     rest = rest.removesuffix(half)
     depth = 0 if found["number"] else 1
     if experts := _EXPERTS.fullmatch(rest):
@@ -139,6 +146,11 @@ def places_of(names: Collection[str], *, uniform: bool, dialect: str) -> dict[st
             raise BridgeError(f"tensor {key}: nothing for {words}, although there is {next(iter(members.values()))}")
         places |= {name: Place(key, index, lead) for index, name in members.items()}
     return places
+
+
+def section_places(place: Place) -> list[Place]:
+    """Where the sections of a tensor are stored (see ``sections.py``), given where the tensor would be."""
+    return [place._replace(key=f"{place.key}.{name}") for name in NAMES[place.key.split(".")[-2]]]
 
 
 def _local(name: str, names: Collection[str]) -> str:

@@ -5,11 +5,11 @@ Numbers are filled in here, once for all families: ``{l}`` is the layer, ``{e}``
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from .errors import BridgeError
-from .mapping import QKV, Copy, Gated, Rule, Vocab
+from .mapping import QKV, Copy, DeltaNet, Gated, GatedQKV, MinusOne, Rule, Stacked, Vocab
 
 Config = Mapping[str, Any]
 _MTP = "num_nextn_predict_layers"
@@ -17,7 +17,10 @@ _MTP = "num_nextn_predict_layers"
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a table. ``rule`` makes the rule from the config; ``when`` tells whether the model has the tensor."""
+    """One line of a table. ``rule`` makes the rule from the config; ``when`` tells whether the model has the tensor.
+
+    Names are those within the layer; a name in ``hf`` that begins with / is whole.
+    """
 
     mcore: str
     rule: Callable[[Config], Rule]
@@ -35,12 +38,45 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Support:
+    """Whether Megatron-Core computes a model: as it is, only when changed, or not at all; ``reason`` says what to know."""
+
+    kind: Literal["stock", "needs_patch", "none"]
+    reason: str = ""
+
+
+def stock(_: Config) -> Support:
+    """Megatron-Core as it is computes the model."""
+    return Support("stock")
+
+
+def since(version: str, reason: str) -> Callable[[Config], Support]:
+    """Megatron-Core as it is computes the model from a version on."""
+    return lambda _: Support("stock", f"for Megatron-Core {version} or newer: {reason}")
+
+
+def needs_patch(reason: str, when: Callable[[Config], bool] = lambda _: True) -> Callable[[Config], Support]:
+    """Names and shapes fit, but Megatron-Core computes otherwise where ``when`` holds, until its attention is changed."""
+    return lambda config: Support("needs_patch", reason) if when(config) else stock(config)
+
+
+def none(reason: str, when: Callable[[Config], bool] = lambda _: True) -> Callable[[Config], Support]:
+    """Nothing computes the model from a Megatron checkpoint where ``when`` holds."""
+    return lambda config: Support("none", reason) if when(config) else stock(config)
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """A table by place: once in the model, in every layer, in layers with one MLP, in layers with experts, an expert.
 
-    ``sparse`` tells from config and number whether a layer has experts, ``experts`` are keys of their count. ``mtp`` are
-    the lines of a layer that predicts further tokens, beside those of a layer; ``mtp_copies`` its tensors that repeat
-    others: (name in the layer, name of the other). ``computed`` are endings of tensors that hold nothing learnt.
+    Where layers differ in their attention, ``kind`` tells from config and number which lines of ``attention`` a layer has.
+    ``sparse`` tells so whether it has experts, ``experts`` are keys of their count. ``mtp`` are the lines of a layer that
+    predicts further tokens, beside those of a layer; these layers follow the others, or lie under ``mtp_prefix`` with
+    numbers of their own. ``mtp_copies`` are its tensors that repeat others: (name in the layer, name of the other).
+    ``computed`` are endings of tensors that hold nothing learnt. ``keys`` are other names of common keys of a config,
+    ``implied`` what it need not say. ``support`` is asked before a Megatron checkpoint is read or written.
+    ``aliases`` are names that others give the family. ``spellings`` are parts of names on disk that some releases of a
+    model write otherwise: (theirs, that of the table).
     """
 
     name: str
@@ -48,6 +84,8 @@ class Family:
     top: Sequence[Line]
     layer: Sequence[Line]
     dense: Sequence[Line] = ()
+    attention: Mapping[str, Sequence[Line]] = field(default_factory=dict[str, Sequence[Line]])
+    kind: Callable[[Config, int], str] = lambda config, layer: ""  # noqa: ARG005
     moe: Sequence[Line] = ()
     expert: Sequence[Line] = ()
     sparse: Callable[[Config, int], bool] = lambda config, layer: False  # noqa: ARG005
@@ -56,30 +94,42 @@ class Family:
     mtp_copies: Sequence[tuple[str, str]] = ()
     computed: tuple[str, ...] = ("rotary_emb.inv_freq",)
     prefix: str = "model.layers.{l}."
+    aliases: tuple[str, ...] = ()
+    spellings: Sequence[tuple[str, str]] = ()
+    mtp_prefix: str | None = None
+    keys: Mapping[str, str] = field(default_factory=dict[str, str])
+    implied: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    support: Callable[[Config], Support] = stock
 
     def rows(self, config: Config) -> Iterator[Row]:
         """Every canonical tensor of a model of this config, in order."""
         yield from _filled(self.top[:1], config)
         for layer in range(int(config["num_hidden_layers"])):
-            yield from self._layer(config, layer, "decoder.layers.{l}.", layer)
+            yield from self._layer(config, layer, ("decoder.layers.{l}.", layer), (self.prefix, layer))
         yield from _filled(self.top[1:], config)
+        theirs = self.mtp_prefix or self.prefix
         for depth, layer in enumerate(self._mtp_layers(config)):
-            yield from _filled(self.mtp, config, "mtp.layers.{l}.", self.prefix, own=depth, l=layer)
-            yield from self._layer(config, layer, "mtp.layers.{l}.transformer_layer.", depth)
+            number = depth if self.mtp_prefix else layer
+            yield from _filled(self.mtp, config, "mtp.layers.{l}.", theirs, own=depth, l=number)
+            yield from self._layer(config, layer, ("mtp.layers.{l}.transformer_layer.", depth), (theirs, number))
 
-    def _count(self, config: Config) -> int:
-        """Experts of a layer."""
-        found = next((key for key in self.experts if key in config), None)
-        if found is None:
-            raise BridgeError(f"config.json: none of {', '.join(self.experts)}, the number of experts")
-        return int(config[found])
+    def plain(self, config: Config) -> dict[str, Any]:
+        """The config with common names and with what it need not say. Raises BridgeError when a value differs by layer."""
+        renamed = {ours: _one(config, theirs) for ours, theirs in self.keys.items() if theirs in config}
+        return {**self.implied, **config, **renamed}
 
-    def without_mtp(self, config: Config, names: Iterable[str], *, hf: bool) -> dict[str, Any]:
-        """The config of a model whose files lack the layers that predict further tokens, as transformers saves it."""
-        first = f"{self.prefix.format(l=config['num_hidden_layers'])}" if hf else "mtp."
-        if not self._mtp_layers(config) or any(name.startswith(first) for name in names):
+    def as_stored(self, config: Config, names: Iterable[str], *, hf: bool) -> dict[str, Any]:
+        """The config with as many layers that predict further tokens as the files hold.
+
+        transformers saves a model without them and leaves the config as it was; a config may keep silent about one.
+        """
+        if not self.mtp:
             return dict(config)
-        return {**config, _MTP: 0}
+        own = "mtp." if self.mtp_prefix else self.prefix.format(l=config["num_hidden_layers"])
+        found = any(name.startswith(own if hf else "mtp.") for name in names)
+        if not found and config.get(_MTP):
+            return {**config, _MTP: 0}
+        return {**config, _MTP: 1} if found and config.get(_MTP) is None else dict(config)
 
     def copies(self, config: Config) -> dict[str, str]:
         """Tensors on disk that repeat another one: name -> name of the other."""
@@ -89,18 +139,39 @@ class Family:
             for name, other in self.mtp_copies
         }
 
-    def _mtp_layers(self, config: Config) -> range:
-        layers = int(config["num_hidden_layers"])
-        return range(layers, layers + (int(config.get(_MTP) or 0) if self.mtp else 0))
+    def tied(self, config: Config) -> dict[str, str]:
+        """The head that a model without one of its own may store all the same: its name -> that of the embedding."""
+        names = {line.mcore: line.hf[0] for line in self.top}
+        tied = config.get("tie_word_embeddings") and "output_layer.weight" in names
+        return {names["output_layer.weight"]: names["embedding.word_embeddings.weight"]} if tied else {}
 
-    def _layer(self, config: Config, layer: int, ours: str, own: int) -> Iterator[Row]:
-        yield from _filled(self.layer, config, ours, self.prefix, own=own, l=layer)
-        if not self.sparse(config, layer):
-            yield from _filled(self.dense, config, ours, self.prefix, own=own, l=layer)
-            return
-        yield from _filled(self.moe, config, ours, self.prefix, own=own, l=layer)
-        for expert in range(self._count(config)):
-            yield from _filled(self.expert, config, ours, self.prefix, own=own, l=layer, e=expert)
+    def spelled(self, name: str) -> str:
+        """A name on disk as the table has it."""
+        for theirs, ours in self.spellings:
+            name = name.replace(theirs, ours)
+        return name
+
+    def _mtp_layers(self, config: Config) -> range:
+        layers, count = int(config["num_hidden_layers"]), int(config.get(_MTP) or 0) if self.mtp else 0
+        if count > 1 and self.mtp_prefix:
+            raise BridgeError(f"config.json: {_MTP} {count}: {self.name} has tensors for one such layer")
+        return range(layers, layers + count)
+
+    def _count(self, config: Config, layer: int) -> int:
+        """Experts of a layer."""
+        found = next((key for key in self.experts if key in config), None)
+        if found is None:
+            raise BridgeError(f"config.json: none of {', '.join(self.experts)}, the number of experts")
+        return int(at(config[found], layer))
+
+    def _layer(self, config: Config, layer: int, ours: tuple[str, int], theirs: tuple[str, int]) -> Iterator[Row]:
+        """The rows of a layer; ``ours`` and ``theirs`` are the begin of its names and its number there."""
+        sparse = self.sparse(config, layer)
+        (start, own), (other, number) = ours, theirs
+        for lines in (self.layer, self.attention.get(self.kind(config, layer), ()), self.moe if sparse else self.dense):
+            yield from _filled(lines, config, start, other, own=own, l=number)
+        for expert in range(self._count(config, layer) if sparse else 0):
+            yield from _filled(self.expert, config, start, other, own=own, l=number, e=expert)
 
 
 def _filled(
@@ -109,7 +180,23 @@ def _filled(
     for line in lines:
         if line.when(config):
             mcore = (ours + line.mcore).format(**{**numbers, "l": own})
-            yield Row(mcore, line.rule(config), tuple((theirs + name).format(**numbers) for name in line.hf))
+            names = (name.removeprefix("/") if name.startswith("/") else theirs + name for name in line.hf)
+            yield Row(mcore, line.rule(config), tuple(name.format(**numbers) for name in names))
+
+
+def at(value: Any, layer: int) -> Any:
+    """What a config says of a layer: a value for all, or a list with one for each."""
+    return value[min(layer, len(value) - 1)] if isinstance(value, list) else value
+
+
+def _one(config: Config, key: str) -> Any:
+    """A value that must be the same in all layers, for Megatron-Core has one for all."""
+    value = config[key]
+    if not isinstance(value, list):
+        return value
+    if len(set(value)) != 1:
+        raise BridgeError(f"config.json: {key} differs by layer: {sorted(set(value))}; Megatron-Core has one for all")
+    return value[0]
 
 
 # ---- what many families share
@@ -137,11 +224,44 @@ def vocab(config: Config) -> Rule:
 
 def qkv(config: Config) -> Rule:
     """Query, key and value by query group."""
+    return _qkv(config)
+
+
+def one_qkv(config: Config) -> Rule:
+    """Query, key and value by query group, of one tensor with all queries, then all keys, then all values."""
+    rule = _qkv(config)
+    keys = rule.groups * rule.head_dim
+    return Stacked(rule, (rule.heads * rule.head_dim, keys, keys))
+
+
+def _qkv(config: Config) -> QKV:
     heads = int(config["num_attention_heads"])
     groups = int(config.get("num_key_value_heads") or heads)
     if heads % groups:
         raise BridgeError(f"config.json: {heads} attention heads cannot share {groups} key-value heads")
     return QKV(heads, groups, head_dim(config))
+
+
+def gated_qkv(config: Config) -> Rule:
+    """Query with its gate, key and value by query group."""
+    plain = qkv(config)
+    assert isinstance(plain, QKV)
+    return GatedQKV(plain.heads, plain.groups, plain.head_dim)
+
+
+def delta_net(config: Config) -> Rule:
+    """The input projection of a gated delta net."""
+    return DeltaNet(
+        *(
+            int(config[f"linear_{key}"])
+            for key in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+        )
+    )
+
+
+def minus_one(_: Config) -> Rule:
+    """A norm around one that Megatron-Core keeps around zero."""
+    return MinusOne()
 
 
 def untied(config: Config) -> bool:
@@ -171,6 +291,45 @@ def every(step: str = "decoder_sparse_step", dense: str = "mlp_only_layers") -> 
 def from_layer(first: str = "first_k_dense_replace") -> Callable[[Config, int], bool]:
     """All layers from the one that ``first`` numbers on have experts (DeepSeek's rule)."""
     return lambda config, layer: layer >= int(config.get(first) or 0)
+
+
+def listed(kinds: str = "mlp_layer_types", sparse: str = "sparse") -> Callable[[Config, int], bool]:
+    """The layers that are ``sparse`` in the list ``kinds``, and those after its end; without a list as ``from_layer``."""
+
+    def has_experts(config: Config, layer: int) -> bool:
+        types: Sequence[str] | None = config.get(kinds)
+        if types is None:
+            return from_layer()(config, layer)
+        return layer >= len(types) or types[layer] == sparse
+
+    return has_experts
+
+
+def shared_experts(place: str = "mlp.shared_experts", count: str = "n_shared_experts") -> tuple[Line, Line]:
+    """Experts that every token sees, stored as one below ``place``, where the config has some under ``count``."""
+    ours, names = "mlp.shared_experts", (f"{place}.gate_proj.weight", f"{place}.up_proj.weight")
+    return (
+        Line(f"{ours}.linear_fc1.weight", gated, names, has(count)),
+        Line(f"{ours}.linear_fc2.weight", copy, (f"{place}.down_proj.weight",), has(count)),
+    )
+
+
+def expert_bias(
+    name: str = "mlp.gate.e_score_correction_bias", when: Callable[[Config], bool] = lambda _: True
+) -> Line:
+    """What is added to an expert's score when it is chosen, stored under ``name``."""
+    return Line("mlp.router.expert_bias", copy, (name,), when)
+
+
+def further(norm: str) -> tuple[Line, ...]:
+    """What a layer that predicts further tokens has beside a layer; ``norm`` is its last norm on disk."""
+    names = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "final_layernorm": norm}
+    return tuple(Line(f"{ours}.weight", copy, (f"{theirs}.weight",)) for ours, theirs in names.items())
+
+
+def renamed(lines: Iterable[Line], names: Mapping[str, str]) -> tuple[Line, ...]:
+    """The lines with other names on disk: old name -> new name."""
+    return tuple(replace(line, hf=tuple(names.get(name, name) for name in line.hf)) for line in lines)
 
 
 TOP = (

@@ -37,6 +37,7 @@ def compare(one: Source, other: Source, say: Callable[[str], None] = print) -> b
         raise BridgeError(f"--forward: {one.folder} and {other.folder} are of one kind; one of each is needed")
     if "quantization_config" in hf.config:
         raise BridgeError(f"--forward: {hf.folder} is quantized; convert it first, which writes bf16")
+    _check_stock(hf)
     say(_check_memory(mcore.tensors))
     rows = int(hf.config["vocab_size"])
     shape = _IDS[0], min(_IDS[1], int(hf.config["max_position_embeddings"]))
@@ -48,6 +49,14 @@ def compare(one: Source, other: Source, say: Callable[[str], None] = print) -> b
     limit = _EXACT * max(1.0, largest)
     say(f"logits differ by at most {difference:.2e}, the largest is {largest:.2e}; up to {limit:.2e} is the same")
     return difference <= limit  # not so for what is no number
+
+
+def _check_stock(hf: Source) -> None:
+    """Raise BridgeError for a model that Megatron-Core's own layers do not compute on the CPU."""
+    if hf.family.support(hf.config).kind != "stock":
+        raise BridgeError(f"--forward: stock Megatron-Core computes {hf.family.name} otherwise")
+    if variant := to_args(hf.config, hf.family).get("experimental_attention_variant"):
+        raise BridgeError(f"--forward: Megatron-Core has {variant} for CUDA only; leave --forward out")
 
 
 def _check_memory(tensors: Checkpoint) -> str:

@@ -13,10 +13,10 @@ import torch
 
 from ..storage.hashing import HashingFile, Ledger
 from ..storage.safe_load import open_weights
-from ..storage.safetensors_io import Spec, bytes_of, plan_shards, write_header, write_index
+from ..storage.safetensors_io import Spec, bytes_of, main_dtype, plan_shards, write_header, write_index
 from .errors import BridgeError
 from .family import Family, Row
-from .mapping import hf_shapes, mcore_shape
+from .mapping import hf_dtype, hf_shapes, mcore_dtype, mcore_shape
 
 _SCALE = "_scale_inv"  # what DeepSeek appends to the name of an fp8 weight for its scales, a block of 128 x 128 each
 _FUSED = re.compile(r"(?P<experts>.*\.experts)\.(?P<kind>gate_up_proj|down_proj)")
@@ -43,13 +43,18 @@ class HFCheckpoint:
         self.folder = folder
         self.said: list[str] = []
         self._weights = open_weights(folder)
-        self.config = family.without_mtp(config, self._weights, hf=True)
+        self.config = family.as_stored(config, self._weights, hf=True)
         if self.config != config:
             self.said.append(
-                "config.json names layers that predict further tokens, the files have none: they are left out"
+                "config.json and the files differ in layers that predict further tokens: what the files hold counts"
             )
         self._rows = {row.mcore: row for row in family.rows(self.config)}
-        self._parts = dict(self._stored())
+        self._parts: dict[str, _Stored] = {}
+        for name, place in self._stored():
+            own = family.spelled(name)
+            if own in self._parts:
+                raise BridgeError(f"{folder}: {place.name} is {own}, which {self._parts[own].name} is too")
+            self._parts[own] = place
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._check_names(family)
@@ -57,11 +62,11 @@ class HFCheckpoint:
             try:
                 self.shapes[name] = mcore_shape(row.rule, tuple(self._parts[part].shape for part in row.hf))
             except BridgeError as error:
-                raise BridgeError(f"{folder}: {row.hf[0]}: {error}") from None
+                raise BridgeError(f"{folder}: {', '.join(row.hf)}: {error}") from None
             kinds = {self._dtype(part) for part in row.hf}
             if len(kinds) > 1:
                 raise BridgeError(f"{folder}: {', '.join(row.hf)} become one tensor, but have the types {kinds}")
-            self.dtypes[name] = kinds.pop()
+            self.dtypes[name] = mcore_dtype(row.rule, kinds.pop())
 
     def __enter__(self) -> Self:
         return self
@@ -75,7 +80,10 @@ class HFCheckpoint:
         """One canonical tensor. Raises BridgeError when a part of it is not finite."""
         row = self._rows[name]
         parts = [self._part(part) for part in row.hf]
-        return row.rule.to_mcore(parts)
+        try:
+            return row.rule.to_mcore(parts)
+        except BridgeError as error:
+            raise BridgeError(f"{self.folder}: {row.hf[0]}: {error}") from None
 
     def check_copies(self) -> None:
         """Raise BridgeError when a tensor that repeats another one is not equal to it; reads both."""
@@ -117,9 +125,7 @@ class HFCheckpoint:
         wanted = {part for row in self._rows.values() for part in row.hf}
         if missing := sorted(wanted - self._parts.keys()):
             raise BridgeError(f"{self.folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
-        self._copies = family.copies(self.config)
-        if self.config.get("tie_word_embeddings"):
-            self._copies |= {"lm_head.weight": "model.embed_tokens.weight"}
+        self._copies = family.copies(self.config) | family.tied(self.config)
         left = self._parts.keys() - wanted - self._copies.keys()
         dropped = {name for name in left if name.endswith(family.computed)}
         if unknown := sorted(left - dropped):
@@ -147,11 +153,14 @@ def write_hf(
     """
     source: dict[str, tuple[Row, int]] = {}
     tensors: list[Spec] = []
+    main = main_dtype(
+        {name: spec.shape for name, spec in specs.items()}, {name: spec.dtype for name, spec in specs.items()}
+    )
     for row in rows:
         spec = specs[row.mcore]
         for number, (name, shape) in enumerate(zip(row.hf, hf_shapes(row.rule, spec.shape), strict=True)):
             source[name] = row, number
-            tensors.append(Spec(name, spec.dtype, shape))
+            tensors.append(Spec(name, hf_dtype(row.rule, spec.dtype, main), shape))
     by_name = {spec.name: spec for spec in tensors}
     for name, other in copies.items():
         if other in source:

@@ -104,6 +104,124 @@ class QKV:
         return [self.heads // self.groups * self.head_dim, self.head_dim, self.head_dim]
 
 
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """The parts of another rule below each other in one tensor; ``rows`` are those of each part."""
+
+    rule: Rule
+    rows: tuple[int, ...]
+
+    def to_mcore(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        whole = parts[0]
+        if whole.shape[0] != sum(self.rows):
+            raise BridgeError(f"{whole.shape[0]} rows where {sum(self.rows)} are expected ({self.rule})")
+        return self.rule.to_mcore(whole.split(self.rows))
+
+    def to_hf(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.cat(self.rule.to_hf(whole))]
+
+
+@dataclass(frozen=True, slots=True)
+class GatedQKV:
+    """As ``QKV``, with a gate for each query head: on disk behind its query, here a group's gates behind its queries."""
+
+    heads: int
+    groups: int
+    head_dim: int
+
+    def to_mcore(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        query, *rest = parts
+        return self._plain().to_mcore([self._swapped(query, self.heads // self.groups, 2), *rest])
+
+    def to_hf(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        query, *rest = self._plain().to_hf(whole)
+        return [self._swapped(query, 2, self.heads // self.groups), *rest]
+
+    def _plain(self) -> QKV:
+        return QKV(2 * self.heads, self.groups, self.head_dim)
+
+    def _swapped(self, query: torch.Tensor, outer: int, inner: int) -> torch.Tensor:
+        rows = 2 * self.heads * self.head_dim
+        if query.shape[0] != rows:
+            raise BridgeError(f"{query.shape[0]} rows where {rows} are expected ({self})")
+        return (
+            query.reshape(self.groups, outer, inner, self.head_dim, *query.shape[1:])
+            .transpose(1, 2)
+            .reshape(query.shape)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaNet:
+    """Input projection of a gated delta net: all queries, keys, values, gates, betas and alphas, one after the other.
+
+    On disk are two tensors, (query, key, value, gate) and (beta, alpha), each ordered by key head.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+
+    def to_mcore(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        rows: list[torch.Tensor] = []
+        for part, sizes in zip(parts, self._sizes(), strict=True):
+            if part.shape[0] != self.key_heads * sum(sizes):
+                raise BridgeError(f"{part.shape[0]} rows where {self.key_heads * sum(sizes)} are expected ({self})")
+            by_head = part.reshape(self.key_heads, sum(sizes), *part.shape[1:])
+            rows += [piece.flatten(0, 1) for piece in by_head.split(sizes, 1)]
+        return torch.cat(rows)
+
+    def to_hf(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        first, second = self._sizes()
+        sizes, tail = [*first, *second], whole.shape[1:]
+        if whole.shape[0] != self.key_heads * sum(sizes):
+            raise BridgeError(f"{whole.shape[0]} rows where {self.key_heads * sum(sizes)} are expected ({self})")
+        pieces = [
+            piece.reshape(self.key_heads, size, *tail)
+            for piece, size in zip(whole.split([self.key_heads * size for size in sizes]), sizes, strict=True)
+        ]
+        return [torch.cat(some, 1).flatten(0, 1) for some in (pieces[: len(first)], pieces[len(first) :])]
+
+    def _sizes(self) -> tuple[list[int], list[int]]:
+        """Rows of a key head in both tensors on disk."""
+        values = self.value_heads // self.key_heads
+        return [self.key_dim, self.key_dim, values * self.value_dim, values * self.value_dim], [values, values]
+
+
+_WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class MinusOne:
+    """A norm's weight as its distance from one, in the next wider type: in its own most weights below 0.5 would change."""
+
+    def to_mcore(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        (weight,) = parts
+        made = weight.to(_WIDER.get(weight.dtype, weight.dtype)) - 1
+        if not torch.equal((made + 1).to(weight.dtype).view(torch.uint8), weight.contiguous().view(torch.uint8)):
+            raise BridgeError(f"a weight is so close to 0 that its distance from 1 does not fit into {made.dtype}")
+        return made
+
+    def to_hf(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        return [whole.double() + 1]
+
+
+def mcore_dtype(rule: Rule, dtype: torch.dtype) -> torch.dtype:
+    """The type of the canonical tensor of parts of a type."""
+    return _WIDER.get(dtype, dtype) if isinstance(rule, MinusOne) else dtype
+
+
+def hf_dtype(rule: Rule, dtype: torch.dtype, main: torch.dtype) -> torch.dtype:
+    """The type of the parts of a canonical tensor in a model that is mostly of the type ``main``.
+
+    A ``MinusOne`` that is wider than the model came from the next narrower type, else Megatron has written it.
+    """
+    if not isinstance(rule, MinusOne) or dtype.itemsize <= main.itemsize:
+        return dtype
+    return torch.float32 if dtype == torch.float64 else main
+
+
 @cache
 def mcore_shape(rule: Rule, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
     """The shape of the canonical tensor of parts of these shapes. Raises BridgeError when they do not fit the rule."""

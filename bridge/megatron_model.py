@@ -5,7 +5,8 @@ As Megatron-LM's ``gpt_builders.py`` and ``core_transformer_config_from_args`` b
 """
 
 # pyright: reportMissingImports=false
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -15,25 +16,33 @@ from torch import Tensor, nn
 from .dialects import FUSED
 from .megatron_cpu import LatentCore
 
+Change = Callable[[Any, Mapping[str, Any], int], None]  # of a layer's spec, given the arguments and the layer's number
 
-def build(args: Mapping[str, Any], rows: int, *, fused: bool = True, **parallel: Any) -> list[nn.Module]:
+
+def build(
+    args: Mapping[str, Any], rows: int, *, fused: bool = True, change: Change | None = None, **parallel: Any
+) -> list[nn.Module]:
     """This rank's chunks of the model, weights not initialised; ``parallel``: TransformerConfig's sizes that are not 1.
 
-    ``rows`` of the vocabulary. With ``fused`` its ``torch_dist`` keys are those of Transformer Engine's modules.
+    ``rows`` of the vocabulary. With ``fused`` its ``torch_dist`` keys are those of Transformer Engine's modules. ``change``
+    may give a layer's spec parts that the local one lacks.
     """
     from megatron.core.models.gpt import gpt_layer_specs
 
     config = _transformer_config(args, parallel)
-    layers: Any = gpt_layer_specs.get_gpt_decoder_layer_specs(config, False, args["normalization"])
+    specs: Any = gpt_layer_specs.get_gpt_decoder_layer_specs(config, False, args["normalization"])
+    layers = [copy.deepcopy(spec) for spec in specs]
     latent = bool(args["multi_latent_attention"])
-    for layer in layers:
+    for number, layer in enumerate(layers):
         parts = layer.submodules
         if latent:
             parts.self_attention.submodules.core_attention = LatentCore
+        if change:
+            change(layer, args, number)
         if fused:
-            parts.sharded_state_dict_keys_map = {
-                alone: norm for norm, alone in _fused_norms(latent, "MoE" in parts.mlp.module.__name__).items()
-            }
+            delta_net = "Delta" in parts.self_attention.module.__name__
+            norms = _fused_norms(latent, "MoE" in parts.mlp.module.__name__, delta_net)
+            parts.sharded_state_dict_keys_map = {alone: norm for norm, alone in norms.items()}
     stages = range(parallel["virtual_pipeline_model_parallel_size"] or 1) if _is_virtual(parallel) else [None]
     return [_chunk(args, config, layers, rows, stage).eval() for stage in stages]
 
@@ -71,6 +80,7 @@ def _transformer_config(args: Mapping[str, Any], parallel: Mapping[str, Any]) ->
     chosen |= {
         "num_query_groups": args["num_query_groups"] if args["group_query_attention"] else None,
         "num_moe_experts": args["num_experts"], "gated_linear_unit": args["swiglu"],
+        "layernorm_zero_centered_gamma": args["apply_layernorm_1p"],
         "activation_func": nn.functional.silu, "pipeline_dtype": torch.float32, "use_cpu_initialization": True,
         "init_method": _nothing, "output_layer_init_method": _nothing, "masked_softmax_fusion": False, **parallel,
     }  # fmt: skip
@@ -118,7 +128,8 @@ def _in_layer(layer: Any, prefix: str, name: str) -> str:
     """The canonical name of a tensor of a layer that lies under ``prefix``."""
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    norms = _fused_norms(layer.config.multi_latent_attention, isinstance(layer.mlp, MoELayer))
+    delta_net = hasattr(layer.self_attention, "in_proj")
+    norms = _fused_norms(layer.config.multi_latent_attention, isinstance(layer.mlp, MoELayer), delta_net)
     name = next((norm + name.removeprefix(alone) for norm, alone in norms.items() if name.startswith(alone)), name)
     experts, local, rest = name.partition("local_experts.")
     if local:
@@ -127,8 +138,9 @@ def _in_layer(layer: Any, prefix: str, name: str) -> str:
     return (f"decoder.layers.{layer.layer_number - 1}." if prefix.startswith("decoder.") else prefix) + name
 
 
-def _fused_norms(latent: bool, sparse: bool) -> dict[str, str]:
-    """The part of FUSED that holds in a layer with or without latent attention and experts."""
+def _fused_norms(latent: bool, sparse: bool, delta_net: bool) -> dict[str, str]:
+    """The part of FUSED that holds in a layer with or without latent attention, experts and a gated delta net."""
     lacks = {"input_layernorm."} if latent else {"self_attention.q_layernorm.", "self_attention.kv_layernorm."}
     lacks |= {"pre_mlp_layernorm."} if sparse else set()
-    return {norm: alone for norm, alone in FUSED.items() if alone not in lacks}
+    other = "self_attention.linear_qkv." if delta_net else "self_attention.in_proj."
+    return {norm: alone for norm, alone in FUSED.items() if alone not in lacks and not norm.startswith(other)}

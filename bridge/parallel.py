@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +23,16 @@ _EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 _MTP = re.compile(r"^mtp\.layers\.(\d+)\.")
 _WHOLE = re.compile(  # what every tensor-parallel rank holds alike
     r"(layer_norm_weight|layer_norm_bias|norm\.weight|norm\.bias|router\.weight|expert_bias|gate_weight"
-    r"|linear_proj\.bias|linear_fc2\.bias|linear_q_down_proj\.weight|linear_kv_down_proj\.weight)$"
+    r"|linear_proj\.bias|linear_fc2\.bias|linear_q_down_proj\.weight|linear_kv_down_proj\.weight"
+    r"|indexer\.linear_(wq_b|wk|weights_proj)\.weight)$"
 )
 
 
 class Cut(NamedTuple):
-    """A tensor is cut along ``axis`` into equal parts; with ``halves`` its two halves (gate over up) are, each by itself."""
+    """A tensor is cut along ``axis`` into equal parts; with ``halves`` its two halves (gate over up) are, each by itself.
+
+    What else joins several tensors, cut each by itself, is in ``sections.py``.
+    """
 
     axis: int
     halves: bool = False
@@ -37,6 +42,8 @@ _CUTS = {
     "word_embeddings.weight": Cut(0), OUTPUT: Cut(0), "eh_proj.weight": Cut(0),
     "linear_qkv.weight": Cut(0), "linear_qkv.bias": Cut(0), "linear_q_proj.weight": Cut(0),
     "linear_q_up_proj.weight": Cut(0), "linear_kv_up_proj.weight": Cut(0), "linear_proj.weight": Cut(1),
+    "self_attention.in_proj.weight": Cut(0), "self_attention.conv1d.weight": Cut(0), "self_attention.A_log": Cut(0),
+    "self_attention.dt_bias": Cut(0), "self_attention.out_proj.weight": Cut(1),
     "linear_fc1.weight": Cut(0, halves=True), "linear_fc1.bias": Cut(0, halves=True), "linear_fc2.weight": Cut(1),
 }  # fmt: skip
 # The local layer spec has no replicated linear layer, so its down projections are column-parallel.
@@ -151,6 +158,7 @@ class Model(NamedTuple):
     experts: int  # of a layer; 0 without
     mtp: int  # multi-token prediction layers
     tied: bool
+    sections: Mapping[str, tuple[int, ...]] = MappingProxyType({})  # see ``sections.py``
 
 
 class Piece(NamedTuple):
@@ -202,11 +210,12 @@ def cut_of(name: str, *, local_spec: bool = False) -> Cut | None:
     ``name`` may be canonical or a rank's. ``local_spec``: of a model with Megatron's own layers instead of
     TransformerEngine's. Raises BridgeError for a name of which this is not known.
     """
-    key = ".".join(name.rsplit(".", 2)[-2:])
-    if local_spec and key in _LOCAL_CUTS:
-        return _LOCAL_CUTS[key]
-    if key in _CUTS:
-        return _CUTS[key]
+    parts = name.split(".")
+    for key in (".".join(parts[-2:]), ".".join(parts[-3:])):
+        if local_spec and key in _LOCAL_CUTS:
+            return _LOCAL_CUTS[key]
+        if key in _CUTS:
+            return _CUTS[key]
     if _WHOLE.search(name):
         return None
     raise BridgeError(f"tensor {name}: how Megatron-Core spreads it over ranks is not known; it cannot be converted")
@@ -236,7 +245,7 @@ def pieces(name: str, shape: Sequence[int], layout: Layout, model: Model, *, loc
         per_rank = model.experts // layout.ep
         ep = int(expert[1]) // per_rank
         first_expert = ep * per_rank
-    ranges = _ranges(name, shape, layout, local_spec=local_spec)
+    ranges = _ranges(name, shape, layout, model.sections.get(name), local_spec=local_spec)
     cut = cut_of(name, local_spec=local_spec)
     found: list[Piece] = []
     for stage, chunk, first_layer, here in _places(name, layout, model):
@@ -253,15 +262,19 @@ def part_count(name: str, layout: Layout, *, local_spec: bool = False) -> int:
     return (layout.expert_tp if is_expert(name) else layout.tp) if cut else 1
 
 
-def join(name: str, parts: Sequence[torch.Tensor], *, local_spec: bool = False) -> torch.Tensor:
-    """The tensor of its parts 0, 1, ... (``part_count`` of them); a single one is given as it is."""
+def join(
+    name: str, parts: Sequence[torch.Tensor], sections: Sequence[int] | None = None, *, local_spec: bool = False
+) -> torch.Tensor:
+    """The tensor of its parts 0, 1, ... (``part_count`` of them); a single one is given as it is.
+
+    ``sections``: see ``sections.py``.
+    """
     cut = cut_of(name, local_spec=local_spec)
     if not cut or len(parts) == 1:
         return parts[0]
-    if not cut.halves:
-        return torch.cat(list(parts), cut.axis)
-    halves = [part.chunk(2, cut.axis) for part in parts]
-    return torch.cat([half[number] for number in (0, 1) for half in halves], cut.axis)
+    sizes = _sections(cut, len(parts) * parts[0].shape[cut.axis], sections)
+    split = [part.split([size // len(parts) for size in sizes], cut.axis) for part in parts]
+    return torch.cat([piece for pieces in zip(*split, strict=True) for piece in pieces], cut.axis)
 
 
 def joined_shape(name: str, shape: Sequence[int], layout: Layout, *, local_spec: bool = False) -> tuple[int, ...]:
@@ -292,6 +305,11 @@ def check_layout(layout: Layout, args: Mapping[str, Any]) -> None:
         raise BridgeError(
             f"--tp {layout.tp}: the model has {groups} query groups (key/value heads), and a group cannot be split or "
             f"repeated over ranks; choose a divisor of {groups}"
+        )
+    keys = args.get("linear_num_key_heads") if args.get("experimental_attention_variant") == "gated_delta_net" else None
+    if keys and keys % layout.tp:
+        raise BridgeError(
+            f"--tp {layout.tp}: {keys} linear key heads cannot be spread evenly; choose a divisor of {keys}"
         )
     experts = args.get("num_experts")
     if experts and experts % layout.ep:
@@ -356,18 +374,24 @@ def _places(name: str, layout: Layout, model: Model) -> list[tuple[int, int, int
     return places
 
 
-def _ranges(name: str, shape: Sequence[int], layout: Layout, *, local_spec: bool) -> list[tuple[tuple[int, int], ...]]:
+def _sections(cut: Cut, size: int, sections: Sequence[int] | None) -> Sequence[int]:
+    """Sizes along the cut axis of what is cut each by itself."""
+    return sections or ((size // 2, size - size // 2) if cut.halves else (size,))
+
+
+def _ranges(
+    name: str, shape: Sequence[int], layout: Layout, sections: Sequence[int] | None, *, local_spec: bool
+) -> list[tuple[tuple[int, int], ...]]:
     """Of each part its ranges along the cut axis; none for a tensor that is not cut."""
     cut = cut_of(name, local_spec=local_spec)
     parts = part_count(name, layout, local_spec=local_spec)
     if not cut or parts == 1:
         return [()]
-    size, halves = shape[cut.axis], 2 if cut.halves else 1
-    if size % (parts * halves):
+    sizes = _sections(cut, shape[cut.axis], sections)
+    if any(size % parts for size in sizes):
         flag = "etp" if is_expert(name) and layout.etp else "tp"
         raise BridgeError(
             f"--{flag} {parts}: tensor {name} {tuple(shape)} cannot be cut evenly along dimension {cut.axis}"
         )
-    step = size // (parts * halves)
-    starts = range(0, size, size // halves)
-    return [tuple((start + part * step, start + (part + 1) * step) for start in starts) for part in range(parts)]
+    places = [(sum(sizes[:number]), size // parts) for number, size in enumerate(sizes)]
+    return [tuple((start + part * step, start + (part + 1) * step) for start, step in places) for part in range(parts)]

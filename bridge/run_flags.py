@@ -15,7 +15,13 @@ _FLAGS: Mapping[str, Any] = {
     "yarn_original_max_position_embeddings": None, "yarn_beta_fast": None, "yarn_beta_slow": None,
     "multi_latent_attention": False, "q_lora_rank": None, "kv_lora_rank": 32, "qk_head_dim": 128,
     "qk_pos_emb_head_dim": 64, "v_head_dim": 128, "rope_type": None, "rotary_scaling_factor": 1.0, "mscale": 1.0,
-    "mscale_all_dim": 0.0, "moe_router_num_groups": None, "moe_router_group_topk": None, "mtp_num_layers": None,
+    "mscale_all_dim": 0.0, "moe_router_num_groups": None, "moe_router_group_topk": None, "moe_router_dtype": None,
+    "mtp_num_layers": None,
+    "attention_output_gate": False, "moe_shared_expert_gate": False, "linear_attention_freq": None,
+    "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32, "experimental_attention_variant": None, "dsa_indexer_n_heads": None,
+    "dsa_indexer_head_dim": None, "dsa_indexer_topk": None, "dsa_indexer_rope_interleaved": False,
+    "dsa_indexer_k_norm_epsilon": None,
 }  # fmt: skip
 # Fields of the model's config without a flag, and what they then are.
 _FIXED: Mapping[str, Any] = {"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}

@@ -32,6 +32,7 @@ from .parallel import (
     pieces,
     shift,
 )
+from .sections import sections_of
 
 FILE = "model_optim_rng.pt"
 VERSION = 3.0  # of the order of rows in linear_qkv
@@ -195,7 +196,7 @@ class TorchCheckpoint:
             for name, parts in self._parts.items()
         }
         self.dtypes = {name: parts[0].tensor.dtype for name, parts in self._parts.items()}
-        self._model = model_of(self.shapes)
+        self._model = model_of(self.shapes)._replace(sections=sections_of(self.shapes))
         self._check()
         self._unpad(vocab_size)
 
@@ -222,7 +223,8 @@ class TorchCheckpoint:
                     f"{self._files.path(part.rank)}: {part.name} is not equal to {one.name} in "
                     f"{self._files.path(one.rank).parent.name}; both must be the same part of {name}"
                 )
-        whole = join(name, [chosen[number].tensor for number in range(count)], local_spec=self._local)
+        sections = self._model.sections.get(name)
+        whole = join(name, [chosen[number].tensor for number in range(count)], sections, local_spec=self._local)
         return whole[: self.shapes[name][0]] if name in (EMBEDDING, OUTPUT) else whole
 
     def _is_idle(self, part: _Part) -> bool:

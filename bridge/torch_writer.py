@@ -24,6 +24,7 @@ from ..storage.space import free_bytes
 from .dialects import check_dialect, extra_states, stored_name
 from .errors import BridgeError
 from .parallel import EMBEDDING, OUTPUT, Layout, Piece, Rank, check_layout, model_of, padded_rows, pieces
+from .sections import sections_of
 from .torch_format import FILE, VERSION, rank_folder
 
 _BLOCK = 8 * 2**20  # bytes of a tensor that are made contiguous at once
@@ -103,7 +104,7 @@ class _Plan:
     ) -> None:
         check_layout(layout, args)
         shapes = {spec.name: spec.shape for spec in specs}
-        model = model_of(shapes)
+        model = model_of(shapes)._replace(sections=sections_of(shapes))
         if EMBEDDING not in shapes or not model.layers:
             raise BridgeError(f"the model has no {EMBEDDING} or no layers; it is no model of Megatron-Core")
         self.layout = layout

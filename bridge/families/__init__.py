@@ -1,8 +1,9 @@
 """One table a model family; a new family is a new file here."""
 
+import difflib
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import BridgeError
@@ -16,17 +17,30 @@ def families() -> dict[str, Family]:
 
 
 def family_of(config: Mapping[str, Any], name: str | None = None) -> Family:
-    """The family of a config.json by its ``model_type``, or the one called ``name``. Raises BridgeError."""
-    known = families()
-    if name is not None:
-        if name not in known:
-            raise BridgeError(f"--model_type_hf {name}: families are {', '.join(sorted(known))}")
-        return known[name]
+    """The family of a config.json by its ``model_type``, or the one called ``name``, also by others (``aliases``).
+
+    Raises BridgeError naming what is nearest, and for a name that the config contradicts.
+    """
+    by_type = {model_type: family for family in families().values() for model_type in family.model_types}
     model_type = config.get("model_type")
-    for family in known.values():
-        if model_type in family.model_types:
-            return family
-    types = sorted(one for family in known.values() for one in family.model_types)
-    raise BridgeError(
-        f"config.json: model_type {model_type!r} has no table yet; those that have are {', '.join(types)}"
-    )
+    if name is None:
+        if model_type in by_type:
+            return by_type[model_type]
+        raise BridgeError(
+            f"config.json: model_type {model_type!r} has no table yet; those that have are {', '.join(sorted(by_type))}"
+            + _nearest(str(model_type), by_type)
+        )
+    by_name = {alias: family for family in families().values() for alias in (family.name, *family.aliases)}
+    found, told = by_name.get(name) or by_type.get(name), by_type.get(str(model_type))
+    if found is None:
+        raise BridgeError(
+            f"--model_type_hf {name}: families are {', '.join(sorted(by_name))}" + _nearest(name, by_name)
+        )
+    if told and told.name != found.name:
+        raise BridgeError(f"--model_type_hf {name}: config.json has model_type {model_type}, family {told.name}")
+    return found
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"; the nearest is {close[0]}" if close else ""

@@ -5,4 +5,4 @@ Sources: transformers ``models/llama``, ``models/mistral``; Megatron-Core ``mode
 
 from ..family import ATTENTION, MLP, TOP, Family
 
-FAMILY = Family("llama", ("llama", "mistral"), top=TOP, layer=ATTENTION, dense=MLP)
+FAMILY = Family("llama", ("llama", "mistral"), aliases=("llama2", "magistral"), top=TOP, layer=ATTENTION, dense=MLP)

@@ -5,4 +5,4 @@ Source: transformers ``models/qwen2``.
 
 from ..family import ATTENTION, MLP, QKV_BIAS, TOP, Family
 
-FAMILY = Family("qwen2", ("qwen2",), top=TOP, layer=(*ATTENTION, QKV_BIAS), dense=MLP)
+FAMILY = Family("qwen2", ("qwen2",), aliases=("qwen25",), top=TOP, layer=(*ATTENTION, QKV_BIAS), dense=MLP)

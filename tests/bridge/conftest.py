@@ -15,6 +15,8 @@ LATENT = {
     "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
     "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, **EXPERTS,
 }  # fmt: skip
+ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "routed_scaling_factor": 2.5, **EXPERTS}
+ALPHA = {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 1000.0, "factor": 1.0}  # Hunyuan's
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "rope_parameters": {
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -31,6 +33,28 @@ MODELS: dict[str, dict[str, Any]] = {
     "seed_oss": {"model_type": "seed_oss", "head_dim": 16, "attention_bias": True, "attention_out_bias": False},
     "deepseek_v2": {"model_type": "deepseek_v2", "q_lora_rank": None, **LATENT},
     "deepseek_v3": {"model_type": "deepseek_v3", "q_lora_rank": 8, **LATENT},
+    "glm4_moe": {"model_type": "glm4_moe", "attention_bias": True, "use_qk_norm": True, **ROUTED},
+    "glm4_moe_air": {"model_type": "glm4_moe", "attention_bias": True, "head_dim": 16, "first_k_dense_replace": 2, **ROUTED},
+    "hy_v3": {
+        "model_type": "hy_v3", "initializer_range": 0.02, "head_dim": 16, "num_experts": 4, "num_shared_experts": 2,
+        "num_nextn_predict_layers": 1, **EXPERTS,
+    },
+    "ling": {
+        "model_type": "bailing_moe", "head_dim": 16, "num_experts": 8, "n_group": 4, "topk_group": 2,
+        **EXPERTS, "num_experts_per_tok": 4,
+    },
+    "deepseek_v32": {
+        "model_type": "deepseek_v32", "q_lora_rank": 8, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4, **LATENT,
+    },
+    "qwen3_next": {
+        "model_type": "qwen3_next", "head_dim": 16, "num_experts": 4, "shared_expert_intermediate_size": 24,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2, **EXPERTS,
+    },
+    "hunyuan_v1_dense": {"model_type": "hunyuan_v1_dense", "head_dim": 16, "rope_parameters": ALPHA},
+    "hunyuan_v1_moe": {
+        "model_type": "hunyuan_v1_moe", "head_dim": 8, "num_experts": 4, "moe_topk": [2, 2, 2, 2], "rope_parameters": ALPHA,
+    },
 }  # fmt: skip
 
 
@@ -39,9 +63,14 @@ def tiny(name: str, **changes: Any) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
+    from .ling import Ling
+
     settings = {**SMALL, **MODELS[name], **changes}
     set_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+    if settings["model_type"] == "bailing_moe":
+        model = Ling(settings)
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
     with torch.no_grad():
         for key, value in model.state_dict().items():
             if value.is_floating_point() and (value.ndim == 1 or "norm" in key):
@@ -56,6 +85,27 @@ def thinned(cases: Iterable[Any], kept: Container[Any]) -> list[Any]:
         case if case in kept else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=slow)
         for case in cases
     ]
+
+
+# The last norm of a layer that predicts further tokens, and whether the layer repeats embedding and head.
+FURTHER = {
+    "deepseek_v3": ("shared_head.norm", True), "glm4_moe": ("shared_head.norm", True), "hy_v3": ("final_layernorm", False),
+}  # fmt: skip
+
+
+def add_further(name: str, values: dict[str, Any]) -> None:
+    """Add the tensors of such a layer to those of a saved model, as its makers' own files have them."""
+    import torch
+
+    last, further = "model.layers.3.", "model.layers.4."
+    norm, repeats = FURTHER[name]
+    values |= {further + key.removeprefix(last): value + 1 for key, value in values.items() if key.startswith(last)}
+    random = torch.Generator().manual_seed(4)
+    values |= {f"{further}{key}.weight": torch.randn(32, generator=random) for key in ("enorm", "hnorm", norm)}
+    values[f"{further}eh_proj.weight"] = torch.randn(32, 64, generator=random)
+    if repeats:
+        values[f"{further}embed_tokens.weight"] = values["model.embed_tokens.weight"].clone()
+        values[f"{further}shared_head.head.weight"] = values["lm_head.weight"].clone()
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+import megatron_parts
+
 LIMIT = 120.0  # seconds a request may take
 GRACE = 3.0  # seconds that the other ranks have after one has failed
 SIZES = {"tensor": "tp", "pipeline": "pp", "virtual_pipeline": "vpp", "expert": "ep"}
@@ -28,6 +30,7 @@ def also_without_gpu() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.transformer.moe import grouped_gemm_util
 
+    megatron_parts.patch()
     torch.cuda.synchronize = lambda *_: None
     torch.Tensor.cuda = lambda self, *_, **__: self
     filesystem_async._results_queue = Queue()  # the stock queue is a Python of its own, for saves in the background
@@ -45,7 +48,7 @@ def build_chunks(request: dict[str, Any]) -> list[Any]:
     if request["stages"]:  # stages that are not equal, in Megatron's words
         parallel["pipeline_model_parallel_layout"] = PipelineParallelLayerLayout(request["stages"], sizes["pp"])
     parallel["expert_tensor_parallel_size"] = sizes["etp"]
-    chunks = build(request["args"], request["rows"], fused=request["fused"], **parallel)
+    chunks = build(request["args"], request["rows"], fused=request["fused"], change=megatron_parts.change, **parallel)
     return [chunk.bfloat16() for chunk in chunks] if request["args"].get("bf16") else chunks
 
 
@@ -56,7 +59,7 @@ def cut_of(name: str, tensor: Any) -> tuple[int | None, int, int]:
     """The axis that ranks cut a tensor on, or None; this rank's number among them, and how many they are."""
     from megatron.core import parallel_state as ranks
 
-    axis = tensor.partition_dim if getattr(tensor, "tensor_model_parallel", False) else None
+    axis = getattr(tensor, "partition_dim", 0) if getattr(tensor, "tensor_model_parallel", False) else None
     if axis is None:
         return None, 0, 1
     if ".local_experts." in name:
@@ -81,6 +84,8 @@ def fill(chunks: list[Any], step: dict[str, Any], request: dict[str, Any]) -> No
             whole = torch.nn.functional.pad(whole, (0, 0, 0, tensor.shape[0] * count - whole.shape[0]))
         if axis is not None:
             halves = whole.chunk(2) if name.endswith("linear_fc1.weight") else (whole,)  # gate and up
+            if sections := megatron_parts.sections(request["args"], name):
+                halves = whole.split(sections)
             whole = torch.cat([half.chunk(count, axis)[rank] for half in halves], axis)
         assert tensor.shape == whole.shape, f"{name}: {tuple(tensor.shape)} here, {tuple(whole.shape)} given"
         tensor.data.copy_(whole)
@@ -267,6 +272,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # some parts of Megatron-Core compile themselves
     with without_gpu():
         also_without_gpu()
         for line in sys.stdin:

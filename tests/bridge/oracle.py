@@ -20,6 +20,8 @@ import torch
 from finebridge.bridge.args import to_args
 from torch import Tensor
 
+from .megatron_parts import sections
+
 
 def _installed() -> str:
     try:
@@ -66,7 +68,9 @@ def ask(
     etp. Raises AssertionError with the ranks' tracebacks.
     """
     args = dict(model) if isinstance(model, Mapping) else model.to_dict()
-    args = args if "num_layers" in args else to_args(args)
+    if "num_layers" not in args:
+        after = str(args["model_type"]).startswith("hunyuan")  # what --allow_patched_attention asks for
+        args = to_args(args) | {"norms_after_rotation": after}
     if any(step["do"] == "logits" for step in steps):
         args["mtp_num_layers"] = None  # without labels core 0.16.1 cannot run these layers
     with tempfile.TemporaryDirectory() as folder:
@@ -151,23 +155,29 @@ def load_with_megatron(
     Ranks that hold the same must hold the same bits. Without ``rows`` the model has the vocabulary of the config.
     """
     ranks = ask(config, load(folder, form), PIECES, rows=rows, dialect=dialect, **sizes)
-    return joined([rank[1] for rank in ranks])
+    return joined([rank[1] for rank in ranks], to_args(config if isinstance(config, Mapping) else config.to_dict()))
 
 
-def joined(ranks: Sequence[list[Any]]) -> dict[str, Tensor]:
-    """Canonical tensors of what ranks answer to PIECES."""
+def joined(ranks: Sequence[list[Any]], args: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Canonical tensors of what ranks answer to PIECES; ``args`` are Megatron's arguments of the model."""
     parts: dict[str, dict[int, Tensor]] = {}
     axes: dict[str, int | None] = {}
     for name, tensor, axis, number in (piece for rank in ranks for piece in rank):
         axes[name] = axis
         known = parts.setdefault(name, {}).setdefault(number, tensor)
         assert torch.equal(known, tensor), f"{name}: ranks differ"
-    return {name: _whole(name, [found[key] for key in sorted(found)], axes[name]) for name, found in parts.items()}
+    return {
+        name: _whole(name, [found[key] for key in sorted(found)], axes[name], sections(args, name))
+        for name, found in parts.items()
+    }
 
 
-def _whole(name: str, parts: list[Tensor], axis: int | None) -> Tensor:
+def _whole(name: str, parts: list[Tensor], axis: int | None, rows: list[int] | None) -> Tensor:
     if axis is None:
         return parts[0]
+    if rows:  # of each tensor that this one joins
+        split = [part.split([size // len(parts) for size in rows]) for part in parts]
+        return torch.cat([piece for pieces in zip(*split, strict=True) for piece in pieces])
     if name.endswith("linear_fc1.weight"):  # each rank has rows of the gate, then rows of the up projection
         halves = [part.chunk(2) for part in parts]
         return torch.cat([half[0] for half in halves] + [half[1] for half in halves])

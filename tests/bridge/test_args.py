@@ -34,6 +34,27 @@ DEEPSEEK = LLAMA | {
         "mscale_all_dim": 1.0,
     },
 }  # fmt: skip
+ROUTED = {  # shared by models with a sigmoid router and its bias
+    "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "moe_router_dtype": "fp32",
+    "moe_router_pre_softmax": False, "moe_layer_freq": [0, 1, 1, 1], "mtp_num_layers": 1, "num_query_groups": 2,
+}  # fmt: skip
+GLM = LLAMA | {
+    "model_type": "glm4_moe", "head_dim": 16, "attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.5,
+    "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+    "num_nextn_predict_layers": 1,
+}  # fmt: skip
+HY_V3 = LLAMA | {
+    "model_type": "hy_v3", "head_dim": 16, "num_experts": 8, "num_shared_experts": 2, "num_experts_per_tok": 4,
+    "moe_intermediate_size": 24, "first_k_dense_replace": 1, "router_scaling_factor": 2.826, "route_norm": True,
+    "moe_router_use_sigmoid": True, "num_nextn_predict_layers": 1, "rope_parameters": {"rope_theta": 11158840.0},
+}  # fmt: skip
+LING = LLAMA | {
+    "model_type": "bailing_moe", "head_dim": 16, "num_experts": 8, "num_shared_experts": 1, "num_experts_per_tok": 4,
+    "moe_intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True, "score_function": "sigmoid", "moe_router_enable_expert_bias": True, "use_qk_norm": True,
+    "use_qkv_bias": False, "use_bias": False, "partial_rotary_factor": 0.5, "num_nextn_predict_layers": 1,
+}  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
@@ -93,6 +114,35 @@ def test_deepseek() -> None:
     assert {key: args[key] for key in wanted} == wanted
 
 
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        (GLM, {
+            "rotary_percent": 0.5, "add_qkv_bias": True, "qk_layernorm": True, "kv_channels": 16,
+            "moe_router_num_groups": None, "moe_router_topk_scaling_factor": 2.5, "moe_shared_expert_intermediate_size": 24,
+        }),
+        (GLM | {"use_qk_norm": False, "attention_bias": False}, {"add_qkv_bias": False, "qk_layernorm": False}),
+        (HY_V3, {
+            "rotary_base": 11158840, "rotary_percent": 1.0, "qk_layernorm": True, "moe_router_topk_scaling_factor": 2.826,
+            "moe_shared_expert_intermediate_size": 48, "moe_router_num_groups": None,
+        }),
+        (LING, {
+            "rotary_percent": 0.5, "add_qkv_bias": False, "qk_layernorm": True, "moe_router_num_groups": 4,
+            "moe_router_group_topk": 2, "moe_router_topk_scaling_factor": 2.5, "moe_shared_expert_intermediate_size": 24,
+        }),
+    ],
+)  # fmt: skip
+def test_routers_with_a_bias(config: dict[str, Any], wanted: dict[str, Any]) -> None:
+    args = to_args(config)
+    assert {key: args[key] for key in ROUTED | wanted} == ROUTED | wanted
+
+
+def test_layers_listed_one_by_one() -> None:
+    listed = to_args(HY_V3 | {"mlp_layer_types": ["sparse", "dense", "sparse", "dense"]})
+    assert listed["moe_layer_freq"] == [1, 0, 1, 0]
+    assert listed["mtp_num_layers"] == 1  # its layer comes after the list's end
+
+
 def test_the_padded_vocabulary_is_of_the_layout() -> None:
     assert to_args(LLAMA)["padded_vocab_size"] == 1024
     assert to_args(LLAMA, tp=8, divisible_by=64)["padded_vocab_size"] == 1024
@@ -119,6 +169,12 @@ def test_the_padded_vocabulary_is_of_the_layout() -> None:
         (DEEPSEEK, {"rope_interleave": False}, "rope_interleave"),
         (DEEPSEEK, {"attention_bias": True}, "attention_bias is true"),
         (DEEPSEEK, {"norm_topk_prob": False}, "norm_topk_prob"),
+        (HY_V3, {"route_norm": False}, "norms the weights of a sigmoid router"),
+        (HY_V3, {"moe_router_use_sigmoid": False}, "moe_router_use_sigmoid false"),
+        (HY_V3, {"attention_bias": True}, "attention_bias is true"),
+        (LING, {"use_bias": True}, "use_bias is true"),
+        (LING, {"norm_head": True}, "norm_head true"),
+        (LING, {"topk_group": 4, "n_group": 8}, "by its best 2, Megatron-Core by its best 1"),
         (DEEPSEEK, {"num_experts_per_tok": 6}, "by its best 2, Megatron-Core by its best 3"),
     ],
 )
@@ -162,13 +218,16 @@ def test_flags_of_a_run() -> None:
     """What Megatron-LM does not take from a checkpoint; read from its own ``load_args_from_checkpoint``."""
     assert run_flags(to_args(LLAMA)) == []
     assert run_flags(to_args(QWEN3 | {"rms_norm_eps": 1e-6})) == ["--norm-epsilon", "1e-06", "--qk-layernorm"]
+    routed = ["--moe-router-dtype", "fp32", "--mtp-num-layers", "1"]
+    assert run_flags(to_args(GLM)) == ["--qk-layernorm", *routed]
+    assert run_flags(to_args(LING))[1:] == ["--moe-router-num-groups", "4", "--moe-router-group-topk", "2", *routed]
     assert run_flags(to_args(MISTRAL)) == ["--window-size", "(127,0)"]
     assert run_flags(to_args(PLAIN["linear"])) == ["--rotary-seq-len-interpolation-factor", "4"]
     words = " ".join(run_flags(to_args(DEEPSEEK)))
     assert words == (
         "--qk-layernorm --multi-latent-attention --q-lora-rank 24 --kv-lora-rank 16 --qk-head-dim 12 "
         "--qk-pos-emb-head-dim 8 --v-head-dim 12 --rope-type yarn --rotary-scaling-factor 40 --mscale-all-dim 1 "
-        "--moe-router-num-groups 4 --moe-router-group-topk 2 --mtp-num-layers 1"
+        "--moe-router-num-groups 4 --moe-router-group-topk 2 --moe-router-dtype fp32 --mtp-num-layers 1"
     )
 
 

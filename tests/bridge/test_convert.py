@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from finebridge.storage.safetensors_io import Checkpoint
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from .conftest import MODELS, thinned
+from .conftest import FURTHER, MODELS, add_further, thinned
 
 Models = Callable[[str], Path]
 ROOT = Path(__file__).parents[2]
@@ -27,6 +28,9 @@ KEPT = {
     "qwen3_moe_mixed": "--tp 2 --ep 4", "seed_oss": "--tp 2", "deepseek_v2": "--ep 2", "deepseek_v3": "--tp 4 --pp 2 --vpp 2",
 }  # fmt: skip
 SPARSE = ["--ep 2", "--tp 2 --ep 2 --etp 2 --pp 2", "--tp 2 --ep 4"]
+
+
+PATCHED = ["--allow_patched_attention"]  # what is not needed does no harm
 
 
 def run(*words: object) -> int:
@@ -46,22 +50,23 @@ def assert_same(one: Path, other: Path) -> None:
         assert torch.equal(value, second[name]), name
 
 
-def layouts() -> list[tuple[str, str]]:
-    """Each family in every layout that its heads allow; the small number of query groups limits TP."""
-    return [
+def layouts() -> list[Any]:
+    """Each family in every layout that its heads allow, every third by default; few query groups limit TP."""
+    pairs = [
         (name, layout)
         for name, settings in MODELS.items()
-        for layout in LAYOUTS + (SPARSE if "experts_per_tok" in str(settings) else [])
+        for layout in LAYOUTS + (SPARSE if "n_routed_experts" in settings or "num_experts" in settings else [])
         if "--tp 4" not in layout or name.startswith("deepseek")
     ]
+    return [pytest.param(*pair, marks=[pytest.mark.slow] if number % 3 else []) for number, pair in enumerate(pairs)]
 
 
 @pytest.mark.parametrize(("name", "layout"), thinned(layouts(), KEPT.items()))
 def test_torch_and_back(name: str, layout: str, hf_models: Models, tmp_path: Path) -> None:
     base = hf_models(name)
-    words = ["--ckpt_format", "torch", *layout.split()]
+    words = ["--ckpt_format", "torch", *layout.split(), *PATCHED]
     assert run("--from", "hf", "--to", "mcore", "--load", base, "--save", tmp_path / "mcore", *words) == 0
-    assert run("--from", "mcore", "--to", "hf", "--load", tmp_path / "mcore", "--save", tmp_path / "hf") == 0
+    assert run("--from", "mcore", "--to", "hf", "--load", tmp_path / "mcore", "--save", tmp_path / "hf", *PATCHED) == 0
     assert_same(base, tmp_path / "hf")
 
 
@@ -81,12 +86,34 @@ def test_rows_above_the_tokenizers_own_are_kept(hf_models: Models, tmp_path: Pat
 @pytest.mark.parametrize("name", thinned(MODELS, ["qwen2_tied", "qwen3_moe", "deepseek_v3"]))
 def test_torch_dist_and_back(name: str, hf_models: Models, tmp_path: Path) -> None:
     base = hf_models(name)
-    assert run("--to", "mcore", "--load", base, "--save", tmp_path / "mcore") == 0
+    assert run("--to", "mcore", "--load", base, "--save", tmp_path / "mcore", *PATCHED) == 0
     assert (tmp_path / "mcore/latest_checkpointed_iteration.txt").read_text() == "release"
     assert verify(tmp_path / "mcore")["kind"] == "torch_dist"
-    assert run("--to", "hf", "--load", tmp_path / "mcore", "--save", tmp_path / "hf", "--max_shard_size", "20KB") == 0
+    words = ["--max_shard_size", "20KB", *PATCHED]
+    assert run("--to", "hf", "--load", tmp_path / "mcore", "--save", tmp_path / "hf", *words) == 0
     assert_same(base, tmp_path / "hf")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+
+
+FORMS = [
+    "--ckpt_format torch --pp 2 --ep 2",
+    "--ckpt_format torch --tp 2 --dialect mcore-local",
+    "--ckpt_format torch_dist",
+]
+
+
+@pytest.mark.parametrize("form", thinned(FORMS, FORMS[:1]))
+@pytest.mark.parametrize("name", FURTHER)
+def test_further_layers_through_megatrons_forms(name: str, form: str, hf_models: Models, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    values = tensors(hf_models(name))
+    add_further(name, values)
+    save_file(values, base / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(hf_models(name) / "config.json", base)
+    assert run("--to", "mcore", "--load", base, "--save", tmp_path / "mcore", *form.split()) == 0
+    assert run("--to", "hf", "--load", tmp_path / "mcore", "--save", tmp_path / "hf") == 0
+    assert_same(base, tmp_path / "hf")
 
 
 @pytest.mark.parametrize("name", thinned(["qwen2_tied", "qwen3_moe_mixed", "deepseek_v3"], ["qwen3_moe_mixed"]))
@@ -119,6 +146,21 @@ def test_a_config_is_made_from_the_arguments(name: str, hf_models: Models, tmp_p
     one, other = (AutoModelForCausalLM.from_pretrained(place).eval() for place in (hf_models(name), tmp_path / "hf"))
     with torch.no_grad():
         assert torch.equal(one(ids).logits, other(ids).logits)
+
+
+def test_the_config_of_another_size_is_refused(
+    hf_models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--to", "mcore", "--load", hf_models("qwen3"), "--save", tmp_path / "mcore") == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    config = json.loads((hf_models("qwen3") / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    words = ["--to", "hf", "--load", tmp_path / "mcore", "--save", tmp_path / "hf", "--hf_config", other]
+    assert run(*words) == 2
+    said = "decoder.layers.0.mlp.linear_fc1.weight: (128, 32) in Megatron-Core, where config.json makes it (192, 32)"
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
 
 
 def test_what_lies_beside_is_carried_and_dtypes_change(hf_models: Models, tmp_path: Path) -> None:
@@ -182,6 +224,7 @@ def test_verify_names_what_differs(hf_models: Models, tmp_path: Path, capsys: py
     values = tensors(other)
     values["model.layers.1.mlp.up_proj.weight"][3, 4] += 1
     save_file(values, other / "model.safetensors")
+    capsys.readouterr()  # of the model's making, if it was made here
     assert run("verify", hf_models("qwen3"), other) == 1
     said = capsys.readouterr()
     assert said.err == "decoder.layers.1.mlp.linear_fc1.weight: 1 of 4096 values differ\n"

@@ -74,7 +74,7 @@ def test_halves_of_a_gated_layer_are_joined(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "match"),
     [
-        ({"decoder.layers.0.mlp.linear_fc1.weight_w": (2, 2)}, "only its half"),
+        ({"decoder.layers.0.mlp.linear_fc1.weight_w": (2, 2)}, "of its parts only"),
         ({"mlp.layers.0.mlp.linear_fc1.weight_w": (2, 2), "mlp.layers.0.mlp.linear_fc1.weight_v": (2, 3)}, "its halves"),
         ({"decoder.layers.a.weight": (2, 2), "decoder.layers.1.a.weight": (2,)}, "stored twice"),
         ({"decoder.layers.mlp.experts.experts.linear_fc1.weight": (2,)}, "no dimension for its layers or experts"),

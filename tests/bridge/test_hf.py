@@ -1,6 +1,7 @@
 """Hugging Face folders as canonical tensors and back: bit for bit, and nothing is taken that is not the model."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from finebridge.bridge.convert import Target, open_source, plan
 from finebridge.bridge.errors import BridgeError
 from finebridge.bridge.families import families, family_of
 from finebridge.bridge.hf import HFCheckpoint, write_hf
 from finebridge.storage.safetensors_io import Checkpoint, Spec
 from safetensors.torch import save_file
 
-from .conftest import MODELS, thinned
+from .conftest import FURTHER, MODELS, add_further, thinned
 
 Models = Callable[[str], Path]
 
@@ -68,21 +70,15 @@ def edited(
     return target
 
 
-def test_further_layers_with_their_copies(hf_models: Models, tmp_path: Path) -> None:
-    """DeepSeek V3's own files: a layer more, and in it the embedding and the head again."""
-
-    def add(values: dict[str, torch.Tensor]) -> None:
-        last, further = "model.layers.3.", "model.layers.4."
-        values |= {further + key.removeprefix(last): value + 1 for key, value in values.items() if key.startswith(last)}
-        values |= {f"{further}{key}.weight": torch.randn(32) for key in ("enorm", "hnorm", "shared_head.norm")}
-        values[f"{further}eh_proj.weight"] = torch.randn(32, 64)
-        values[f"{further}embed_tokens.weight"] = values["model.embed_tokens.weight"].clone()
-        values[f"{further}shared_head.head.weight"] = values["lm_head.weight"].clone()
-
-    folder = edited(hf_models("deepseek_v3"), tmp_path, add)
+@pytest.mark.parametrize("name", FURTHER)
+def test_further_layers_with_their_copies(name: str, hf_models: Models, tmp_path: Path) -> None:
+    """The makers' own files: a layer more, and in some of them the embedding and the head again."""
+    folder = edited(hf_models(name), tmp_path, lambda values: add_further(name, values))
     assert_same(tensors(folder), written(folder, tmp_path / "out"))
     checkpoint, _ = open_hf(folder)
     assert "mtp.layers.0.transformer_layer.mlp.experts.local_experts.3.linear_fc2.weight" in checkpoint.shapes
+    if not FURTHER[name][1]:
+        return
     other = edited(folder, tmp_path, lambda t: t["model.layers.4.embed_tokens.weight"].add_(1), "other")
     with pytest.raises(
         BridgeError, match=r"embed_tokens\.weight should repeat model\.embed_tokens\.weight, but differs"
@@ -90,19 +86,55 @@ def test_further_layers_with_their_copies(hf_models: Models, tmp_path: Path) -> 
         written(other, tmp_path / "none")
 
 
-def test_fused_experts_are_read_one_by_one(hf_models: Models, tmp_path: Path) -> None:
-    def fuse(values: dict[str, torch.Tensor]) -> None:
-        for layer in range(4):
-            place = f"model.layers.{layer}.mlp.experts"
-            parts = {
-                kind: torch.stack([values.pop(f"{place}.{expert}.{kind}.weight") for expert in range(4)])
-                for kind in ("gate_proj", "up_proj", "down_proj")
-            }
-            values[f"{place}.gate_up_proj"] = torch.cat([parts["gate_proj"], parts["up_proj"]], dim=1)
-            values[f"{place}.down_proj"] = parts["down_proj"]
+def fuse(values: dict[str, torch.Tensor]) -> None:
+    """The experts of every layer in one tensor a kind."""
+    for place in sorted({key.partition("experts.0.")[0] for key in values if ".mlp.experts.0." in key}):
+        parts = {
+            kind: torch.stack([values.pop(f"{place}experts.{expert}.{kind}_proj.weight") for expert in range(4)])
+            for kind in ("gate", "up", "down")
+        }
+        values[f"{place}experts.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], dim=1)
+        values[f"{place}experts.down_proj"] = parts["down"]
 
-    folder = edited(hf_models("qwen3_moe"), tmp_path, fuse)
-    assert_same(tensors(hf_models("qwen3_moe")), written(folder, tmp_path / "out"))
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "glm4_moe"])
+def test_fused_experts_are_read_one_by_one(name: str, hf_models: Models, tmp_path: Path) -> None:
+    folder = edited(hf_models(name), tmp_path, fuse)
+    assert_same(tensors(hf_models(name)), written(folder, tmp_path / "out"))
+
+
+def test_experts_stored_twice_are_refused(hf_models: Models, tmp_path: Path) -> None:
+    kept: dict[str, torch.Tensor] = {}
+
+    def both(values: dict[str, torch.Tensor]) -> None:
+        name = "model.layers.2.mlp.experts.1.up_proj.weight"
+        kept[name] = values[name].clone()
+        fuse(values)
+        values |= kept
+
+    folder = edited(hf_models("qwen3_moe"), tmp_path, both)
+    with pytest.raises(BridgeError, match=r"is model\.layers\.2\.mlp\.experts\.1\.up_proj\.weight, which .* is too"):
+        open_hf(folder)
+
+
+def test_another_spelling_of_the_same_model(hf_models: Models, tmp_path: Path) -> None:
+    """Hy3 as Tencent's own tool writes it: names of transformers' modules, experts together."""
+    names = {
+        "mlp.router.gate.": "mlp.gate.", "mlp.expert_bias": "mlp.e_score_correction_bias",
+        "mlp.shared_mlp.": "mlp.shared_experts.",
+    }  # fmt: skip
+
+    def respell(values: dict[str, torch.Tensor]) -> None:
+        add_further("hy_v3", values)
+        fuse(values)
+        for name in list(values):
+            for ours, theirs in names.items():
+                if ours in name:
+                    values[name.replace(ours, theirs)] = values.pop(name)
+
+    usual = edited(hf_models("hy_v3"), tmp_path, lambda values: add_further("hy_v3", values), "usual")
+    folder = edited(hf_models("hy_v3"), tmp_path, respell)
+    assert_same(tensors(usual), written(folder, tmp_path / "out"))
 
 
 def test_block_scaled_fp8_comes_out_in_bf16(hf_models: Models, tmp_path: Path) -> None:
@@ -144,6 +176,46 @@ def test_what_is_not_the_model_is_refused(name: str, hf_models: Models, tmp_path
         written(folder, tmp_path / "out")
 
 
+def one_of_each(values: dict[str, torch.Tensor]) -> list[str]:
+    """Tensors outside of layers, of the first and the last one; of its experts one: others have the same lines."""
+    last = max(int(key.split(".")[2]) for key in values if ".layers." in key)
+    repeated = re.compile(rf"\.layers\.{last}\.(embed_tokens|shared_head\.head)\.|\.experts\.[^3]\.")
+    inside = (".layers.0.", f".layers.{last}.")
+    return [
+        key for key in values if (".layers." not in key or any(x in key for x in inside)) and not repeated.search(key)
+    ]  # fmt: skip
+
+
+QUICK = {"ling", "hy_v3"}
+SWEEP = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
+
+
+@pytest.mark.parametrize("name", SWEEP)
+def test_every_tensor_that_is_missing_or_misshapen_is_refused(name: str, hf_models: Models, tmp_path: Path) -> None:
+    values = tensors(hf_models(name))
+    if name in FURTHER:
+        add_further(name, values)
+    shutil.copy(hf_models(name) / "config.json", tmp_path)
+
+    def planned(changed: dict[str, torch.Tensor]) -> None:
+        save_file(changed, tmp_path / "model.safetensors")
+        source = open_source(tmp_path)
+        with source.tensors:
+            plan(source, Target("torch_dist", allow_patched_attention=True))
+
+    planned(values)
+    tried = one_of_each(values)
+    assert len(tried) >= 20
+    for key in tried:
+        value = values.pop(key)
+        with pytest.raises(BridgeError, match=re.escape(f"1 tensors are missing, the first is {key}")):
+            planned(values)
+        for smaller in (value[1:], value[..., 1:])[: value.ndim]:
+            with pytest.raises(BridgeError, match=re.escape(key.rpartition(".")[0])):
+                planned({**values, key: smaller.contiguous()})
+        values[key] = value
+
+
 def test_computed_buffers_are_left_out_and_told(hf_models: Models, tmp_path: Path) -> None:
     buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
     folder = edited(hf_models("llama"), tmp_path, lambda t: t.update({buffer: torch.ones(4)}))
@@ -162,14 +234,62 @@ def test_a_tied_head_that_is_stored_too_must_be_the_embedding(hf_models: Models,
         open_hf(other)[0].check_copies()
 
 
+def test_a_tied_head_under_another_name_of_the_embedding(hf_models: Models, tmp_path: Path) -> None:
+    def tie(values: dict[str, torch.Tensor]) -> None:
+        values["lm_head.weight"] = values["model.word_embeddings.weight"].clone()
+
+    folder = edited(hf_models("ling"), tmp_path, tie)
+    checkpoint, _ = open_hf(folder, tie_word_embeddings=True)
+    assert "output_layer.weight" not in checkpoint.shapes
+    checkpoint.check_copies()
+    other = edited(folder, tmp_path, lambda t: t["lm_head.weight"].add_(1), "other")
+    with pytest.raises(BridgeError, match=r"lm_head\.weight should repeat model\.word_embeddings\.weight"):
+        open_hf(other, tie_word_embeddings=True)[0].check_copies()
+
+
 def test_families_are_found_by_config_or_name() -> None:
     assert {"llama", "qwen2", "qwen3", "qwen3-moe", "seed-oss", "deepseek"} <= families().keys()
     assert family_of({"model_type": "mistral"}).name == "llama"
     assert family_of({}, "qwen3-moe").name == "qwen3-moe"
     with pytest.raises(BridgeError, match=r"model_type 'bert' has no table yet; those that have are .*qwen2"):
         family_of({"model_type": "bert"})
-    with pytest.raises(BridgeError, match="--model_type_hf nothing: families are deepseek"):
+    with pytest.raises(BridgeError, match="--model_type_hf nothing: families are .*deepseek"):
         family_of({}, "nothing")
+
+
+# MindSpeed-LLM's --model-type-hf: those of its all-in-one trainer, then later names of the same families.
+MINDSPEED = {
+    "qwen3": "qwen3", "qwen3-moe": "qwen3_moe", "deepseek3": "deepseek_v3", "glm45-moe": "glm4_moe",
+    "bailing_mini": "bailing_moe", "seed-oss": "seed_oss", "magistral": "mistral", "deepseek2-lite": "deepseek_v2",
+    "deepseek2": "deepseek_v2", "glm45": "glm4_moe", "glm45-air": "glm4_moe", "llama2": "llama", "qwen25": "qwen2",
+    "HYV3": "hy_v3", "deepseek32": "deepseek_v32", "qwen3-next": "qwen3_next", "hunyuan": "hunyuan",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MINDSPEED)
+def test_names_of_mindspeed_are_names_of_families(name: str) -> None:
+    config = {"model_type": MINDSPEED[name]}
+    assert family_of(config, name).name == family_of(config).name
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "said"),
+    [
+        ({}, "glm4", "--model_type_hf glm4: families are .*; the nearest is glm45"),
+        ({}, "qwen-3", "the nearest is qwen3"),
+        ({"model_type": "bailing_hybrid"}, None, "has no table yet; .*; the nearest is bailing_moe"),
+        ({"model_type": "hy_v3"}, "glm45", "--model_type_hf glm45: config.json has model_type hy_v3, family hy_v3"),
+        ({}, None, "model_type None has no table"),
+    ],
+)
+def test_a_name_without_a_family_is_refused(config: dict[str, Any], name: str | None, said: str) -> None:
+    with pytest.raises(BridgeError, match=said):
+        family_of(config, name)
+
+
+def test_no_name_is_that_of_two_families() -> None:
+    names = [name for family in families().values() for name in {family.name, *family.aliases, *family.model_types}]
+    assert len(names) == len(set(names))
 
 
 def test_a_table_is_short() -> None:

@@ -22,6 +22,7 @@ from finebridge.bridge.parallel import (
     pieces,
     shift,
 )
+from finebridge.bridge.sections import sections_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -256,7 +257,7 @@ def test_a_tensor_that_cannot_be_cut_is_named() -> None:
 
 def test_a_name_of_which_nothing_is_known_is_refused() -> None:
     with pytest.raises(BridgeError, match="conv1d.weight: how Megatron-Core spreads it"):
-        cut_of("decoder.layers.0.self_attention.conv1d.weight")
+        cut_of("decoder.layers.0.mixer.conv1d.weight")
 
 
 @pytest.mark.parametrize(
@@ -286,3 +287,42 @@ def test_an_uneven_list_is_written_as_megatron_reads_it() -> None:
     assert Layout(pp=2).megatron_layout(4, 0) is None
     assert Layout(pp=2, layer_list=(1, 3)).megatron_layout(4, 1) == "Et*1|t*3mL"
     assert Layout(pp=2, vpp=2, layer_list=(1, 2, 1, 0)).megatron_layout(4, 0) == "Et*1|t*2|t*1|L"
+
+
+DELTA_NET = {
+    "decoder.layers.0.self_attention.in_proj.weight": (88, 32), "decoder.layers.0.self_attention.conv1d.weight": (56, 1, 4),
+    "decoder.layers.0.self_attention.A_log": (4,), "decoder.layers.0.self_attention.out_proj.weight": (32, 24),
+}  # fmt: skip
+
+
+def test_each_tensor_that_a_delta_net_joins_is_cut_by_itself() -> None:
+    sections = sections_of(DELTA_NET)
+    name, mixed = list(DELTA_NET)[:2]
+    assert sections == {name: (16, 16, 24, 24, 4, 4), mixed: (16, 16, 24)}
+    whole, model = torch.arange(88)[:, None], Model(1, 0, 0, tied=True, sections=sections)
+    found = pieces(name, (88, 1), Layout(tp=2), model)
+    parts = [torch.cat(piece.views(whole)) for piece in found]
+    assert parts[1][:, 0].tolist() == [*range(8, 16), *range(24, 32), *range(44, 56), *range(68, 80), 82, 83, 86, 87]
+    assert torch.equal(join(name, parts, sections[name]), whole)
+    with pytest.raises(BridgeError, match="--tp 3: tensor .*in_proj.weight"):
+        pieces(name, (88, 1), Layout(tp=3), model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"decoder.layers.0.self_attention.A_log": (5,)}, "88 rows do not fit to 5 heads"),
+        ({"decoder.layers.0.self_attention.conv1d.weight": (57, 1, 4)}, "57 convolved"),
+        ({"decoder.layers.0.self_attention.A_log": ()}, "missing or misshapen"),
+    ],
+)
+def test_sections_that_do_not_fit_together(changes: dict[str, tuple[int, ...]], said: str) -> None:
+    with pytest.raises(BridgeError, match=said):
+        sections_of(DELTA_NET | changes)
+
+
+def test_key_heads_of_delta_nets_limit_tp() -> None:
+    args = {"num_attention_heads": 4, "experimental_attention_variant": "gated_delta_net", "linear_num_key_heads": 2}
+    check_layout(Layout(tp=2), args)
+    with pytest.raises(BridgeError, match="--tp 4: 2 linear key heads cannot be spread evenly"):
+        check_layout(Layout(tp=4), args)
