@@ -116,7 +116,7 @@ def test_further_layers_through_megatrons_forms(name: str, form: str, hf_models:
     assert_same(base, tmp_path / "hf")
 
 
-@pytest.mark.parametrize("name", thinned(["qwen2_tied", "qwen3_moe_mixed", "deepseek_v3"], ["qwen3_moe_mixed"]))
+@pytest.mark.parametrize("name", thinned(MODELS, {"qwen3_moe_mixed", "qwen3_next"}))
 def test_from_one_layout_and_format_to_another(name: str, hf_models: Models, tmp_path: Path) -> None:
     steps = [
         "--ckpt_format torch --tp 2 --pp 2",
@@ -125,9 +125,9 @@ def test_from_one_layout_and_format_to_another(name: str, hf_models: Models, tmp
     ]
     place = hf_models(name)
     for number, step in enumerate(steps):
-        assert run("--to", "mcore", "--load", place, "--save", tmp_path / str(number), *step.split()) == 0
+        assert run("--to", "mcore", "--load", place, "--save", tmp_path / str(number), *step.split(), *PATCHED) == 0
         place = tmp_path / str(number)
-    assert run("--to", "hf", "--load", place, "--save", tmp_path / "hf") == 0
+    assert run("--to", "hf", "--load", place, "--save", tmp_path / "hf", *PATCHED) == 0
     assert_same(hf_models(name), tmp_path / "hf")
     assert run("verify", hf_models(name), tmp_path / "0") == 0
     assert run("verify", tmp_path / "1", tmp_path / "2") == 0
