@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -50,15 +49,14 @@ def assert_same(one: Path, other: Path) -> None:
         assert torch.equal(value, second[name]), name
 
 
-def layouts() -> list[Any]:
-    """Each family in every layout that its heads allow, every third by default; few query groups limit TP."""
-    pairs = [
+def layouts() -> list[tuple[str, str]]:
+    """Each family in every layout that its heads allow; few query groups limit TP."""
+    return [
         (name, layout)
         for name, settings in MODELS.items()
         for layout in LAYOUTS + (SPARSE if "n_routed_experts" in settings or "num_experts" in settings else [])
         if "--tp 4" not in layout or name.startswith("deepseek")
     ]
-    return [pytest.param(*pair, marks=[pytest.mark.slow] if number % 3 else []) for number, pair in enumerate(pairs)]
 
 
 @pytest.mark.parametrize(("name", "layout"), thinned(layouts(), KEPT.items()))
