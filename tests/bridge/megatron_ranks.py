@@ -128,11 +128,11 @@ def build(args: dict[str, Any], sizes: dict[str, Any], rows: int, *, fused: bool
     layers = gpt_layer_specs.get_gpt_decoder_layer_specs(config, False, args["normalization"])
     layers = [copy.deepcopy(layer) for layer in layers]
     own, latent = attention_class(), args["multi_latent_attention"]
-    for number, layer in enumerate(layers):
+    for layer in layers if latent else []:
+        layer.submodules.self_attention.submodules.core_attention = own
+    megatron_parts.change(layers, args)
+    for layer in layers:
         parts = layer.submodules
-        if latent:
-            parts.self_attention.submodules.core_attention = own
-        megatron_parts.change(layer, args, number)
         if fused:
             parts.sharded_state_dict_keys_map = fused_names(
                 latent=latent,

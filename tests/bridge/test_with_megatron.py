@@ -75,7 +75,8 @@ THEIRS: list[tuple[str, str, Sizes]] = [
     ("deepseek_v3", "torch", {"tp": 2, "ep": 2, "etp": 1}), ("qwen2_tied", "torch_dist mcore", {"pp": 2}),
     ("qwen3_moe", "torch_dist mcore", {"ep": 2}), ("qwen3_moe_mixed", "torch_dist mcore-local", {"tp": 2}),
     ("deepseek_v2", "torch_dist mcore-local", {"tp": 2}), ("deepseek_v32", "torch", {"tp": 2}),
-    ("hunyuan_v1_dense", "torch_dist mcore", {"pp": 2}), ("qwen3_next", "torch", {"tp": 2}), ("qwen3_next", "torch_dist mcore", {"tp": 2}),
+    ("hunyuan_v1_dense", "torch_dist mcore", {"pp": 2}), ("qwen3_next", "torch", {"tp": 2}),
+    ("qwen3_next", "torch_dist mcore", {"tp": 2}),
 ]  # fmt: skip
 
 
