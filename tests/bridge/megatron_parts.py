@@ -45,12 +45,12 @@ def zero_centred(size: int, epsilon: float) -> Any:
 
 
 def _rotate_first(self: Any, x: Any, rotary_pos_emb: Any, mscale: float) -> Any:
-    """Core 0.19: the rotated dimensions are the first ones, not interleaved; up to 0.18 they are the last, interleaved."""
+    """Core 0.19: the rotated dimensions are the first ones, interleaved or not; up to 0.18 they are the last, interleaved."""
     import torch
     from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 
     config = copy.copy(self.config)
-    config.multi_latent_attention = False
+    config.multi_latent_attention = self.config.dsa_indexer_rope_interleaved
     rotated, rest = x.split([self.qk_pos_emb_head_dim, self.index_head_dim - self.qk_pos_emb_head_dim], -1)
     rotated = apply_rotary_pos_emb(
         rotated, rotary_pos_emb, config=config, mscale=mscale, cp_group=self.pg_collection.cp

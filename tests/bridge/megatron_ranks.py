@@ -108,6 +108,7 @@ def transformer_config(args: dict[str, Any], sizes: dict[str, Any]) -> Any:
         use_cpu_initialization=True,
         masked_softmax_fusion=False,
     )
+    config.dsa_indexer_rope_interleaved = args.get("dsa_indexer_rope_interleaved")  # a field since 0.19
     for name, value in args.items():  # Megatron-LM's _apply_yarn_config_from_args
         if name.startswith("yarn_"):
             setattr(config, name, value)

@@ -199,6 +199,26 @@ def test_arguments_of_an_indexer() -> None:
     assert family_of(config).support(config).reason.startswith("for Megatron-Core 0.19 or newer")
 
 
+def test_layers_that_share_an_indexer(hf_models: Models, tmp_path: Path) -> None:
+    """GLM-5.2: after the first layers every second one takes over what the one before has picked."""
+
+    def drop(values: Tensors) -> None:
+        for name in [name for name in values if ".2.self_attn.indexer." in name]:
+            del values[name]
+
+    more = {"indexer_types": None, "index_topk_freq": 2, "index_skip_topk_offset": 2}
+    base = edited(hf_models("glm5"), tmp_path / "base", drop, **more)
+    assert_there_and_back(base, tmp_path, TORCH, DIST)
+    config = open_source(base).config
+    args = to_args(config)
+    assert (args["dsa_indexer_topk_freq"], args["dsa_indexer_skip_topk_offset"]) == (2, 2)
+    assert args["dsa_indexer_rope_interleaved"] is True
+    assert to_args(config | {"index_topk_pattern": "FFSF"}) == args
+    assert to_args(config | {"indexer_types": ["full", "full", "shared", "full"]}) == args
+    with pytest.raises(BridgeError, match="layer 3 lacks an indexer, Megatron-Core's rule"):
+        to_args(config | {"index_topk_pattern": "FFSS"})
+
+
 def test_arguments_of_delta_nets(hf_models: Models) -> None:
     config = json.loads((hf_models("qwen3_next") / "config.json").read_text())
     args = to_args(config)
