@@ -303,7 +303,7 @@ _PLAIN: Mapping[str, Any] = {  # what a config.json made from arguments takes fo
     "heterogeneous_layers_config_path": None, "hybrid_override_pattern": None, "hybrid_layer_pattern": None, "spec": None,
     "moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False, "moe_router_num_groups": None,
     "moe_router_topk_scaling_factor": None, "moe_shared_expert_intermediate_size": None, "moe_latent_size": None,
-    "mtp_num_layers": None,
+    "mtp_num_layers": None, "patched_attention": None,
 }  # fmt: skip
 _CLASSES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",

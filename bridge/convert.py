@@ -129,8 +129,10 @@ class Plan:
         """Megatron's arguments of the model. Raises BridgeError when Megatron-Core cannot compute it."""
         source, target = self.source, self.target
         main = max(self.specs, key=lambda spec: spec.size).dtype
+        support = _support(source, target)
+        patched = {"patched_attention": support.reason} if support.kind == "needs_patch" else {}  # read by to_config
         return {
-            **to_args(source.config, source.family, tp=target.layout.tp, divisible_by=target.divisible_by),
+            **to_args(source.config, source.family, tp=target.layout.tp, divisible_by=target.divisible_by), **patched,
             "params_dtype": main, "bf16": main == torch.bfloat16, "fp16": main == torch.float16,
         }  # fmt: skip
 

@@ -137,7 +137,7 @@ def test_hunyuan_large_shares_keys_and_values(
     assert convert(base, tmp_path / "none", "--to mcore") == 2
     assert "stock Megatron-Core computes hunyuan otherwise: query and key are normed after" in capsys.readouterr().err
     assert_there_and_back(base, tmp_path, TORCH, DIST, flag="--allow_patched_attention")
-    assert "MindSpeed-LLM's Hunyuan attention does as the model and reads these names" in capsys.readouterr().out
+    assert "MindSpeed-LLM's Hunyuan attention does as the model, with the names of" in capsys.readouterr().out
     with open_source(tmp_path / "mcore0").tensors as made:
         query = tensors(base)["model.layers.1.self_attn.q_proj.weight"]
         assert torch.equal(made.get("decoder.layers.1.self_attention.linear_qkv.weight"), query)
@@ -146,6 +146,21 @@ def test_hunyuan_large_shares_keys_and_values(
         assert made.args["cla_share_factor"] == 2
     file = torch.load(tmp_path / "mcore0/release/mp_rank_01_000_000/model_optim_rng.pt", weights_only=False)
     assert torch.equal(file["model"]["decoder.layers.1.self_attention.linear_qkv.weight"], query[16:])
+
+
+def test_hunyuan_has_the_names_that_mindspeed_reads(hf_models: Models, tmp_path: Path) -> None:
+    """Those of its ``hunyuan_spec.py`` and ``hunyuan_large_attention.py``."""
+    base = shared_keys(hf_models, tmp_path / "base")
+    words = "--to mcore --ckpt_format torch --dialect mcore-local --allow_patched_attention"
+    assert convert(base, tmp_path / "mcore", words) == 0
+    file = torch.load(tmp_path / "mcore/release/mp_rank_00/model_optim_rng.pt", weights_only=False)
+    start = "decoder.layers.1."
+    experts = [f"mlp.experts.local_experts.{number}.linear_fc{part}.weight" for number in range(4) for part in (1, 2)]
+    assert {name.removeprefix(start) for name, value in file["model"].items() if start in name and value is not None} == {
+        "input_layernorm.weight", "self_attention.linear_qkv.weight", "self_attention.q_layernorm.weight",
+        "self_attention.k_layernorm.weight", "self_attention.linear_proj.weight", "pre_mlp_layernorm.weight",
+        "mlp.router.weight", "mlp.shared_experts.linear_fc1.weight", "mlp.shared_experts.linear_fc2.weight", *experts,
+    }  # fmt: skip
 
 
 def test_layers_that_mindspeed_shares_otherwise_have_no_form(
