@@ -124,7 +124,7 @@ def _attention(config: Config, names: set[str]) -> Args:
         "qk_head_dim": int(_need(config, "qk_nope_head_dim")),
         "qk_pos_emb_head_dim": int(_need(config, "qk_rope_head_dim")),
         "v_head_dim": int(config["v_head_dim"]),
-        **(_indexer(config) if _any(names, ".indexer.linear_wk.weight") else {}),
+        **(_indexer(config, names) if _any(names, ".indexer.linear_wk.weight") else {}),
     }
 
 
@@ -141,8 +141,16 @@ def _delta_net(config: Config, names: set[str]) -> Args:
     }
 
 
-def _indexer(config: Config) -> Args:
-    """What picks the tokens that attention sees."""
+def _indexer(config: Config, names: set[str]) -> Args:
+    """What picks the tokens that attention sees: in every layer, or from ``offset`` on in every ``step``-th one."""
+    step, offset = int(config.get("index_topk_freq") or 1), int(config.get("index_skip_topk_offset", 2))
+    for layer in range(int(config["num_hidden_layers"])):
+        has_own = f"decoder.layers.{layer}.self_attention.core_attention.indexer.linear_wk.weight" in names
+        if has_own == bool(max(layer + 1 - max(offset, 1), 0) % step):
+            raise BridgeError(
+                f"config.json: layer {layer} {'has' if has_own else 'lacks'} an indexer, Megatron-Core's rule of "
+                f"index_topk_freq {step} and index_skip_topk_offset {offset} says otherwise"
+            )
     return {
         "experimental_attention_variant": "dsa",
         "dsa_indexer_n_heads": int(_need(config, "index_n_heads")),
@@ -150,6 +158,8 @@ def _indexer(config: Config) -> Args:
         "dsa_indexer_topk": int(_need(config, "index_topk")),
         "dsa_indexer_rope_interleaved": bool(config.get("indexer_rope_interleave", False)),
         "dsa_indexer_k_norm_epsilon": 1e-6,
+        "dsa_indexer_topk_freq": step,
+        "dsa_indexer_skip_topk_offset": offset if step > 1 else 0,
     }
 
 
@@ -304,7 +314,7 @@ _PLAIN: Mapping[str, Any] = {  # what a config.json made from arguments takes fo
     "heterogeneous_layers_config_path": None, "hybrid_override_pattern": None, "hybrid_layer_pattern": None, "spec": None,
     "moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False, "moe_router_num_groups": None,
     "moe_router_topk_scaling_factor": None, "moe_shared_expert_intermediate_size": None, "moe_latent_size": None,
-    "mtp_num_layers": None,
+    "mtp_num_layers": None, "patched_attention": None,
 }  # fmt: skip
 _CLASSES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",

@@ -136,8 +136,10 @@ class Plan:
         main = max(self.specs, key=lambda spec: spec.size).dtype
         args = to_args(source.config, source.family, tp=target.layout.tp, divisible_by=target.divisible_by)
         check_layout(target.layout, args)
+        support = _support(source, target)
+        patched = {"patched_attention": support.reason} if support.kind == "needs_patch" else {}  # read by to_config
         return {
-            **args,
+            **args, **patched,
             "params_dtype": main, "bf16": main == torch.bfloat16, "fp16": main == torch.float16,
         }  # fmt: skip
 

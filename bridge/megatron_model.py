@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .dialects import FUSED
 from .megatron_cpu import LatentCore
 
-Change = Callable[[Any, Mapping[str, Any], int], None]  # of a layer's spec, given the arguments and the layer's number
+Change = Callable[[list[Any], Mapping[str, Any]], None]  # of all layers' specs, given the arguments
 
 
 def build(
@@ -25,7 +25,7 @@ def build(
     """This rank's chunks of the model, weights not initialised; ``parallel``: TransformerConfig's sizes that are not 1.
 
     ``rows`` of the vocabulary. With ``fused`` its ``torch_dist`` keys are those of Transformer Engine's modules. ``change``
-    may give a layer's spec parts that the local one lacks.
+    may give the layers' specs parts that the local ones lack.
     """
     from megatron.core.models.gpt import gpt_layer_specs
 
@@ -33,12 +33,12 @@ def build(
     specs: Any = gpt_layer_specs.get_gpt_decoder_layer_specs(config, False, args["normalization"])
     layers = [copy.deepcopy(spec) for spec in specs]
     latent = bool(args["multi_latent_attention"])
-    for number, layer in enumerate(layers):
+    for layer in layers if latent else []:
+        layer.submodules.self_attention.submodules.core_attention = LatentCore
+    if change:
+        change(layers, args)
+    for layer in layers:
         parts = layer.submodules
-        if latent:
-            parts.self_attention.submodules.core_attention = LatentCore
-        if change:
-            change(layer, args, number)
         if fused:
             delta_net = "Delta" in parts.self_attention.module.__name__
             norms = _fused_norms(latent, "MoE" in parts.mlp.module.__name__, delta_net)
@@ -85,6 +85,7 @@ def _transformer_config(args: Mapping[str, Any], parallel: Mapping[str, Any]) ->
         "init_method": _nothing, "output_layer_init_method": _nothing, "masked_softmax_fusion": False, **parallel,
     }  # fmt: skip
     config: Any = kind(**chosen)
+    config.dsa_indexer_rope_interleaved = args.get("dsa_indexer_rope_interleaved")  # a field since 0.19
     for name, value in args.items():  # Megatron-LM's _apply_yarn_config_from_args
         if name.startswith("yarn_"):
             setattr(config, name, value)

@@ -21,7 +21,7 @@ _FLAGS: Mapping[str, Any] = {
     "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 16,
     "linear_num_value_heads": 32, "experimental_attention_variant": None, "dsa_indexer_n_heads": None,
     "dsa_indexer_head_dim": None, "dsa_indexer_topk": None, "dsa_indexer_rope_interleaved": False,
-    "dsa_indexer_k_norm_epsilon": None,
+    "dsa_indexer_k_norm_epsilon": None, "dsa_indexer_topk_freq": 1, "dsa_indexer_skip_topk_offset": 0,
 }  # fmt: skip
 # Fields of the model's config without a flag, and what they then are.
 _FIXED: Mapping[str, Any] = {"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}

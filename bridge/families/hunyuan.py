@@ -11,7 +11,7 @@ from ..family import ATTENTION, EXPERT, MLP, MOE, QK_NORM, TOP, Config, Family, 
 
 _REASON = (
     "query and key are normed after they are rotated, there before, and with use_cla layers share keys and values; "
-    "MindSpeed-LLM's Hunyuan attention does as the model and reads these names"
+    "MindSpeed-LLM's Hunyuan attention does as the model, with the names of --dialect mcore-local or mindspeed"
 )
 
 

@@ -46,6 +46,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek_v32": {
         "model_type": "deepseek_v32", "q_lora_rank": 8, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4, **LATENT,
     },
+    "glm5": {
+        "model_type": "glm_moe_dsa", "q_lora_rank": 8, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4,
+        "rms_norm_eps": 1e-6, **LATENT,
+    },
     "qwen3_next": {
         "model_type": "qwen3_next", "head_dim": 16, "num_experts": 4, "shared_expert_intermediate_size": 24,
         "linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4,

@@ -45,12 +45,12 @@ def zero_centred(size: int, epsilon: float) -> Any:
 
 
 def _rotate_first(self: Any, x: Any, rotary_pos_emb: Any, mscale: float) -> Any:
-    """Core 0.19: the rotated dimensions are the first ones, not interleaved; up to 0.18 they are the last, interleaved."""
+    """Core 0.19: the rotated dimensions are the first ones, interleaved or not; up to 0.18 they are the last, interleaved."""
     import torch
     from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 
     config = copy.copy(self.config)
-    config.multi_latent_attention = False
+    config.multi_latent_attention = self.config.dsa_indexer_rope_interleaved
     rotated, rest = x.split([self.qk_pos_emb_head_dim, self.index_head_dim - self.qk_pos_emb_head_dim], -1)
     rotated = apply_rotary_pos_emb(
         rotated, rotary_pos_emb, config=config, mscale=mscale, cp_group=self.pg_collection.cp
@@ -88,9 +88,14 @@ def sparse_attention() -> Any:
     return ModuleSpec(dsa.DSAttention, submodules=dsa.DSAttentionSubmodules(indexer))
 
 
-def norms_after_rotation() -> Any:
-    """Megatron-Core's attention, changed as Hunyuan needs it: query and key are normed after they are rotated."""
+def hunyuan_attention(*, shares: bool) -> Any:
+    """Megatron-Core's attention, changed as Hunyuan needs it: query and key are normed after they are rotated.
+
+    With ``shares`` every second layer, counted from 1 as in MindSpeed-LLM, has no keys and values: those of the one before.
+    """
     from megatron.core.transformer.attention import SelfAttention
+
+    last: list[Any] = []
 
     class Attention(SelfAttention):
         def __init__(self, *args: Any, **more: Any) -> None:
@@ -99,27 +104,41 @@ def norms_after_rotation() -> Any:
             self.core_attention.forward = lambda query, key, *rest, **named: plain(
                 norms[0](query), norms[1](key), *rest, **named
             )
+            self.takes_over = shares and self.layer_number % 2 == 0
+            if self.takes_over:
+                self.linear_qkv.weight.data = self.linear_qkv.weight.data[: self.query_projection_size]
 
-        def get_query_key_value_tensors(self, *args: Any, **more: Any) -> Any:
+        def get_query_key_value_tensors(self, hidden: Any, *args: Any, **more: Any) -> Any:
+            if self.takes_over:
+                query, _ = self.linear_qkv(hidden)
+                return query.unflatten(-1, (-1, self.hidden_size_per_attention_head)), *last
             norms = self.q_layernorm, self.k_layernorm
             self.q_layernorm = self.k_layernorm = None
             try:
-                return super().get_query_key_value_tensors(*args, **more)
+                query, key, value = super().get_query_key_value_tensors(hidden, *args, **more)
             finally:
                 self.q_layernorm, self.k_layernorm = norms
+            last[:] = key, value
+            return query, key, value
 
     return Attention
 
 
-def change(layer: Any, args: dict[str, Any], number: int) -> None:
-    """Give the spec of a layer the parts that its arguments ask for."""
+def change(layers: list[Any], args: dict[str, Any]) -> None:
+    """Give the specs of layers the parts that their arguments ask for."""
+    attention = hunyuan_attention(shares=bool(args.get("cla_share_factor")))
+    for number, layer in enumerate(layers):
+        _change(layer, args, number, attention)
+
+
+def _change(layer: Any, args: dict[str, Any], number: int, attention: Any) -> None:
     parts = layer.submodules
     if args.get("experimental_attention_variant") == "gated_delta_net" and args["linear_attention_freq"][number]:
         parts.self_attention = delta_net()
     elif args.get("experimental_attention_variant") == "dsa":
         parts.self_attention.submodules.core_attention = sparse_attention()
     elif args.get("norms_after_rotation"):
-        parts.self_attention.module = norms_after_rotation()
+        parts.self_attention.module = attention
 
 
 def sections(args: dict[str, Any], name: str) -> list[int] | None:

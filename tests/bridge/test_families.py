@@ -137,7 +137,7 @@ def test_hunyuan_large_shares_keys_and_values(
     assert convert(base, tmp_path / "none", "--to mcore") == 2
     assert "stock Megatron-Core computes hunyuan otherwise: query and key are normed after" in capsys.readouterr().err
     assert_there_and_back(base, tmp_path, TORCH, DIST, flag="--allow_patched_attention")
-    assert "MindSpeed-LLM's Hunyuan attention does as the model and reads these names" in capsys.readouterr().out
+    assert "MindSpeed-LLM's Hunyuan attention does as the model, with the names of" in capsys.readouterr().out
     with open_source(tmp_path / "mcore0").tensors as made:
         query = tensors(base)["model.layers.1.self_attn.q_proj.weight"]
         assert torch.equal(made.get("decoder.layers.1.self_attention.linear_qkv.weight"), query)
@@ -146,6 +146,21 @@ def test_hunyuan_large_shares_keys_and_values(
         assert made.args["cla_share_factor"] == 2
     file = torch.load(tmp_path / "mcore0/release/mp_rank_01_000_000/model_optim_rng.pt", weights_only=False)
     assert torch.equal(file["model"]["decoder.layers.1.self_attention.linear_qkv.weight"], query[16:])
+
+
+def test_hunyuan_has_the_names_that_mindspeed_reads(hf_models: Models, tmp_path: Path) -> None:
+    """Those of its ``hunyuan_spec.py`` and ``hunyuan_large_attention.py``."""
+    base = shared_keys(hf_models, tmp_path / "base")
+    words = "--to mcore --ckpt_format torch --dialect mcore-local --allow_patched_attention"
+    assert convert(base, tmp_path / "mcore", words) == 0
+    file = torch.load(tmp_path / "mcore/release/mp_rank_00/model_optim_rng.pt", weights_only=False)
+    start = "decoder.layers.1."
+    experts = [f"mlp.experts.local_experts.{number}.linear_fc{part}.weight" for number in range(4) for part in (1, 2)]
+    assert {name.removeprefix(start) for name, value in file["model"].items() if start in name and value is not None} == {
+        "input_layernorm.weight", "self_attention.linear_qkv.weight", "self_attention.q_layernorm.weight",
+        "self_attention.k_layernorm.weight", "self_attention.linear_proj.weight", "pre_mlp_layernorm.weight",
+        "mlp.router.weight", "mlp.shared_experts.linear_fc1.weight", "mlp.shared_experts.linear_fc2.weight", *experts,
+    }  # fmt: skip
 
 
 def test_layers_that_mindspeed_shares_otherwise_have_no_form(
@@ -197,6 +212,26 @@ def test_arguments_of_an_indexer() -> None:
     assert "--experimental-attention-variant dsa --dsa-indexer-n-heads 64 --dsa-indexer-head-dim 128" in words
     assert "--dsa-indexer-topk 2048 --dsa-indexer-k-norm-epsilon 1e-06" in words
     assert family_of(config).support(config).reason.startswith("for Megatron-Core 0.19 or newer")
+
+
+def test_layers_that_share_an_indexer(hf_models: Models, tmp_path: Path) -> None:
+    """GLM-5.2: after the first layers every second one takes over what the one before has picked."""
+
+    def drop(values: Tensors) -> None:
+        for name in [name for name in values if ".2.self_attn.indexer." in name]:
+            del values[name]
+
+    more = {"indexer_types": None, "index_topk_freq": 2, "index_skip_topk_offset": 2}
+    base = edited(hf_models("glm5"), tmp_path / "base", drop, **more)
+    assert_there_and_back(base, tmp_path, TORCH, DIST)
+    config = open_source(base).config
+    args = to_args(config)
+    assert (args["dsa_indexer_topk_freq"], args["dsa_indexer_skip_topk_offset"]) == (2, 2)
+    assert args["dsa_indexer_rope_interleaved"] is True
+    assert to_args(config | {"index_topk_pattern": "FFSF"}) == args
+    assert to_args(config | {"indexer_types": ["full", "full", "shared", "full"]}) == args
+    with pytest.raises(BridgeError, match="layer 3 lacks an indexer, Megatron-Core's rule"):
+        to_args(config | {"index_topk_pattern": "FFSS"})
 
 
 def test_arguments_of_delta_nets(hf_models: Models) -> None:

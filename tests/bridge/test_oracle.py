@@ -14,6 +14,7 @@ from .oracle import load_with_megatron, megatron_logits, needs_megatron, save_wi
 
 pytestmark = needs_megatron
 CLOSE = 1e-5
+IDS = torch.randint(0, 70, (2, 24), generator=torch.Generator().manual_seed(3))
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LATENT_YARN = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
 LLAMA32 = {
@@ -237,11 +238,28 @@ KEPT = [*MODELS, "qwen2_window", "deepseek_v2_yarn", "deepseek_v2_groups"]
 @pytest.mark.parametrize("name", thinned(CASES, KEPT))
 def test_megatron_computes_what_transformers_computes(name: str) -> None:
     model = model_of(name)
-    ids = torch.randint(0, 70, (2, 24), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        wanted = model(ids).logits
-    got = megatron_logits(model.config, canonical_of(model), ids)
+        wanted = model(IDS).logits
+    got = megatron_logits(model.config, canonical_of(model), IDS)
     assert wanted.abs().max() > 1
+    assert (got - wanted).abs().max() <= CLOSE
+
+
+def test_layers_that_take_keys_and_values_over() -> None:
+    """Hunyuan-Large: transformers' model, whose odd layers are given what the projections before them gave."""
+    model = model_of("hunyuan_v1_moe")
+    layers = [layer.self_attn for layer in model.model.layers]
+    canonical = canonical_of(model)
+    for one, other in [(0, 1), (2, 3)]:
+        for kind in ("k_proj", "v_proj"):
+            given: list[Tensor] = []
+            getattr(layers[one], kind).register_forward_hook(lambda _, __, made, given=given: given.append(made))
+            getattr(layers[other], kind).register_forward_hook(lambda _, __, ___, given=given: given[-1])
+        name = f"decoder.layers.{other}.self_attention.linear_qkv.weight"
+        canonical[name] = layers[other].q_proj.weight.detach()
+    with torch.no_grad():
+        wanted = model(IDS).logits
+    got = megatron_logits(model.config.to_dict() | {"use_cla": True, "cla_share_factor": 2}, canonical, IDS)
     assert (got - wanted).abs().max() <= CLOSE
 
 

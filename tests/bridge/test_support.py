@@ -34,6 +34,9 @@ def test_a_model_that_needs_a_patch(
     assert "only for a Megatron-Core that was changed: it adds where others multiply" in capsys.readouterr().out
     assert main([*WORDS, "hf", "--load", made]) == 2, "what stock Megatron-Core trained is another model"
     assert main([*WORDS, "hf", "--load", made, "--allow_patched_attention"]) == 0
+    Path(made, "config.json").unlink()
+    assert main([*WORDS, "hf", "--load", made]) == 2
+    assert "patched_attention=it adds where others multiply is none for which a config" in capsys.readouterr().err
 
 
 def test_a_model_that_nothing_computes(

@@ -41,7 +41,7 @@ def convert(source: Path, target: Path, *words: str) -> None:
 DIST: dict[str, Sizes] = {
     "llama": {"tp": 2}, "qwen2_tied": {"pp": 2}, "qwen3": {"pp": 2, "vpp": 2}, "qwen3_moe": {"ep": 2},
     "qwen3_moe_mixed": {"tp": 2, "pp": 2}, "seed_oss": {}, "deepseek_v2": {"tp": 2, "ep": 2, "etp": 1}, "deepseek_v3": {"pp": 2},
-    "glm4_moe": {"tp": 2}, "hy_v3": {"ep": 2},
+    "glm4_moe": {"tp": 2}, "hy_v3": {"ep": 2}, "glm5": {"pp": 2},
     "deepseek_v32": {"tp": 2}, "qwen3_next": {"tp": 2, "pp": 2},
 }  # fmt: skip
 
