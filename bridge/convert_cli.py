@@ -18,6 +18,7 @@ from ..storage.space import parse_size
 
 if TYPE_CHECKING:
     from .convert import Source, Target
+    from .lora_source import LoraFlags
 
 SIDES = ("hf", "mcore")
 FORMATS = ("torch_dist", "torch")
@@ -61,6 +62,21 @@ def parser() -> argparse.ArgumentParser:
         help="tensor parallel size of experts (torch; default: TP)",
     )
     add("--num_layer_list", "--num-layer-list", type=_numbers, metavar="3,4,4,3", help="layers of each stage (torch)")
+    add(
+        "--adapter",
+        "--lora-load",
+        type=Path,
+        help="LoRA for --load: a PEFT folder or a Megatron checkpoint with it alone",
+    )
+    add(
+        "--lora",
+        choices=("merge", "keep", "only"),
+        help="what becomes of LoRA: merged, kept beside the model, taken alone",
+    )
+    add("--save-lora-to-hf", dest="lora", action="store_const", const="only", help="the same as --lora only")
+    add("--lora_alpha", "--lora-alpha", type=_positive, help="of LoRA in --load, where its arguments do not tell")
+    add("--lora_r", "--lora-r", type=_positive, help="rank of LoRA in --load, to be checked")
+    add("--lora_target_modules", "--lora-target-modules", nargs="+", help="layers with LoRA in --load, to be checked")
     add("--iteration", type=int, help="write iter_NNNNNNN (default: release)")
     add(
         "--make_vocab_size_divisible_by", type=_positive, default=128, help="of the padded vocabulary, times TP (torch)"
@@ -88,10 +104,15 @@ def main(words: Sequence[str]) -> int:
         raise ValueError(f"--save {args.save} exists already; choose another folder or give --overwrite")
 
     from .convert import convert, plan
+    from .lora_source import with_lora, write_lora
 
-    source = _open(args)
+    target = _target(args, max_bytes)
+    source, pairs = with_lora(_open(args), target, _lora(args))
     with source.tensors:
-        made = plan(source, _target(args, max_bytes))
+        if pairs is not None:
+            write_lora(source, pairs, args.save, dtype=args.dtype, overwrite=args.overwrite, dry=args.dry_run)
+            return 0
+        made = plan(source, target)
         if args.dry_run:
             print("\n".join(made.lines()))
             return 0
@@ -102,12 +123,21 @@ def main(words: Sequence[str]) -> int:
 
 def _open(args: argparse.Namespace) -> "Source":
     from .convert import open_source
+    from .lora_source import open_adapter
+    from .peft_files import is_adapter
 
-    source = open_source(args.load, hf_config=args.hf_config, family=args.model_type_hf)
+    how = open_adapter if is_adapter(args.load) else open_source
+    source = how(args.load, hf_config=args.hf_config, family=args.model_type_hf)
     found = "hf" if source.form == "hf" else "mcore"
     if args.source and args.source != found:
         raise ValueError(f"--from {args.source}: {args.load} holds a checkpoint of the form {source.form}")
     return source
+
+
+def _lora(args: argparse.Namespace) -> "LoraFlags":
+    from .lora_source import LoraFlags
+
+    return LoraFlags(args.adapter, args.lora, args.lora_alpha, args.lora_r, tuple(args.lora_target_modules or ()))
 
 
 def _target(args: argparse.Namespace, max_bytes: int) -> "Target":

@@ -99,9 +99,25 @@ class QKV:
         grouped = whole.reshape(self.groups, sum(sizes), *tail)
         return [part.reshape(self.groups * part.shape[1], *tail) for part in grouped.split(sizes, dim=1)]
 
+    def rows(self) -> list[int]:
+        """Rows of query, key and value."""
+        return [self.groups * size for size in self._sizes()]
+
     def _sizes(self) -> list[int]:
         """Rows of a group's queries, key and value."""
         return [self.heads // self.groups * self.head_dim, self.head_dim, self.head_dim]
+
+
+def part_rows(rule: Rule, known: Sequence[int | None]) -> list[int]:
+    """The rows of every part when only some parts are there (None: not). Raises BridgeError when the rule does not tell."""
+    if isinstance(rule, QKV):
+        return rule.rows()
+    there = [rows for rows in known if rows is not None]
+    if len(there) < len(known) and not isinstance(rule, Gated):
+        raise BridgeError(
+            f"only {len(there)} of its {len(known)} parts are there, and {rule} does not tell the size of others"
+        )
+    return there if len(there) == len(known) else there * len(known)
 
 
 @cache
