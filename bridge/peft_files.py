@@ -138,11 +138,12 @@ def write_adapter(
 ) -> None:
     """Write pairs as the PEFT adapter ``save``; it appears whole or not at all. Raises FileExistsError, OSError."""
     rows = list(rows)
-    modules, stacks = _stacked(pairs, rows)
+    plain, stacks = _stacked(pairs, rows)
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, Pair] = {}  # a pair with the rank and scale, by the name that PEFT's patterns are compared with
-    for weight, pair in modules.items():
-        ranks[module := weight.removesuffix(".weight")] = pair
+    modules = {weight.removesuffix(".weight"): pair for weight, pair in plain.items()}
+    for module, pair in modules.items():
+        ranks[module] = pair
         tensors |= _named(module, pair.a, pair.b)
     for module, parameters in stacks.items():
         for depth, (parameter, experts) in enumerate(reversed(parameters.items())):
