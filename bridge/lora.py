@@ -123,7 +123,9 @@ def to_mcore(pairs: Mapping[str, Pair], rows: Iterable[Row]) -> Fused:
     rows = list(rows)
     table = {part: row for row in rows for part in row.hf}
     for part in pairs:
-        if part not in table or not _LINEAR.fullmatch(table[part].mcore):
+        if part not in table:
+            raise BridgeError(f"{part}: the adapter changes it, but no table of the model has it")
+        if not _LINEAR.fullmatch(table[part].mcore):
             raise BridgeError(
                 f"{part}: Megatron's trainers have LoRA on linear layers of attention and MLP only; merge such an adapter "
                 "with finebridge merge and convert the result"

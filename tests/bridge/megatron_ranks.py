@@ -5,6 +5,7 @@ it is patched here and never enters the tests' own process. Facts: megatron-core
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -237,6 +238,30 @@ def logits(chunks: list[Any], request: dict[str, Any]) -> Any:
         return chunks[0](ids, torch.arange(ids.shape[1]).expand_as(ids), None)
 
 
+def lora(chunks: list[Any], request: dict[str, Any]) -> Any:
+    """Logits of a ``torch`` checkpoint with LoRA, loaded strictly into PEFT's own layers on Megatron's, as MindSpeed-LLM
+    builds them; the factors' product is added to the weights by PEFT."""
+    import peft
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.tp_layer import LoraParallelLinear
+
+    dispatch = peft.tuners.lora.model.dispatch_megatron  # it asks for an argument that PEFT 0.21 no longer gives
+    peft.tuners.lora.model.dispatch_megatron = functools.partial(dispatch, fan_in_fan_out=False)
+    parallel = {"megatron_config": chunks[0].config, "megatron_core": "megatron.core"}
+    settings = LoraConfig(**request["lora"], **parallel, init_lora_weights=False)  # PEFT 0.21 cannot start these layers
+    model = get_peft_model(chunks[0], settings).get_base_model().eval()
+    with torch.serialization.safe_globals([Namespace]):
+        model.load_state_dict(torch.load(own_file(request), weights_only=True)["model"])
+    adapted = [module for module in model.modules() if isinstance(module, LoraParallelLinear)]
+    assert adapted
+    for module in adapted:
+        module.merge()
+    ids = torch.load(request["input"], weights_only=True)["ids"]
+    with torch.no_grad():
+        return model(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
+
+
 def save(chunks: list[Any], request: dict[str, Any]) -> None:
     """Write a checkpoint as Megatron-LM does: model, args, iteration, version, and the tracker."""
     import torch
@@ -335,7 +360,10 @@ def rank_main(rank: int, world: int, request: dict[str, Any]) -> None:
             expert_model_parallel_size=sizes["ep"], expert_tensor_parallel_size=sizes["etp"],
         )  # fmt: skip
         chunks = build(request["args"], sizes, request["rows"], fused=request["fused"])
-        torch.save({"logits": logits, "save": save, "load": load}[request["do"]](chunks, request), out / f"{rank}.pt")
+        torch.save(
+            {"logits": logits, "lora": lora, "save": save, "load": load}[request["do"]](chunks, request),
+            out / f"{rank}.pt",
+        )
     except BaseException:  # noqa: BLE001 - the asker reads it
         (out / f"{rank}.txt").write_text(traceback.format_exc())
         os._exit(1)
@@ -347,6 +375,8 @@ def serve(request: dict[str, Any]) -> str:
     sizes = request["sizes"]
     world = sizes["pp"] * math.lcm(sizes["tp"], sizes["ep"] * sizes["etp"])
     context = get_context("fork")
+    if request["do"] == "lora":
+        import peft  # noqa: F401 - once, for all ranks
     ranks = [context.Process(target=rank_main, args=(rank, world, request)) for rank in range(world)]
     for rank in ranks:
         rank.start()

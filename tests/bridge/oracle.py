@@ -86,6 +86,14 @@ def megatron_logits(config: Any, canonical: Mapping[str, Tensor], ids: Tensor, *
     return _ask("logits", config, rows=None, canonical=dict(canonical), ids=ids, sizes={"tp": tp})[0]
 
 
+def lora_logits(config: Any, folder: Path, settings: Mapping[str, Any], ids: Tensor, *, rows: int, tp: int) -> Tensor:
+    """Logits of a ``torch`` checkpoint with model and LoRA in ``folder``, that of an iteration, by PEFT's layers on Megatron's.
+
+    ``settings`` are those of PEFT's LoraConfig, ``rows`` those of the padded vocabulary.
+    """
+    return _ask("lora", config, rows=rows, sizes={"tp": tp}, folder=str(folder), lora=dict(settings), ids=ids)[0]
+
+
 def save_with_megatron(
     config: Any, canonical: Mapping[str, Tensor], folder: Path, *, form: str = "torch_dist", rows: int | None = None,
     dialect: str = "mcore", metadata: dict[str, Any] | None = None, **sizes: int,
