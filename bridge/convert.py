@@ -26,7 +26,7 @@ from .errors import BridgeError
 from .families import family_of
 from .family import Family, Row
 from .hf import HFCheckpoint, write_hf
-from .lora import layer_of
+from .lora import factor_of
 from .lora_views import Beside, Merged
 from .mapping import hf_shapes, mcore_shape
 from .parallel import Layout, model_of
@@ -292,7 +292,7 @@ def _write_beside(folder: Path, made: Plan) -> None:
     """config.json with the dtype that was written, tokenizer, template and code."""
     source = made.source
     config = dict(source.config)
-    if not all(layer_of(spec.name) for spec in made.specs):  # else LoRA alone: config.json is of the base, as it is
+    if not all(factor_of(spec.name) for spec in made.specs):  # else LoRA alone: config.json is of the base, as it is
         main = max(made.specs, key=lambda spec: spec.size).dtype
         config.pop("quantization_config", None)  # what was fp8 is written whole
         config.pop("torch_dtype", None)

@@ -174,7 +174,7 @@ def _inspect(words: Sequence[str]) -> int:
     args = parser.parse_args(words)
 
     from .convert import open_source
-    from .lora import layer_of
+    from .lora import factor_of
 
     source = open_source(args.folder, hf_config=args.hf_config)
     with source.tensors as tensors:
@@ -188,7 +188,7 @@ def _inspect(words: Sequence[str]) -> int:
             print(
                 f"written for TP {layout.tp}, PP {layout.pp}, VPP {layout.vpp or 1}, EP {layout.ep}, ETP {layout.expert_tp}"
             )
-        if adapted := {weight for name in tensors.shapes if (weight := layer_of(name))}:
+        if adapted := {factor.weight for name in tensors.shapes if (factor := factor_of(name))}:
             print(f"LoRA on {len(adapted)} layers")
         for line in tensors.said:
             print(line)

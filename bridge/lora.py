@@ -6,8 +6,9 @@ A, they share it. Where they have not, their A are stacked and B gets zero block
 for number. Back, zero blocks tell what was stacked; factors that were trained together since have none, and stay whole.
 
 Two trainers' parameters are read: PEFT's on Megatron's modules (``linear_qkv.lora_A.default.weight``, the layer's own
-tensors under ``base_layer``: MindSpeed-LLM, ms-swift) and Megatron-Bridge's (``linear_qkv.adapter.linear_in.weight``).
-Both have one rank and one alpha for all layers: ``megatron/bridge/peft/lora.py``, MindSpeed-LLM ``--lora-r --lora-alpha``.
+tensors under ``base_layer``: MindSpeed-LLM, ms-swift) and Megatron-Bridge's (``linear_qkv.adapter.linear_in.weight``; with
+its CanonicalLoRA ``linear_qkv.adapter.adapter_q.linear_in.weight``, which is Hugging Face's part). Both have one rank and
+one alpha for all layers: ``megatron/bridge/peft/lora.py``, MindSpeed-LLM ``--lora-r --lora-alpha``.
 """
 
 import re
@@ -15,20 +16,22 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 
 from .errors import BridgeError
 from .family import Row
-from .mapping import part_rows
+from .mapping import QKV, Gated, part_rows
 
 NAMES = {
     "mindspeed": ("lora_A.default", "lora_B.default"),
     "megatron-bridge": ("adapter.linear_in", "adapter.linear_out"),
 }
 _FACTOR = re.compile(
-    rf"(.+\.linear_\w+)\.({'|'.join(re.escape(end) for ends in NAMES.values() for end in ends)})\.weight"
+    r"(.+\.linear_\w+)\.(?:lora_([AB])\.default|adapter\.(?:adapter_(q|k|v|gate|up)\.)?linear_(in|out))\.weight"
 )
+_PARTS = {"q": (3, 0), "k": (3, 1), "v": (3, 2), "gate": (2, 0), "up": (2, 1)}  # parts of the layer, number of this one
 _LINEAR = re.compile(r".+\.linear_\w+\.weight")
 _LAYER = re.compile(r"^(decoder\.layers\.\d+|mtp\.layers\.\d+\.transformer_layer)\.")
 
@@ -70,11 +73,24 @@ class Fused:
         }
 
 
-def layer_of(name: str) -> str | None:
-    """The weight that a factor belongs to, by canonical name; None for what is no factor of LoRA."""
-    found = _FACTOR.fullmatch(name)
-    if found:
-        return f"{found[1]}.weight"
+class Factor(NamedTuple):
+    """Which factor a tensor is: of which layer's weight, A or B, and of which part alone (``q``, ...), if any."""
+
+    weight: str
+    kind: str
+    part: str | None
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.weight.removesuffix(".weight") + (f" ({self.part})" if self.part else "")
+
+
+def factor_of(name: str) -> Factor | None:
+    """What a canonical tensor is of LoRA; None for what is none of it. Raises BridgeError for kinds that are not known."""
+    if found := _FACTOR.fullmatch(name):
+        module, kind, part, side = found.groups()
+        return Factor(f"{module}.weight", kind or {"in": "A", "out": "B"}[side], part)
     if ".lora_" in name or ".adapter." in name:
         raise BridgeError(
             f"tensor {name}: LoRA of a kind that is not converted; those that are: .lora_A.default.weight, "
@@ -89,29 +105,43 @@ def to_hf(factors: Mapping[str, torch.Tensor], rows: Iterable[Row], *, alpha: Fr
     Raises BridgeError for a factor whose fellow or whose layer's weight is unknown, and for factors that do not fit.
     """
     table = {row.mcore: row for row in rows}
-    found: defaultdict[str, dict[bool, torch.Tensor]] = defaultdict(dict)
+    found: defaultdict[Factor, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, value in factors.items():
-        found[str(layer_of(name))][name.endswith((".lora_A.default.weight", ".linear_in.weight"))] = value
+        if factor := factor_of(name):
+            found[factor._replace(kind="")][factor.kind] = value
     result: dict[str, Pair] = {}
-    for weight, pair in found.items():
-        module = weight.removesuffix(".weight")
-        if weight not in table:
-            raise BridgeError(f"{module}: the checkpoint has LoRA on it, but the model's table has no such layer")
-        if len(pair) == 1:
-            lacks, has = ("B", "A") if True in pair else ("A", "B")
-            raise BridgeError(f"{module}: LoRA's {lacks} is missing, its {has} is there")
-        a, b = pair[True], pair[False]
-        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:  # noqa: PLR2004
-            raise BridgeError(f"{module}: LoRA's A {tuple(a.shape)} and B {tuple(b.shape)} do not fit together")
-        if not (a.isfinite().all() and b.isfinite().all()):
-            raise BridgeError(f"{module}: LoRA's A or B holds values that are not finite")
-        row = table[weight]
+    for factor, values in found.items():
+        if factor.weight not in table:
+            raise BridgeError(f"{factor.name}: the checkpoint has LoRA on it, but the model's table has no such layer")
+        row, pair = table[factor.weight], _pair(factor, values, alpha)
+        if factor.part:
+            result[_part(row, factor)] = pair
+            continue
         try:
-            parts = _unstack(row, Pair(a, b, alpha / a.shape[0]))
+            parts = _unstack(row, pair)
         except BridgeError as error:
-            raise BridgeError(f"{module}: LoRA's B: {error}") from None
+            raise BridgeError(f"{factor.name}: LoRA's B: {error}") from None
         result |= {part: one for part, one in zip(row.hf, parts, strict=True) if one}
     return result
+
+
+def _pair(factor: Factor, values: Mapping[str, torch.Tensor], alpha: Fraction) -> Pair:
+    if missing := {"A", "B"} - values.keys():
+        raise BridgeError(f"{factor.name}: LoRA's {missing.pop()} is missing, its {next(iter(values))} is there")
+    a, b = values["A"], values["B"]
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:  # noqa: PLR2004
+        raise BridgeError(f"{factor.name}: LoRA's A {tuple(a.shape)} and B {tuple(b.shape)} do not fit together")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise BridgeError(f"{factor.name}: LoRA's A or B holds values that are not finite")
+    return Pair(a, b, alpha / a.shape[0])
+
+
+def _part(row: Row, factor: Factor) -> str:
+    """The weight of Hugging Face that a part of a layer is."""
+    count, number = _PARTS[str(factor.part)]
+    if len(row.hf) != count or not isinstance(row.rule, QKV | Gated):
+        raise BridgeError(f"{factor.name}: LoRA on this part, but the layer is {', '.join(row.hf)}")
+    return row.hf[number]
 
 
 def to_mcore(pairs: Mapping[str, Pair], rows: Iterable[Row]) -> Fused:

@@ -20,7 +20,7 @@ from .errors import BridgeError
 from .families import family_of
 from .family import Row
 from .hf import HFCheckpoint
-from .lora import Pair, layer_of, to_hf, to_mcore
+from .lora import Factor, Pair, factor_of, to_hf, to_mcore
 from .lora_views import Beside, Merged
 from .mapping import Copy
 from .peft_files import is_adapter, read_adapter, write_adapter
@@ -71,7 +71,7 @@ def with_lora(source: Source, target: Target, flags: LoraFlags) -> tuple[Source,
             raise BridgeError(f"--{flag}: there is no LoRA in {source.folder}; name it with --adapter")
         return source, None
     stored = source.tensors.base if isinstance(source.tensors, Merged | Beside) else source.tensors
-    base = stored if stored and any(not layer_of(name) for name in stored.shapes) else None
+    base = stored if stored and any(not factor_of(name) for name in stored.shapes) else None
     how = _choice(flags.how, target, source.folder, has_base=base is not None)
     if how == "merge" and base:
         said = [
@@ -122,13 +122,13 @@ def _in_checkpoint(source: Source, flags: LoraFlags) -> dict[str, Pair]:
     """The pairs of LoRA in a Megatron checkpoint. Raises BridgeError when rank, alpha or targets are at odds."""
     tensors = source.tensors
     assert not isinstance(tensors, Merged | Beside), "an opened checkpoint"
-    found = {name: weight for name in tensors.shapes if (weight := layer_of(name))}
+    found = {name: factor for name in tensors.shapes if (factor := factor_of(name))}
     if not found:
         return {}
     if isinstance(tensors, HFCheckpoint):
         raise BridgeError(f"{source.folder}: LoRA among the weights of a Hugging Face folder; its table has none")
     _check_ranks(source.folder, tensors, found, flags)
-    _check_targets(source.folder, found.values(), flags.targets)
+    _check_targets(source.folder, [factor.weight for factor in found.values()], flags.targets)
     alpha = _same("lora_alpha", flags.alpha, tensors.args.get("lora_alpha"), source.folder)
     if not alpha:
         raise BridgeError(f"{source.folder}: LoRA's alpha is not among its arguments; give --lora_alpha")
@@ -138,14 +138,14 @@ def _in_checkpoint(source: Source, flags: LoraFlags) -> dict[str, Pair]:
     return pairs
 
 
-def _check_ranks(folder: Path, tensors: Stored, found: Mapping[str, str], flags: LoraFlags) -> None:
+def _check_ranks(folder: Path, tensors: Stored, found: Mapping[str, Factor], flags: LoraFlags) -> None:
     """Raise BridgeError for a factor of another rank than is said, and for one that ms-swift stored for one TP only."""
     args: Mapping[str, Any] = getattr(tensors, "args", {})
     rank = _same("lora_r", flags.rank, args.get("lora_r"), folder)
     tp = {args.get(f"{kind}_parallel_size") for kind in ("tensor_model", "expert_tensor")}
-    for name in found:
+    for name, factor in found.items():
         shape = tensors.shapes[name]
-        own = shape[0] if name.endswith((".lora_A.default.weight", ".linear_in.weight")) else shape[-1]
+        own = shape[0] if factor.kind == "A" else shape[-1]
         if rank and own != rank:
             raise BridgeError(f"{folder}: {name} {list(shape)} has rank {own}, its arguments or --lora_r say {rank}")
         if isinstance(tensors, DistCheckpoint) and ".linear_fc1.lora_B." in name and tp - {1, None}:
@@ -184,9 +184,9 @@ def _of_adapter(adapter: Path, source: Source, flags: LoraFlags) -> dict[str, Pa
         return read_adapter(adapter, source.rows())
     other = open_source(adapter, hf_config=source.config_folder, family=source.family.name)
     with other.tensors:
-        if other.form == "hf" or not any(map(layer_of, other.tensors.shapes)):
+        if other.form == "hf" or not any(map(factor_of, other.tensors.shapes)):
             raise BridgeError(f"--adapter {adapter}: neither a PEFT adapter nor a Megatron checkpoint with LoRA")
-        if name := next((name for name in other.tensors.shapes if not layer_of(name)), None):
+        if name := next((name for name in other.tensors.shapes if not factor_of(name)), None):
             raise BridgeError(f"--adapter {adapter}: holds the model too ({name}); give it as --load alone")
         pairs = _in_checkpoint(other, flags)
         return {name: Pair(pair.a.clone(), pair.b.clone(), pair.scale) for name, pair in pairs.items()}
@@ -200,7 +200,8 @@ def _fused(
     tensors = fused.tensors(_FORMS[target.form])
     flags = f"--lora-r {fused.rank} --lora-alpha {fused.alpha} --lora-target-modules {' '.join(fused.targets)}"
     if target.form == "torch_dist":
-        flags = f"LoRA(dim={fused.rank}, alpha={fused.alpha}, target_modules={fused.targets})"
+        each = ", share_expert_adapters=False" if any(".local_experts." in name for name in tensors) else ""
+        flags = f"LoRA(dim={fused.rank}, alpha={fused.alpha}, target_modules={fused.targets}{each})"
     said = [*fused.said, f"names of {_FORMS[target.form]}, which needs {flags}"]
     only = [Row(name, Copy(), (name,)) for name in tensors]
     args = {"lora_r": fused.rank, "lora_alpha": fused.alpha, "lora_target_modules": fused.targets}

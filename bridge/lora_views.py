@@ -9,7 +9,7 @@ import torch
 from ..merge.lora_delta import LowRank
 from .errors import BridgeError
 from .family import Row
-from .lora import Pair, layer_of
+from .lora import Pair, factor_of
 from .mapping import hf_shapes
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class _View:
     def __init__(self, base: "Stored | None", said: Iterable[str]) -> None:
         self.base = base
         shapes = base.shapes if base else {}
-        self.shapes = {name: shape for name, shape in shapes.items() if not layer_of(name)}
+        self.shapes = {name: shape for name, shape in shapes.items() if not factor_of(name)}
         self.dtypes = {name: base.dtypes[name] for name in self.shapes} if base else {}
         self.said = [*(base.said if base else ()), *said]
 

@@ -21,7 +21,7 @@ from ..storage.safetensors_io import Spec, bytes_of
 from ..storage.space import free_bytes
 from .dialects import adapted_name, check_dialect, extra_states, stored_name
 from .errors import BridgeError
-from .lora import layer_of
+from .lora import factor_of
 from .parallel import EMBEDDING, OUTPUT, Layout, Model, Piece, Rank, check_layout, model_of, padded_rows, pieces
 from .torch_format import FILE, TRACKER, VERSION, rank_folder
 
@@ -111,7 +111,7 @@ class _Plan:
         check_layout(layout, args)
         shapes = {spec.name: spec.shape for spec in specs}
         model = model or model_of(shapes)
-        adapted = {weight for name in shapes if (weight := layer_of(name))}
+        adapted = {factor.weight for name in shapes if (factor := factor_of(name))}
         if (EMBEDDING not in shapes and not adapted) or not model.layers:
             raise BridgeError(f"the model has no {EMBEDDING} or no layers; it is no model of Megatron-Core")
         self.layout = layout

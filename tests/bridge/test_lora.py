@@ -170,6 +170,21 @@ def test_factors_trained_since_stay_whole_and_untrained_ones_too() -> None:
         assert torch.equal(torch.cat([pair.b for pair in back.values()]), value), trained
 
 
+def test_factors_by_part_are_hugging_faces() -> None:
+    """Megatron-Bridge's CanonicalLoRA has a pair for query, key, value, gate and up each."""
+    numbers, row = whole_numbers(1), Row("x.linear_qkv.weight", QKV(4, 2, 3), ("q", "k", "v"))
+    a, b = numbers(2, 5), numbers(6, 2)
+    name = "x.linear_qkv.adapter.adapter_k.linear_"
+    assert to_hf({f"{name}in.weight": a, f"{name}out.weight": b}, [row], alpha=Fraction(4)) == {
+        "k": Pair(a, b, Fraction(2))
+    }
+    row = Row("x.linear_qkv.weight", Copy(), ("qkv",))
+    with pytest.raises(BridgeError, match=r"x.linear_qkv \(k\): LoRA on this part, but the layer is qkv"):
+        to_hf({f"{name}in.weight": a, f"{name}out.weight": b}, [row], alpha=Fraction(4))
+    with pytest.raises(BridgeError, match="LoRA of a kind that is not converted"):
+        to_hf({"x.linear_qkv.lora_A.other.weight": a}, [row], alpha=Fraction(4))
+
+
 def test_layers_of_a_kind_are_filled_up_and_named() -> None:
     numbers, layers = whole_numbers(1), range(3)
     kinds = ["self_attention.linear_proj", "mlp.linear_fc2", "mlp.shared_experts.linear_fc2"]
