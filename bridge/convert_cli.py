@@ -2,6 +2,7 @@
 
     finebridge convert --from hf --to mcore --load MODEL --save OUT [--ckpt_format torch --tp 2 --pp 2]
     finebridge convert --from mcore --to hf --load CHECKPOINT --save OUT [--hf_config MODEL]
+    finebridge convert --from hf --to mcore --load ADAPTER --save OUT --ckpt_format torch --tp 2
     finebridge convert inspect FOLDER
     finebridge convert verify FOLDER FOLDER
 
@@ -45,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--to", "--save-model-type", dest="target", required=True, type=_side, choices=SIDES, help="what --save will be"
     )
-    add("--load", "--load-dir", type=Path, required=True, help="folder of the checkpoint")
+    add("--load", "--load-dir", type=Path, required=True, help="folder of the checkpoint, or of a LoRA adapter")
     add("--save", "--save-dir", type=Path, help="new folder")
     add("--hf_config", "--hf-cfg-dir", type=Path, help="folder of config.json and tokenizer (default: --load)")
     add("--model_type_hf", "--model-type-hf", help="name of the family (default: by config.json)")

@@ -166,10 +166,10 @@ def _check_targets(folder: Path, weights: Iterable[str], targets: Sequence[str])
         raise BridgeError(f"{folder}: LoRA on {other[1:]}, which --lora_target_modules does not name")
 
 
-def _same(name: str, asked: int | None, said: object, folder: Path) -> int | None:
+def _same(name: str, asked: int | None, said: object, folder: Path) -> int | float | None:
     """A number that the user or the checkpoint's arguments give. Raises BridgeError when they differ."""
-    if said is not None and not isinstance(said, int):
-        raise BridgeError(f"{folder}: args.{name} is {said!r}, a whole number is expected")
+    if said is not None and not isinstance(said, int | float):
+        raise BridgeError(f"{folder}: args.{name} is {said!r}, a number is expected")
     if asked and said and asked != said:
         raise BridgeError(f"--{name} {asked}: the arguments in {folder} say {said}")
     return asked or said
