@@ -67,6 +67,8 @@ def form_of(folder: Path) -> Form:
         return "torch_dist"
     if any(inside.glob("mp_rank_*")):
         return "torch"
+    if (folder / "adapter_config.json").is_file():
+        raise BridgeError(f"{folder}: a LoRA adapter, no model; convert takes it as --load or --adapter")
     if any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
         return "hf"
     raise BridgeError(

@@ -33,6 +33,7 @@ _FACTOR = re.compile(
 )
 _PARTS = {"q": (3, 0), "k": (3, 1), "v": (3, 2), "gate": (2, 0), "up": (2, 1)}  # parts of the layer, number of this one
 _LINEAR = re.compile(r".+\.linear_\w+\.weight")
+_MODEL = ("decoder.", "mtp.", "embedding.", "output_layer.")
 _LAYER = re.compile(r"^(decoder\.layers\.\d+|mtp\.layers\.\d+\.transformer_layer)\.")
 
 
@@ -91,7 +92,7 @@ def factor_of(name: str) -> Factor | None:
     if found := _FACTOR.fullmatch(name):
         module, kind, part, side = found.groups()
         return Factor(f"{module}.weight", kind or {"in": "A", "out": "B"}[side], part)
-    if ".lora_" in name or ".adapter." in name:
+    if name.startswith(_MODEL) and (".lora_" in name or ".adapter." in name):
         raise BridgeError(
             f"tensor {name}: LoRA of a kind that is not converted; those that are: .lora_A.default.weight, "
             ".lora_B.default.weight and .adapter.linear_in.weight, .adapter.linear_out.weight of a linear layer"
@@ -185,7 +186,9 @@ def to_mcore(pairs: Mapping[str, Pair], rows: Iterable[Row]) -> Fused:
             f": factors of rank {', '.join(map(str, sorted(ranks)))} are stacked or filled up with zeros to one rank"
         )
     if new := [name for name in whole if name not in stacked]:
-        said.append(f"{len(new)} of these layers are not in the adapter and get zeros, the first is {new[0]}")
+        said.append(
+            f"{len(new)} of these layers are not in the adapter: zeros, which training leaves zero; the first is {new[0]}"
+        )
     if partly := [name for name, row in used.items() if not all(part in pairs for part in row.hf)]:
         row = used[partly[0]]
         missing = [part for part in row.hf if part not in pairs]

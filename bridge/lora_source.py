@@ -47,10 +47,14 @@ def open_adapter(folder: Path, *, hf_config: Path | None = None, family: str | N
         raise BridgeError(f"{base}: no config.json; name the folder of the adapter's base with --hf_config")
     config = read_json(base / "config.json")
     table = family_of(config, family)
-    if any(base.glob("*.safetensors")) or any(base.glob("pytorch_model*.bin")):
+    if _has_weights(base):
         with open_weights(base) as weights:
             config = table.without_mtp(config, weights.shapes, hf=True)
     return Source(folder, "hf", Beside(None, {}, ()), config, base, table)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
 
 
 def with_lora(source: Source, target: Target, flags: LoraFlags) -> tuple[Source, dict[str, Pair] | None]:
@@ -98,8 +102,9 @@ def write_lora(
     check_apart(save, source.folder, source.config_folder)
     check_weights(source.folder)
     made_from = {"source": str(source.folder), "form": source.form, "family": source.family.name}
-    base = str(source.config_folder or "")
-    write_adapter(save, pairs, source.rows(), base=base, made_from=made_from, overwrite=overwrite)
+    base = source.config_folder  # no model when it is a Megatron checkpoint with a config.json
+    name = str(base) if base and _has_weights(base) else None
+    write_adapter(save, pairs, source.rows(), base=name, made_from=made_from, overwrite=overwrite)
     print(f"wrote the adapter {save}")
 
 

@@ -132,7 +132,7 @@ def write_adapter(
     pairs: Mapping[str, Pair],
     rows: Iterable[Row],
     *,
-    base: str,
+    base: str | None,
     made_from: Mapping[str, Any],
     overwrite: bool,
 ) -> None:
@@ -201,7 +201,7 @@ def _config(
     rows: Iterable[Row],
     modules: list[str],
     stacks: Mapping[str, Mapping[str, object]],
-    base: str,
+    base: str | None,
 ) -> dict[str, Any]:
     """adapter_config.json of these modules: the most common rank is ``r``, others are patterns."""
     common = Counter(pair.rank for pair in ranks.values()).most_common(1)[0][0]

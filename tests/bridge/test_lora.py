@@ -437,6 +437,30 @@ def test_checkpoints_with_lora_that_are_refused(
     assert "--lora keep: a Hugging Face folder" in refuse(capsys, out, "--to", "hf", *both, "--lora", "keep")
 
 
+def test_adapters_of_megatron_bridge_tell_no_alpha(
+    hf_models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It keeps its settings in a file of its own; only the factors are in the checkpoint."""
+    name = "decoder.layers.{}.self_attention.linear_proj.adapter.linear_{}.weight"
+    factors = {
+        name.format(layer, kind): torch.ones(*shape)
+        for layer in range(4)
+        for kind, shape in (("in", (2, 32)), ("out", (32, 2)))
+    }
+    specs = [Spec(key, value.dtype, tuple(value.shape)) for key, value in factors.items()]
+    (tmp_path / "lora").mkdir()
+    write_dist(tmp_path / "lora", specs, factors.__getitem__, args={}, iteration=1, uniform=True)
+    words = ["--to", "hf", "--hf_config", hf_models("llama"), "--load", tmp_path / "lora"]
+    assert "LoRA's alpha is not among its arguments; give --lora_alpha" in refuse(capsys, tmp_path / "out", *words)
+    assert run("--save", tmp_path / "out", *words, "--lora_alpha", 6) == 0
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 6, ["o_proj"])
+    assert config["base_model_name_or_path"] == str(hf_models("llama"))
+    capsys.readouterr()
+    assert main(["convert", "inspect", str(tmp_path / "out")]) == 2
+    assert "a LoRA adapter, no model" in capsys.readouterr().err
+
+
 def test_grouped_experts_have_no_lora_by_expert(
     adapters: Adapters, hf_models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

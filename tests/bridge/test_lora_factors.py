@@ -80,7 +80,7 @@ def test_factors_by_part_are_hugging_faces() -> None:
     with pytest.raises(BridgeError, match=r"x.linear_qkv \(k\): LoRA on this part, but the layer is qkv"):
         to_hf({f"{name}in.weight": a, f"{name}out.weight": b}, [row], alpha=Fraction(4))
     with pytest.raises(BridgeError, match="LoRA of a kind that is not converted"):
-        to_hf({"x.linear_qkv.lora_A.other.weight": a}, [row], alpha=Fraction(4))
+        to_hf({"decoder.layers.0.x.linear_qkv.lora_A.other.weight": a}, [row], alpha=Fraction(4))
 
 
 def test_layers_of_a_kind_are_filled_up_and_named() -> None:
@@ -93,7 +93,7 @@ def test_layers_of_a_kind_are_filled_up_and_named() -> None:
     assert fused.targets == ["linear_proj", "mlp.linear_fc2"]
     assert len(fused.pairs) == 6
     assert not fused.pairs["decoder.layers.0.self_attention.linear_proj.weight"].a.any()
-    assert "4 of these layers are not in the adapter and get zeros" in fused.said[1]
+    assert "4 of these layers are not in the adapter: zeros" in fused.said[1]
 
 
 REFUSED: dict[str, tuple[dict[str, Pair], str]] = {
