@@ -5,7 +5,6 @@ it is patched here and never enters the tests' own process. Facts: megatron-core
 """
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -239,24 +238,14 @@ def logits(chunks: list[Any], request: dict[str, Any]) -> Any:
 
 
 def lora(chunks: list[Any], request: dict[str, Any]) -> Any:
-    """Logits of a ``torch`` checkpoint with LoRA, loaded strictly into PEFT's own layers on Megatron's, as MindSpeed-LLM
-    builds them; the factors' product is added to the weights by PEFT."""
-    import peft
+    """Logits of a model with LoRA: of a ``torch`` checkpoint with both, or of two ``torch_dist`` ones."""
     import torch
-    from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora.tp_layer import LoraParallelLinear
+    from megatron_lora import by_bridge, by_peft
 
-    dispatch = peft.tuners.lora.model.dispatch_megatron  # it asks for an argument that PEFT 0.21 no longer gives
-    peft.tuners.lora.model.dispatch_megatron = functools.partial(dispatch, fan_in_fan_out=False)
-    parallel = {"megatron_config": chunks[0].config, "megatron_core": "megatron.core"}
-    settings = LoraConfig(**request["lora"], **parallel, init_lora_weights=False)  # PEFT 0.21 cannot start these layers
-    model = get_peft_model(chunks[0], settings).get_base_model().eval()
-    with torch.serialization.safe_globals([Namespace]):
-        model.load_state_dict(torch.load(own_file(request), weights_only=True)["model"])
-    adapted = [module for module in model.modules() if isinstance(module, LoraParallelLinear)]
-    assert adapted
-    for module in adapted:
-        module.merge()
+    if request["form"] == "torch":
+        model = by_peft(chunks[0], own_file(request), request["lora"])
+    else:
+        model = by_bridge(chunks[0], request["base"], request["folder"], request["lora"])
     ids = torch.load(request["input"], weights_only=True)["ids"]
     with torch.no_grad():
         return model(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
@@ -375,7 +364,7 @@ def serve(request: dict[str, Any]) -> str:
     sizes = request["sizes"]
     world = sizes["pp"] * math.lcm(sizes["tp"], sizes["ep"] * sizes["etp"])
     context = get_context("fork")
-    if request["do"] == "lora":
+    if request["do"] == "lora" and request["form"] == "torch":
         import peft  # noqa: F401 - once, for all ranks
     ranks = [context.Process(target=rank_main, args=(rank, world, request)) for rank in range(world)]
     for rank in ranks:

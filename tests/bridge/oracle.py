@@ -86,12 +86,17 @@ def megatron_logits(config: Any, canonical: Mapping[str, Tensor], ids: Tensor, *
     return _ask("logits", config, rows=None, canonical=dict(canonical), ids=ids, sizes={"tp": tp})[0]
 
 
-def lora_logits(config: Any, folder: Path, settings: Mapping[str, Any], ids: Tensor, *, rows: int, tp: int) -> Tensor:
-    """Logits of a ``torch`` checkpoint with model and LoRA in ``folder``, that of an iteration, by PEFT's layers on Megatron's.
+def lora_logits(
+    config: Any, folder: Path, settings: Mapping[str, Any], ids: Tensor, *, base: Path | None, rows: int, tp: int
+) -> Tensor:
+    """Logits of a model with LoRA, ``folder`` being that of an iteration: a ``torch`` checkpoint with both, computed by PEFT's
+    layers on Megatron's, or with ``base`` a ``torch_dist`` one with LoRA alone, computed as in Megatron-Bridge.
 
-    ``settings`` are those of PEFT's LoraConfig, ``rows`` those of the padded vocabulary.
+    ``settings`` are r, lora_alpha and target_modules, ``rows`` those of the vocabulary, padded in ``torch``.
     """
-    return _ask("lora", config, rows=rows, sizes={"tp": tp}, folder=str(folder), lora=dict(settings), ids=ids)[0]
+    form = {"form": "torch_dist", "base": str(base)} if base else {"form": "torch"}
+    given = {"folder": str(folder), "lora": dict(settings), "ids": ids, **form}
+    return _ask("lora", config, rows=rows, sizes={"tp": tp}, **given)[0]
 
 
 def save_with_megatron(

@@ -264,31 +264,31 @@ def test_experts_with_factors_of_their_own_in_bf16(adapters: Adapters, tmp_path:
 
 
 @needs_megatron
-@pytest.mark.parametrize(("case", "tp"), [("all linear", 2), ("experts", 1)])
-def test_megatron_computes_the_same(case: str, tp: int, adapters: Adapters, hf_models: Models, tmp_path: Path) -> None:
-    """Loaded strictly into PEFT's layers on real Megatron-Core's: logits of the model with the live adapter."""
+@pytest.mark.parametrize(
+    ("case", "form", "tp"),
+    [(case, form, tp) for case, tp in (("all linear", 2), ("experts", 1)) for form in ("torch", "torch_dist")],
+)
+def test_megatron_computes_the_same(
+    case: str, form: str, tp: int, adapters: Adapters, hf_models: Models, tmp_path: Path
+) -> None:
+    """Loaded strictly by real Megatron-Core, into PEFT's layers or as Megatron-Bridge has them: logits with the live adapter."""
     model, changes = CASES[case]
-    adapter = adapters(model, **changes)
-    words = [
-        "--load",
-        hf_models(model),
-        "--adapter",
-        adapter,
-        "--save",
-        tmp_path / "mcore",
-        "--lora",
-        "keep",
-        "--tp",
-        tp,
-    ]
-    assert run("--to", "mcore", *words, "--ckpt_format", "torch", "--dialect", "mcore-local") == 0
-    args = torch.load(tmp_path / "mcore/release/mp_rank_00/model_optim_rng.pt", weights_only=False)["args"]
+    base, adapter, lora = hf_models(model), adapters(model, **changes), tmp_path / "lora"
+    if form == "torch":
+        words = ["--load", base, "--adapter", adapter, "--lora", "keep", "--tp", tp, "--dialect", "mcore-local"]
+        assert run("--to", "mcore", "--save", lora, "--ckpt_format", "torch", *words) == 0
+        args = torch.load(lora / "release/mp_rank_00/model_optim_rng.pt", weights_only=False)["args"]
+    else:
+        assert run("--to", "mcore", "--load", base, "--save", tmp_path / "base") == 0
+        assert run("--to", "mcore", "--load", adapter, "--save", lora) == 0
+        args = torch.load(lora / "release/common.pt", weights_only=False)["args"]
     settings = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "target_modules": args.lora_target_modules}
-    live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(hf_models(model)), adapter)
+    live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     ids = torch.arange(20)[None]
-    found = lora_logits(
-        live.base_model.model.config, tmp_path / "mcore/release", settings, ids, rows=args.padded_vocab_size, tp=tp
-    )
+    given: dict[str, Any] = {"base": None, "rows": args.padded_vocab_size}
+    if form == "torch_dist":
+        given = {"base": tmp_path / "base/release", "rows": args.vocab_size}
+    found = lora_logits(live.base_model.model.config, lora / "release", settings, ids, tp=tp, **given)
     with torch.no_grad():
         wanted = live(ids).logits
         live.disable_adapter_layers()
