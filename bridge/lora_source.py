@@ -64,7 +64,7 @@ def with_lora(source: Source, target: Target, flags: LoraFlags) -> tuple[Source,
     """
     rows = source.rows()
     alone = isinstance(source.tensors, Beside)
-    pairs = read_adapter(source.folder, rows) if alone else _in_checkpoint(source, flags)
+    pairs = _of_peft(source.folder, rows, flags) if alone else _in_checkpoint(source, flags)
     if flags.adapter and pairs:
         raise BridgeError(f"--adapter {flags.adapter}: {source.folder} has LoRA already; convert one of them")
     if flags.adapter:
@@ -180,13 +180,21 @@ def _same(name: str, asked: int | None, said: object, folder: Path) -> int | flo
     return asked or said
 
 
+def _of_peft(folder: Path, rows: Iterable[Row], flags: LoraFlags) -> dict[str, Pair]:
+    if flags.alpha or flags.rank or flags.targets:
+        raise BridgeError(
+            f"--lora_alpha, --lora_r and --lora_target_modules are of LoRA in a Megatron checkpoint; {folder} tells its own"
+        )
+    return read_adapter(folder, rows)
+
+
 def _of_adapter(adapter: Path, source: Source, flags: LoraFlags) -> dict[str, Pair]:
     """The pairs of ``--adapter``, a PEFT folder or a Megatron checkpoint with LoRA alone."""
     if not adapter.is_dir():
         raise BridgeError(f"--adapter {adapter}: no such folder")
     if is_adapter(adapter):
         check_weights(adapter)
-        return read_adapter(adapter, source.rows())
+        return _of_peft(adapter, source.rows(), flags)
     other = open_source(adapter, hf_config=source.config_folder, family=source.family.name)
     with other.tensors:
         if other.form == "hf" or not any(map(factor_of, other.tensors.shapes)):

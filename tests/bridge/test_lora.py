@@ -385,6 +385,7 @@ def test_adapters_that_are_refused(
     assert "--dtype bf16: an adapter's factors stay" in refuse(
         capsys, out, "--to", "hf", "--load", adapter, "--dtype", "bf16"
     )
+    assert "tells its own" in refuse(capsys, out, "--to", "mcore", "--load", adapter, "--lora_r", 16)
     other = ["--to", "mcore", "--load", hf_models("qwen3"), "--adapter", adapter, "--lora", "merge"]
     assert "the weight is " in refuse(capsys, out, *other)
 
