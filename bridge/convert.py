@@ -261,9 +261,8 @@ def check_weights(folder: Path) -> None:
 
 def _write_mcore(folder: Path, made: Plan, get: Callable[[str], torch.Tensor]) -> dict[str, dict[str, Any]]:
     target, args = made.target, made.args()
-    names = [
-        row.mcore for row in made.source.family.rows(made.source.config)
-    ]  # of the model, maybe more than is written
+    # Of the whole model: maybe more than is written.
+    names = [row.mcore for row in made.source.family.rows(made.source.config)]
     if target.form == "torch":
         return write_torch(
             folder, made.specs, get, target.layout, args=args, iteration=target.iteration, dialect=target.dialect,
