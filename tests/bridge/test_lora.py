@@ -85,6 +85,7 @@ DIST = "--ckpt_format torch_dist"
         ("all linear", DIST),
         ("experts", DIST),
         ("experts", "--ckpt_format torch --tp 2 --ep 4 --etp 1"),
+        ("latent attention", "--ckpt_format torch --tp 2 --dialect mcore-local"),
         *(pytest.param(case, DIST, marks=pytest.mark.slow) for case in CASES if case not in ("all linear", "experts")),
         *(
             pytest.param(case, layout, marks=pytest.mark.slow)
