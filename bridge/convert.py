@@ -24,10 +24,12 @@ from .args import to_args, to_config
 from .dist_format import DistCheckpoint, write_dist
 from .errors import BridgeError
 from .families import family_of
-from .family import Family, Support
+from .family import Family, Row, Support
 from .hf import HFCheckpoint, write_hf
+from .lora import factor_of
+from .lora_views import Beside, Merged
 from .mapping import MinusOne, hf_dtype, hf_shapes, mcore_shape
-from .parallel import Layout, check_layout
+from .parallel import Layout, check_layout, model_of
 from .run_flags import run_notes
 from .shapes import check_shapes
 from .torch_format import TorchCheckpoint, tracked
@@ -39,7 +41,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 # Canonical tensors of any form on disk: shapes and dtypes by name from headers, content one tensor at a time.
-Checkpoint = HFCheckpoint | TorchCheckpoint | DistCheckpoint
+Stored = HFCheckpoint | TorchCheckpoint | DistCheckpoint
+Checkpoint = Stored | Merged | Beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,8 @@ def form_of(folder: Path) -> Form:
         return "torch_dist"
     if any(inside.glob("mp_rank_*")):
         return "torch"
+    if (folder / "adapter_config.json").is_file():
+        raise BridgeError(f"{folder}: a LoRA adapter, no model; convert takes it as --load or --adapter")
     if any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
         return "hf"
     raise BridgeError(
@@ -75,7 +80,11 @@ def form_of(folder: Path) -> Form:
 
 @dataclass(slots=True)
 class Source:
-    """An opened checkpoint with what is known of its model: config.json's content and the table."""
+    """An opened checkpoint with what is known of its model: config.json's content and the table.
+
+    ``only`` names the tensors that there are when it is not the model alone, see ``lora_source``; ``args`` are Megatron
+    arguments that follow from them.
+    """
 
     folder: Path
     form: Form
@@ -83,6 +92,12 @@ class Source:
     config: dict[str, Any]
     config_folder: Path | None  # that config, tokenizer and code come from
     family: Family
+    only: Sequence[Row] | None = None
+    args: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def rows(self) -> list[Row]:
+        """What is to be converted."""
+        return list(self.family.rows(self.config) if self.only is None else self.only)
 
 
 def open_source(folder: Path, *, hf_config: Path | None = None, family: str | None = None) -> Source:
@@ -140,7 +155,7 @@ class Plan:
         patched = {"patched_attention": support.reason} if support.kind == "needs_patch" else {}  # read by to_config
         return {
             **args, **patched,
-            "params_dtype": main, "bf16": main == torch.bfloat16, "fp16": main == torch.float16,
+            "params_dtype": main, "bf16": main == torch.bfloat16, "fp16": main == torch.float16, **source.args,
         }  # fmt: skip
 
     def lines(self) -> list[str]:
@@ -172,7 +187,7 @@ class Plan:
 
     def _rounded(self) -> list[str]:
         """Tensors for whose Hugging Face form the type that they have is too narrow."""
-        rules = {row.mcore: row.rule for row in self.source.family.rows(self.source.config)}
+        rules = {row.mcore: row.rule for row in self.source.rows()}
         main = max(self.specs, key=lambda spec: spec.size).dtype
         narrow = (spec for spec in self.specs if isinstance(rules[spec.name], MinusOne))
         return [spec.name for spec in narrow if hf_dtype(rules[spec.name], spec.dtype, main) == spec.dtype]
@@ -186,7 +201,7 @@ def plan(source: Source, target: Target) -> Plan:
     """
     tensors, family = source.tensors, source.family
     _support(source, target)
-    wanted = {row.mcore: row for row in family.rows(source.config)}
+    wanted = {row.mcore: row for row in source.rows()}
     if missing := [name for name in wanted if name not in tensors.shapes]:
         raise BridgeError(
             f"{source.folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]}"
@@ -249,14 +264,13 @@ def check_target(made: Plan, save: Path) -> None:
     Raises BridgeError, ManifestError, OSError with ENOSPC.
     """
     source = made.source
-    for place in (source.folder, source.config_folder):
-        if place and save.resolve() in (place.resolve(), *place.resolve().parents):
-            raise BridgeError(f"--save {save} is or contains {place}; choose another folder")
+    check_apart(save, source.folder, source.config_folder)
     if made.size > free_bytes(save):
         raise OSError(28, f"No space left on device: {made.size:,} bytes are needed", str(save))
-    _check_weights(source.folder)
-    if isinstance(source.tensors, HFCheckpoint):
-        source.tensors.check_copies()
+    check_weights(source.folder)
+    stored = source.tensors.base if isinstance(source.tensors, Merged | Beside) else source.tensors
+    if isinstance(stored, HFCheckpoint):
+        stored.check_copies()
 
 
 def write_target(folder: Path, made: Plan) -> dict[str, dict[str, Any]]:
@@ -277,7 +291,7 @@ def write_target(folder: Path, made: Plan) -> dict[str, dict[str, Any]]:
         return value
 
     if target.form == "hf":
-        rows, copies = list(source.family.rows(source.config)), source.family.copies(source.config)
+        rows, copies = source.rows(), source.family.copies(source.config)
         written = write_hf(folder, rows, copies, specs, get, max_bytes=target.max_bytes, workers=target.workers)
     else:
         written = _write_mcore(folder, made, get)
@@ -285,7 +299,14 @@ def write_target(folder: Path, made: Plan) -> dict[str, dict[str, Any]]:
     return written
 
 
-def _check_weights(folder: Path) -> None:
+def check_apart(save: Path, *sources: Path | None) -> None:
+    """Raise BridgeError when writing ``save`` would replace one of the sources."""
+    for place in sources:
+        if place and save.resolve() in (place.resolve(), *place.resolve().parents):
+            raise BridgeError(f"--save {save} is or contains {place}; choose another folder")
+
+
+def check_weights(folder: Path) -> None:
     """Compare weight files with the manifest beside them, if any: nothing else finds a flipped bit in most of them.
 
     Configs and tokenizers are left out: users edit them.
@@ -301,15 +322,18 @@ def _check_weights(folder: Path) -> None:
 
 def _write_mcore(folder: Path, made: Plan, get: Callable[[str], torch.Tensor]) -> dict[str, dict[str, Any]]:
     target, args = made.target, made.args()
+    # Of the whole model: maybe more than is written.
+    names = [row.mcore for row in made.source.family.rows(made.source.config)]
     if target.form == "torch":
         return write_torch(
             folder, made.specs, get, target.layout, args=args, iteration=target.iteration, dialect=target.dialect,
-            make_vocab_size_divisible_by=target.divisible_by, workers=target.workers,
+            make_vocab_size_divisible_by=target.divisible_by, workers=target.workers, model=model_of(names),
         )  # fmt: skip
     inside = folder / ("release" if target.iteration is None else f"iter_{target.iteration:07d}")
     inside.mkdir()
     entries = write_dist(
-        inside, made.specs, get, args=args, iteration=target.iteration or 0, uniform=is_uniform(made.specs),
+        inside, made.specs, get, args=args, iteration=target.iteration or 0,
+        uniform=is_uniform([*made.specs, *(Spec(name, torch.float32, ()) for name in names)]),
         dialect=target.dialect, workers=target.workers,
     )  # fmt: skip
     (folder / TRACKER).write_text("release" if target.iteration is None else str(target.iteration), encoding="utf-8")
@@ -330,10 +354,11 @@ def _write_beside(folder: Path, made: Plan) -> None:
     """config.json with the dtype that was written, tokenizer, template and code."""
     source = made.source
     config = dict(source.config)
-    main = max(made.specs, key=lambda spec: spec.size).dtype
-    config.pop("quantization_config", None)  # what was fp8 is written whole
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(main).removeprefix("torch.")
+    if not all(factor_of(spec.name) for spec in made.specs):  # else LoRA alone: config.json is of the base, as it is
+        main = max(made.specs, key=lambda spec: spec.size).dtype
+        config.pop("quantization_config", None)  # what was fp8 is written whole
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(main).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if source.config_folder:
         carry(source.config_folder, folder, skip={TRACKER})

@@ -2,6 +2,7 @@
 
     finebridge convert --from hf --to mcore --load MODEL --save OUT [--ckpt_format torch --tp 2 --pp 2]
     finebridge convert --from mcore --to hf --load CHECKPOINT --save OUT [--hf_config MODEL]
+    finebridge convert --from hf --to mcore --load ADAPTER --save OUT --ckpt_format torch --tp 2
     finebridge convert inspect FOLDER
     finebridge convert verify FOLDER FOLDER [--forward]
 
@@ -20,6 +21,7 @@ from .errors import BridgeError
 
 if TYPE_CHECKING:
     from .convert import Source, Target
+    from .lora_source import LoraFlags
 
 SIDES = ("hf", "mcore")
 FORMATS = ("torch_dist", "torch")
@@ -47,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--to", "--save-model-type", dest="target", required=True, type=_side, choices=SIDES, help="what --save will be"
     )
-    add("--load", "--load-dir", type=Path, required=True, help="folder of the checkpoint")
+    add("--load", "--load-dir", type=Path, required=True, help="folder of the checkpoint, or of a LoRA adapter")
     add("--save", "--save-dir", type=Path, help="new folder")
     add("--hf_config", "--hf-cfg-dir", type=Path, help="folder of config.json and tokenizer (default: --load)")
     add("--model_type_hf", "--model-type-hf", help="name of the family (default: by config.json)")
@@ -64,6 +66,21 @@ def parser() -> argparse.ArgumentParser:
         help="tensor parallel size of experts (default: TP)",
     )
     add("--num_layer_list", "--num-layer-list", type=_numbers, metavar="3,4,4,3", help="layers of each stage")
+    add(
+        "--adapter",
+        "--lora-load",
+        type=Path,
+        help="LoRA for --load: a PEFT folder or a Megatron checkpoint with it alone",
+    )
+    add(
+        "--lora",
+        choices=("merge", "keep", "only"),
+        help="what becomes of LoRA: merged, kept beside the model, taken alone",
+    )
+    add("--save-lora-to-hf", dest="lora", action="store_const", const="only", help="the same as --lora only")
+    add("--lora_alpha", "--lora-alpha", type=_positive, help="of LoRA in --load, where its arguments do not tell")
+    add("--lora_r", "--lora-r", type=_positive, help="rank of LoRA in --load, to be checked")
+    add("--lora_target_modules", "--lora-target-modules", nargs="+", help="layers with LoRA in --load, to be checked")
     add("--iteration", type=int, help="write iter_NNNNNNN (default: release)")
     add(
         "--make_vocab_size_divisible_by", type=_positive, default=128, help="of the padded vocabulary, times TP (torch)"
@@ -95,10 +112,15 @@ def main(words: Sequence[str]) -> int:
         raise ValueError(f"--save {args.save} exists already; choose another folder or give --overwrite")
 
     from .convert import convert, plan
+    from .lora_source import with_lora, write_lora
 
-    source = _open(args)
+    target = target_of(args, max_bytes)
+    source, pairs = with_lora(_open(args), target, _lora(args))
     with source.tensors:
-        made = plan(source, target_of(args, max_bytes))
+        if pairs is not None:
+            write_lora(source, pairs, args.save, dtype=args.dtype, overwrite=args.overwrite, dry=args.dry_run)
+            return 0
+        made = plan(source, target)
         if args.dry_run:
             print("\n".join(made.lines()))
             return 0
@@ -116,12 +138,21 @@ def main(words: Sequence[str]) -> int:
 
 def _open(args: argparse.Namespace) -> "Source":
     from .convert import open_source
+    from .lora_source import open_adapter
+    from .peft_files import is_adapter
 
-    source = open_source(args.load, hf_config=args.hf_config, family=args.model_type_hf)
+    how = open_adapter if is_adapter(args.load) else open_source
+    source = how(args.load, hf_config=args.hf_config, family=args.model_type_hf)
     found = "hf" if source.form == "hf" else "mcore"
     if args.source and args.source != found:
         raise ValueError(f"--from {args.source}: {args.load} holds a checkpoint of the form {source.form}")
     return source
+
+
+def _lora(args: argparse.Namespace) -> "LoraFlags":
+    from .lora_source import LoraFlags
+
+    return LoraFlags(args.adapter, args.lora, args.lora_alpha, args.lora_r, tuple(args.lora_target_modules or ()))
 
 
 def target_of(args: argparse.Namespace, max_bytes: int) -> "Target":
@@ -156,6 +187,7 @@ def _inspect(words: Sequence[str]) -> int:
     args = parser.parse_args(words)
 
     from .convert import open_source
+    from .lora import factor_of
 
     source = open_source(args.folder, hf_config=args.hf_config)
     with source.tensors as tensors:
@@ -169,6 +201,8 @@ def _inspect(words: Sequence[str]) -> int:
             print(
                 f"written for TP {layout.tp}, PP {layout.pp}, VPP {layout.vpp or 1}, EP {layout.ep}, ETP {layout.expert_tp}"
             )
+        if adapted := {factor.weight for name in tensors.shapes if (factor := factor_of(name))}:
+            print(f"LoRA on {len(adapted)} layers")
         for line in tensors.said:
             print(line)
         for name, shape in tensors.shapes.items() if args.tensors else ():

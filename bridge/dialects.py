@@ -17,7 +17,10 @@ _PLANNED = ("mindspeed", "pai")
 _IN_LAYER = re.compile(r"^(decoder\.layers\.\d+|mtp\.layers\.\d+\.(?:transformer_layer|mtp_model_layer))\.(.+)$")
 _EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)$")
 _GROUPED = re.compile(r"^mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
-_LINEAR = re.compile(r"^(.*\.(?:linear_\w+|eh_proj|in_proj|out_proj))\.weight\d*$")
+_LINEAR = re.compile(r"^(.*\.(?:linear_\w+|eh_proj|in_proj|out_proj)(?:\.base_layer)?)\.weight\d*$")
+_ADAPTED = ".base_layer."  # PEFT's LoRA wraps a linear layer: what the layer holds is one level deeper
+_IN_LINEAR = re.compile(r"(\.linear_\w+)\.((?:layer_norm_)?(?:weight|bias))$")
+_GROUPS = re.compile(r"weight([12])(?:_lora_([ab]))?")
 FUSED = {  # the norm is a part of the linear layer behind it -> it is a module of its own
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "self_attention.in_proj.layer_norm_": "input_layernorm.",
@@ -51,20 +54,28 @@ def stored_name(name: str, dialect: str) -> str:
     return name
 
 
+def adapted_name(stored: str) -> str:
+    """The stored name of a tensor of a linear layer that PEFT's LoRA wraps. Raises BridgeError for other ones' names."""
+    name, count = _IN_LINEAR.subn(rf"\1{_ADAPTED}\2", stored)
+    if not count and "experts" in stored:
+        raise BridgeError(f"{stored}: grouped experts have no LoRA by expert; give --dialect mcore-local")
+    return name  # a norm that stands alone is not wrapped
+
+
 def canonical_names(stored: Iterable[str]) -> dict[str, str]:
     """Of each name of one state dict the canonical one, whatever layers it is from: what a layer holds tells.
 
     Not for ``experts.weight1`` and ``weight2``: see ``ungrouped``.
     """
     layers: dict[str, set[str]] = {}
-    names = list(stored)
-    for name in names:
+    names = {name: name.replace(_ADAPTED, ".") for name in stored}
+    for name in names.values():
         if found := _IN_LAYER.match(name):
             layers.setdefault(found[1], set()).add(found[2])
     result: dict[str, str] = {}
-    for name in names:
+    for own, name in names.items():
         found = _IN_LAYER.match(name)
-        result[name] = f"{_newest(found[1])}.{_inner(found[2], layers[found[1]])}" if found else name
+        result[own] = f"{_newest(found[1])}.{_inner(found[2], layers[found[1]])}" if found else name
     return result
 
 
@@ -76,23 +87,26 @@ def uses_local_spec(stored: Collection[str]) -> bool:
 def ungrouped(tensors: Mapping[str, torch.Tensor], ep: int) -> dict[str, torch.Tensor]:
     """The state dict of a rank with ``weight1`` [h, E*2f] and ``weight2`` [E*f, h] of grouped experts parted; views.
 
-    Each expert's weights are stored transposed, one after the other in memory. ``ep``: expert-parallel ranks, which
+    Each expert's weights are stored transposed, one after the other in memory; so is MindSpeed-LLM's LoRA on them
+    (``weight1_lora_a``, ``tasks/posttrain/lora/moe/experts.py``). ``ep``: expert-parallel ranks, which
     tells E together with the router's rows. Raises BridgeError when there is no router beside them.
     """
     result: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         prefix, _, last = name.rpartition(".experts.")
-        if last not in ("weight1", "weight2"):
+        group = _GROUPS.fullmatch(last)
+        if not group:
             result[name] = tensor
             continue
+        kind = f"lora_{group[2].upper()}.default.weight" if group[2] else "weight"
         router = tensors.get(f"{prefix}.router.weight")
         experts = len(router) // ep if router is not None else 0
         if not experts or tensor.numel() % experts or tensor.dim() != 2:  # noqa: PLR2004 - a matrix
             raise BridgeError(f"{name} {tuple(tensor.shape)}: the number of its experts cannot be told from the router")
-        hidden = tensor.shape[0] if last == "weight1" else tensor.shape[1]
-        each = tensor.reshape(experts, hidden, -1) if last == "weight1" else tensor.reshape(experts, -1, hidden)
+        rows, cols = tensor.shape
+        each = tensor.reshape(experts, rows, -1) if group[1] == "1" else tensor.reshape(experts, -1, cols)
         for number in range(experts):
-            result[f"{prefix}.experts.local_experts.{number}.linear_fc{last[-1]}.weight"] = each[number].t()
+            result[f"{prefix}.experts.local_experts.{number}.linear_fc{group[1]}.{kind}"] = each[number].t()
     return result
 
 

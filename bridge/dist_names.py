@@ -58,7 +58,7 @@ def pieces_of(tensors: Mapping[str, Stored]) -> dict[str, list[Piece]]:
     neighbours: dict[str, set[str]] = {}
     for key in tensors:
         if found := _LAYER.fullmatch(key):
-            neighbours.setdefault(key[: found.start("rest")], set()).add(found["rest"])
+            neighbours.setdefault(key[: found.start("rest")], set()).add(_plain(found["rest"]))
     names: dict[str, dict[str, Piece]] = {}
     for key, stored in tensors.items():
         pattern, half, depth = _canonical(key, neighbours)
@@ -86,7 +86,7 @@ def _canonical(key: str, neighbours: Mapping[str, set[str]]) -> tuple[str, str, 
     found = _LAYER.fullmatch(key)
     if not found:
         return key, "", 0
-    rest = _renamed(found["rest"], neighbours[key[: found.start("rest")]])
+    rest = _renamed(_plain(found["rest"]), neighbours[key[: found.start("rest")]])
     part = _PART.search(rest)
     half = part[1] if part else ""
     rest = rest.removesuffix(half)
@@ -96,6 +96,11 @@ def _canonical(key: str, neighbours: Mapping[str, set[str]]) -> tuple[str, str, 
         rest = f"mlp.experts.local_experts.{experts[1] or '{}'}.{experts[2]}"
     inner = "transformer_layer." if found["inner"] else ""
     return f"{found['head']}{found['number'] or '{}.'}{inner}{rest}", half, depth
+
+
+def _plain(rest: str) -> str:
+    """A name in a layer as it is without PEFT's LoRA around the linear layer."""
+    return rest.replace(".base_layer.", ".")
 
 
 def _renamed(rest: str, neighbours: set[str]) -> str:
@@ -186,6 +191,8 @@ def extra_states_of(places: Mapping[str, Place]) -> list[str]:
     keys: dict[str, None] = {}
     for place in places.values():
         module = place.key.rpartition(".")[0]
+        if ".adapter." in module:  # Megatron-Bridge leaves them out of what it saves of an adapter
+            continue
         modules = [] if _STATELESS.fullmatch(module) else [module]
         if attention := re.match(r".*\bself_attention\.", module):
             modules.append(attention[0] + "core_attention")

@@ -99,6 +99,10 @@ class QKV:
         grouped = whole.reshape(self.groups, sum(sizes), *tail)
         return [part.reshape(self.groups * part.shape[1], *tail) for part in grouped.split(sizes, dim=1)]
 
+    def rows(self) -> list[int]:
+        """Rows of query, key and value."""
+        return [self.groups * size for size in self._sizes()]
+
     def _sizes(self) -> list[int]:
         """Rows of a group's queries, key and value."""
         return [self.heads // self.groups * self.head_dim, self.head_dim, self.head_dim]
@@ -220,6 +224,18 @@ def hf_dtype(rule: Rule, dtype: torch.dtype, main: torch.dtype) -> torch.dtype:
     if not isinstance(rule, MinusOne) or dtype.itemsize <= main.itemsize:
         return dtype
     return torch.float32 if dtype == torch.float64 else main
+
+
+def part_rows(rule: Rule, known: Sequence[int | None]) -> list[int]:
+    """The rows of every part when only some parts are there (None: not). Raises BridgeError when the rule does not tell."""
+    if isinstance(rule, QKV):
+        return rule.rows()
+    there = [rows for rows in known if rows is not None]
+    if len(there) < len(known) and not isinstance(rule, Gated):
+        raise BridgeError(
+            f"only {len(there)} of its {len(known)} parts are there, and {rule} does not tell the size of others"
+        )
+    return there if len(there) == len(known) else there * len(known)
 
 
 @cache

@@ -46,6 +46,7 @@ _CUTS = {
     "self_attention.dt_bias": Cut(0), "self_attention.out_proj.weight": Cut(1),
     "linear_fc1.weight": Cut(0, halves=True), "linear_fc1.bias": Cut(0, halves=True), "linear_fc2.weight": Cut(1),
 }  # fmt: skip
+_LORA = re.compile(r"(.+)\.lora_([AB])\.default\.weight")  # PEFT's, on parallel layers: ``tuners/lora/tp_layer.py``
 # The local layer spec has no replicated linear layer, so its down projections are column-parallel.
 _LOCAL_CUTS = {"linear_q_down_proj.weight": Cut(0), "linear_kv_down_proj.weight": Cut(0)}
 
@@ -210,6 +211,9 @@ def cut_of(name: str, *, local_spec: bool = False) -> Cut | None:
     ``name`` may be canonical or a rank's. ``local_spec``: of a model with Megatron's own layers instead of
     TransformerEngine's. Raises BridgeError for a name of which this is not known.
     """
+    if lora := _LORA.fullmatch(name):  # the factor on the side on which the layer's own weight is cut is cut alike
+        cut = cut_of(f"{lora[1]}.weight", local_spec=local_spec)
+        return cut if cut and cut.axis == (lora[2] == "A") else None
     parts = name.split(".")
     for key in (".".join(parts[-2:]), ".".join(parts[-3:])):
         if local_spec and key in _LOCAL_CUTS:

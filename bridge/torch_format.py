@@ -115,7 +115,10 @@ class RankFiles:
         self.states: dict[Rank, list[State]] = {}
         for name, states in chunks.items():
             self.states[self._rank(name)] = [_canonical(state, self.layout.ep) for state in states]
-        self.local_spec = any(uses_local_spec(state) for states in chunks.values() for state in states)
+        names = {name for states in chunks.values() for state in states for name in state}
+        self.local_spec = uses_local_spec(names)
+        if not any("norm" in name for name in names):  # LoRA alone: no norm tells
+            self.local_spec = self.args.get("transformer_impl") == "local"
         self.layout, self.layers = self._with_layers()
 
     def path(self, rank: Rank) -> Path:

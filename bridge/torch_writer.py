@@ -21,9 +21,10 @@ from ..storage.megatron_folder import TRACKER
 from ..storage.publish import fsync_path
 from ..storage.safetensors_io import Spec, bytes_of
 from ..storage.space import free_bytes
-from .dialects import check_dialect, extra_states, stored_name
+from .dialects import adapted_name, check_dialect, extra_states, stored_name
 from .errors import BridgeError
-from .parallel import EMBEDDING, OUTPUT, Layout, Piece, Rank, check_layout, model_of, padded_rows, pieces
+from .lora import factor_of
+from .parallel import EMBEDDING, OUTPUT, Layout, Model, Piece, Rank, check_layout, model_of, padded_rows, pieces
 from .sections import sections_of
 from .torch_format import FILE, VERSION, rank_folder
 
@@ -42,18 +43,20 @@ def write_torch(
     dialect: str = "mcore",
     make_vocab_size_divisible_by: int = 128,
     workers: int = 1,
+    model: Model | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Write a checkpoint of the format ``torch`` into ``folder``; the manifest's entries of its files.
 
     ``get`` is asked for each tensor of ``specs`` once, in their order; two are in memory at most. ``args`` are completed by
-    what follows from the layout and the tensors. ``iteration`` None writes a release. The files are made with holes
-    first and filled tensor by tensor, so the memory does not grow with the model. Raises BridgeError before anything is
-    written, OSError with ENOSPC when there is no room for all of it, also before.
+    what follows from the layout and the tensors. ``model`` is needed when ``specs`` are only a part of one. ``iteration``
+    None writes a release. The files are made with holes first and filled tensor by tensor, so the memory does not grow
+    with the model. Raises BridgeError before anything is written, OSError with ENOSPC when there is no room for all of
+    it, also before.
     """
     check_dialect(dialect)
     if iteration is not None and iteration < 1:
         raise BridgeError(f"iteration {iteration}: Megatron reads checkpoints from iteration 1 on")
-    plan = _Plan(specs, layout, args, dialect, make_vocab_size_divisible_by)
+    plan = _Plan(specs, layout, args, dialect, make_vocab_size_divisible_by, model)
     needed = sum(spec.size for state in plan.states.values() for spec in state.values())
     if needed > free_bytes(folder):
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: the checkpoint needs {needed:,} bytes", str(folder))
@@ -100,15 +103,22 @@ class _Plan:
     """What every file will hold, from the headers alone. Raises BridgeError when the model cannot be spread so."""
 
     def __init__(
-        self, specs: Sequence[Spec], layout: Layout, args: Mapping[str, Any], dialect: str, divisible_by: int
+        self,
+        specs: Sequence[Spec],
+        layout: Layout,
+        args: Mapping[str, Any],
+        dialect: str,
+        divisible_by: int,
+        model: Model | None,
     ) -> None:
         check_layout(layout, args)
         shapes = {spec.name: spec.shape for spec in specs}
-        model = model_of(shapes)._replace(sections=sections_of(shapes))
-        if EMBEDDING not in shapes or not model.layers:
+        model = (model or model_of(shapes))._replace(sections=sections_of(shapes))
+        adapted = {factor.weight for name in shapes if (factor := factor_of(name))}
+        if (EMBEDDING not in shapes and not adapted) or not model.layers:
             raise BridgeError(f"the model has no {EMBEDDING} or no layers; it is no model of Megatron-Core")
         self.layout = layout
-        vocab = shapes[EMBEDDING][0]
+        vocab = shapes[EMBEDDING][0] if EMBEDDING in shapes else int(args["vocab_size"])
         padded = padded_rows(vocab, divisible_by, layout.tp)
         self.pieces: dict[str, list[Piece]] = {}
         self.states: dict[tuple[Rank, int], dict[str, Spec]] = {
@@ -119,7 +129,10 @@ class _Plan:
             found = pieces(spec.name, shape, layout, model, local_spec=dialect == "mcore-local")
             self.pieces[spec.name] = found
             for piece in found:
-                here = Spec(stored_name(piece.name, dialect), spec.dtype, piece.shape(shape))
+                stored = stored_name(piece.name, dialect)
+                if f"{spec.name.rpartition('.')[0]}.weight" in adapted:
+                    stored = adapted_name(stored)
+                here = Spec(stored, spec.dtype, piece.shape(shape))
                 self.states[piece.rank, piece.chunk][piece.name] = here
         even = layout.layer_list is None and layout.chunks > 1
         self.args = dict(args) | {

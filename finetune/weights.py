@@ -87,6 +87,7 @@ def from_megatron(model: Path, config: Path | None, cache: Path, say: Callable[[
     processes. Raises BridgeError, ManifestError, ValueError, OSError with ENOSPC.
     """
     from ..bridge.convert import Target, check_target, open_source, plan, write_target
+    from ..bridge.lora_source import LoraFlags, with_lora
     from ..bridge.torch_format import tracked
 
     inside = tracked(model)
@@ -98,7 +99,7 @@ def from_megatron(model: Path, config: Path | None, cache: Path, say: Callable[[
     written: dict[str, dict[str, Any]] = {}
 
     def build(folder: Path, tell: Callable[[str], None]) -> Mapping[str, Any]:
-        source = open_source(model, hf_config=config)
+        source, _ = with_lora(open_source(model, hf_config=config), Target("hf"), LoraFlags())
         with source.tensors:
             made = plan(source, Target("hf", workers=_workers()))
             for line in made.lines():

@@ -209,13 +209,16 @@ class Adapter:
 
     def scale(self, name: str, rank: int) -> float:
         """Alpha / rank, or alpha / sqrt(rank), of a module. Raises AdapterError when the config says another rank."""
+        return self.alpha(name, rank) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def alpha(self, name: str, rank: int) -> float:
+        """The alpha of a module of this rank. Raises AdapterError when the config says another rank."""
         said = _of_pattern(self.config.get("rank_pattern"), name, self.config["r"])
         if rank != said:
             raise AdapterError(
                 f"{name}: lora_A has rank {rank}, {CONFIG} says {said}; the two files do not belong together"
             )
-        alpha = float(_of_pattern(self.config.get("alpha_pattern"), name, self.config["lora_alpha"]))
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        return float(_of_pattern(self.config.get("alpha_pattern"), name, self.config["lora_alpha"]))
 
 
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -111,6 +111,20 @@ def logits(chunks: list[Any], step: dict[str, Any], request: dict[str, Any]) -> 
         return chunks[0](ids, torch.arange(ids.shape[1]).expand_as(ids), None)
 
 
+def lora(chunks: list[Any], step: dict[str, Any], request: dict[str, Any]) -> Any:
+    """Logits of a model with LoRA: of a ``torch`` checkpoint with both, or of two ``torch_dist`` ones."""
+    import torch
+    from megatron_lora import by_bridge, by_peft
+
+    if step["base"]:
+        model = by_bridge(chunks[0], step["base"], step["folder"], step["lora"])
+    else:
+        model = by_peft(chunks[0], own_file(step["folder"], request), step["lora"])
+    ids = torch.tensor(step["ids"])
+    with torch.no_grad():
+        return model(ids, torch.arange(ids.shape[1]).expand_as(ids), None)
+
+
 # ---- checkpoints, as Megatron-LM's training writes and reads them
 
 
@@ -215,7 +229,7 @@ def check_common(common: dict[str, Any], args: dict[str, Any], *, legacy: bool) 
 # ---- the server
 
 STEPS: dict[str, Callable[[list[Any], dict[str, Any], dict[str, Any]], Any]] = {
-    "fill": fill, "pieces": pieces, "logits": logits, "save": save, "load": load,
+    "fill": fill, "pieces": pieces, "logits": logits, "lora": lora, "save": save, "load": load,
 }  # fmt: skip
 
 

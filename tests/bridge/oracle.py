@@ -71,7 +71,7 @@ def ask(
     if "num_layers" not in args:
         after = str(args["model_type"]).startswith("hunyuan")  # what --allow_patched_attention asks for
         args = to_args(args) | {"norms_after_rotation": after}
-    if any(step["do"] == "logits" for step in steps):
+    if any(step["do"] in ("logits", "lora") for step in steps):
         args["mtp_num_layers"] = None  # without labels core 0.16.1 cannot run these layers
     with tempfile.TemporaryDirectory() as folder:
         request = {
@@ -126,6 +126,18 @@ def megatron_logits(config: Any, canonical: Mapping[str, Tensor], ids: Tensor, *
     held = {piece[0] for rank in ranks for piece in rank[1]}
     assert not held ^ own.keys(), f"only in the model or only given: {sorted(held ^ own.keys())}"
     return ranks[0][2]
+
+
+def lora_logits(
+    config: Any, folder: Path, settings: Mapping[str, Any], ids: Tensor, *, base: Path | None, rows: int, tp: int
+) -> Tensor:
+    """Logits of a model with LoRA, ``folder`` being that of an iteration: a ``torch`` checkpoint with both, computed by PEFT's
+    layers on Megatron's, or with ``base`` a ``torch_dist`` one with LoRA alone, computed as in Megatron-Bridge.
+
+    ``settings`` are r, lora_alpha and target_modules, ``rows`` those of the vocabulary, padded in ``torch``.
+    """
+    step = {"do": "lora", "folder": folder, "base": base, "lora": dict(settings), "ids": ids.tolist()}
+    return ask(config, step, rows=rows, tp=tp)[0][0]
 
 
 def save_with_megatron(
