@@ -63,7 +63,7 @@ def canonical_names(stored: Iterable[str]) -> dict[str, str]:
     result: dict[str, str] = {}
     for name in names:
         found = _IN_LAYER.match(name)
-        result[name] = f"{_newest(found[1])}.{_inner(found[2], layers[found[1]])}" if found else name
+        result[name] = f"{newest(found[1])}.{_inner(found[2], layers[found[1]])}" if found else name
     return result
 
 
@@ -101,7 +101,7 @@ def extra_states(stored: Iterable[str], *, last_stage: bool) -> list[str]:
     return [f"{name}._extra_state" for name in (*linear, *(["output_layer"] if last_stage else []))]
 
 
-def _newest(layer: str) -> str:
+def newest(layer: str) -> str:
     """Newer releases call the layer of multi-token prediction ``mtp_model_layer`` in the model, not on disk."""
     return layer.replace(".mtp_model_layer", ".transformer_layer")
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dialects import FUSED
+from .dialects import FUSED, newest
 from .megatron_cpu import LatentCore
 
 
@@ -32,7 +32,7 @@ def build(args: Mapping[str, Any], rows: int, *, fused: bool = True, **parallel:
             parts.self_attention.submodules.core_attention = LatentCore
         if fused:
             parts.sharded_state_dict_keys_map = {
-                alone: norm for norm, alone in _fused_norms(latent, "MoE" in parts.mlp.module.__name__).items()
+                alone: norm for norm, alone in _fused_norms(latent, "MoELayer" in repr(parts.mlp)).items()
             }
     stages = range(parallel["virtual_pipeline_model_parallel_size"] or 1) if _is_virtual(parallel) else [None]
     return [_chunk(args, config, layers, rows, stage).eval() for stage in stages]
@@ -124,7 +124,7 @@ def _in_layer(layer: Any, prefix: str, name: str) -> str:
     if local:
         number, _, rest = rest.partition(".")
         name = f"{experts}{local}{layer.mlp.local_expert_indices[int(number)]}.{rest}"
-    return (f"decoder.layers.{layer.layer_number - 1}." if prefix.startswith("decoder.") else prefix) + name
+    return (f"decoder.layers.{layer.layer_number - 1}." if prefix.startswith("decoder.") else newest(prefix)) + name
 
 
 def _fused_norms(latent: bool, sparse: bool) -> dict[str, str]:

@@ -11,8 +11,8 @@ import re
 import threading
 import zipfile
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -192,12 +192,13 @@ def load_namespace_file(path: Path) -> dict[str, Any]:
         raise UnsafeFileError(f"{path}: broken, or not in the format that torch.save writes since 1.6")
     try:
         _check_stored(path)
-        named = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-        stubs: list[Any] = [
-            (type(name.rpartition(".")[2], (Stub,), {}), name) for name in named if _KNOWN.fullmatch(name)
-        ]
-        with torch.serialization.safe_globals([Namespace, *stubs]):
-            loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with _nothing_else_allowed():
+            named = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+            stubs: list[Any] = [
+                (type(name.rpartition(".")[2], (Stub,), {}), name) for name in named if _KNOWN.fullmatch(name)
+            ]
+            with torch.serialization.safe_globals([Namespace, *stubs]):
+                loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 - torch raises many kinds for a broken or hostile file
@@ -205,6 +206,17 @@ def load_namespace_file(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise UnsafeFileError(f"{path}: a dictionary by name is expected, as training writes it")
     return loaded
+
+
+@contextmanager
+def _nothing_else_allowed() -> Generator[None]:
+    """Without the classes that other libraries, Megatron-Core among them, have allowed torch.load in this process."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.add_safe_globals(before)  # pyright: ignore[reportArgumentType]
 
 
 def _refusal(path: Path, error: Exception, more: str) -> UnsafeFileError:
