@@ -75,7 +75,7 @@ def canonical_names(stored: Iterable[str]) -> dict[str, str]:
     result: dict[str, str] = {}
     for own, name in names.items():
         found = _IN_LAYER.match(name)
-        result[own] = f"{_newest(found[1])}.{_inner(found[2], layers[found[1]])}" if found else name
+        result[own] = f"{newest(found[1])}.{_inner(found[2], layers[found[1]])}" if found else name
     return result
 
 
@@ -116,7 +116,7 @@ def extra_states(stored: Iterable[str], *, last_stage: bool) -> list[str]:
     return [f"{name}._extra_state" for name in (*linear, *(["output_layer"] if last_stage else []))]
 
 
-def _newest(layer: str) -> str:
+def newest(layer: str) -> str:
     """Newer releases call the layer of multi-token prediction ``mtp_model_layer`` in the model, not on disk."""
     return layer.replace(".mtp_model_layer", ".transformer_layer")
 

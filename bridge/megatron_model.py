@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dialects import FUSED
+from .dialects import FUSED, newest
 from .megatron_cpu import LatentCore
 
 Change = Callable[[list[Any], Mapping[str, Any]], None]  # of all layers' specs, given the arguments
@@ -41,7 +41,7 @@ def build(
         parts = layer.submodules
         if fused:
             delta_net = "Delta" in parts.self_attention.module.__name__
-            norms = _fused_norms(latent, "MoE" in parts.mlp.module.__name__, delta_net)
+            norms = _fused_norms(latent, "MoELayer" in repr(parts.mlp), delta_net)
             parts.sharded_state_dict_keys_map = {alone: norm for norm, alone in norms.items()}
     stages = range(parallel["virtual_pipeline_model_parallel_size"] or 1) if _is_virtual(parallel) else [None]
     return [_chunk(args, config, layers, rows, stage).eval() for stage in stages]
@@ -136,7 +136,7 @@ def _in_layer(layer: Any, prefix: str, name: str) -> str:
     if local:
         number, _, rest = rest.partition(".")
         name = f"{experts}{local}{layer.mlp.local_expert_indices[int(number)]}.{rest}"
-    return (f"decoder.layers.{layer.layer_number - 1}." if prefix.startswith("decoder.") else prefix) + name
+    return (f"decoder.layers.{layer.layer_number - 1}." if prefix.startswith("decoder.") else newest(prefix)) + name
 
 
 def _fused_norms(latent: bool, sparse: bool, delta_net: bool) -> dict[str, str]:

@@ -12,10 +12,12 @@ import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from multiprocessing import connection, get_context
 from pathlib import Path
 from queue import Queue
 from typing import Any
+from unittest.mock import MagicMock
 
 import megatron_parts
 
@@ -28,14 +30,16 @@ def also_without_gpu() -> None:
     """Stand-ins for what saving, several stages and grouped experts take for granted; there is no way back."""
     import torch
     from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.core.transformer.moe import grouped_gemm_util
 
     megatron_parts.patch()
     torch.cuda.synchronize = lambda *_: None
     torch.Tensor.cuda = lambda self, *_, **__: self
     filesystem_async._results_queue = Queue()  # the stock queue is a Python of its own, for saves in the background
-    grouped_gemm_util.grouped_gemm_is_available = lambda: True  # their weights are saved here, never used
-    grouped_gemm_util.assert_grouped_gemm_is_available = lambda: None
+    if find_spec("megatron.core.transformer.moe.grouped_gemm_util"):  # core 0.17 and on have no experts in one tensor
+        from megatron.core.transformer.moe import grouped_gemm_util
+
+        grouped_gemm_util.grouped_gemm_is_available = lambda: True  # their weights are saved here, never used
+        grouped_gemm_util.assert_grouped_gemm_is_available = lambda: None
 
 
 def build_chunks(request: dict[str, Any]) -> list[Any]:
@@ -281,6 +285,8 @@ def serve(request: dict[str, Any]) -> str:
 
 def main() -> None:
     """Answer requests, a JSON line each, until the input ends."""
+    if find_spec("triton") is None:  # core 0.19 imports these kernels in any case
+        sys.modules["megatron.core.transformer.moe.ops.paged_stash"] = MagicMock()
     from finebridge.bridge.megatron_cpu import without_gpu
 
     answers = os.fdopen(os.dup(1), "w")

@@ -8,6 +8,7 @@ import atexit
 import functools
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -36,13 +37,18 @@ needs_megatron = pytest.mark.skipif(
 )
 
 
+# A folder with an unpacked wheel of megatron-core 0.19, to be asked too; what it stores is in golden/.
+NEWER = os.environ.get("FINEBRIDGE_MEGATRON_019", "")
+
+
 @functools.cache
-def _server() -> subprocess.Popen[str]:
+def _server(core: str) -> subprocess.Popen[str]:
     script = Path(__file__).with_name("megatron_server.py")
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the server
     server = subprocess.Popen(
         [sys.executable, "-W", "ignore", str(script)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [core, os.environ.get("PYTHONPATH")]))},
     )  # fmt: skip
 
     def end() -> None:
@@ -55,17 +61,13 @@ def _server() -> subprocess.Popen[str]:
 
 
 def ask(
-    model: Any,
-    *steps: Mapping[str, Any],
-    rows: int | None = None,
-    dialect: str = "mcore",
-    stages: str = "",
+    model: Any, *steps: Mapping[str, Any], rows: int | None = None, dialect: str = "mcore", stages: str = "", core: str = "",
     **sizes: int,
-) -> list[list[Any]]:
+) -> list[list[Any]]:  # fmt: skip
     """Do the steps of ``megatron_server.STEPS`` in ranks; what each answers, by rank and by step.
 
     ``model``: a config of transformers, the content of a config.json, or Megatron's arguments. ``sizes`` are tp, pp, vpp, ep,
-    etp. Raises AssertionError with the ranks' tracebacks.
+    etp; ``core`` a folder with another megatron-core. Raises AssertionError with the ranks' tracebacks.
     """
     args = dict(model) if isinstance(model, Mapping) else model.to_dict()
     if "num_layers" not in args:
@@ -79,7 +81,7 @@ def ask(
             "sizes": {"tp": 1, "pp": 1, "vpp": None, "ep": 1, "etp": sizes.get("tp", 1), **sizes},
             "steps": [_on_disk(step, Path(folder, f"step{number}")) for number, step in enumerate(steps)],
         }  # fmt: skip
-        server = _server()
+        server = _server(core)
         print(json.dumps(request, default=str), file=server.stdin, flush=True)
         answer = server.stdout.readline()  # pyright: ignore[reportOptionalMemberAccess]
         assert answer, "the Megatron server has ended"

@@ -118,11 +118,16 @@ def test_other_arguments_than_the_tensors_are_refused(verified: dict[str, tuple[
 @needs_megatron
 @pytest.mark.slow
 def test_every_family_computes_the_same(hf_models: Models, tmp_path: Path) -> None:
-    pairs = [
-        (hf_models(name), converted(hf_models(name), tmp_path / name, "--ckpt_format", "torch")) for name in MODELS
-    ]
-    found = verify_forward(*pairs)
-    assert [code for code, _ in found] == [0] * len(MODELS), found
+    """Or is refused: what Megatron-Core computes otherwise, or on CUDA only."""
+    words = ["--ckpt_format", "torch", "--allow_patched_attention"]
+    found = verify_forward(*((hf_models(name), converted(hf_models(name), tmp_path / name, *words)) for name in MODELS))
+    for name, (code, said) in zip(MODELS, found, strict=True):
+        if name.startswith("hunyuan"):
+            assert (code, "computes hunyuan otherwise" in said) == (2, True), said
+        elif name in ("deepseek_v32", "glm5", "qwen3_next"):
+            assert (code, "for CUDA only" in said) == (2, True), said
+        else:
+            assert code == 0, (name, said)
 
 
 def refused(words: list[Any], capsys: pytest.CaptureFixture[str]) -> str:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from canonical_models import EMBEDDING, OUTPUT, read, tiny_model, write
@@ -120,6 +121,19 @@ def test_the_vocabulary_is_padded_with_zeros_and_cut_again(tmp_path: Path) -> No
     assert torch.equal(read(tmp_path, vocab_size=90)[OUTPUT], model[OUTPUT][:90])
     with pytest.raises(BridgeError, match="has 128 rows, a vocabulary of 129 is asked for"):
         read(tmp_path, vocab_size=129)
+
+
+def test_what_other_libraries_allow_in_files_changes_nothing(tmp_path: Path) -> None:
+    """Megatron-Core, once imported, allows torch.load some classes of numpy, but not all that its files hold."""
+    model = tiny_model(2)
+    write(tmp_path, model)
+    path = tmp_path / "release" / "mp_rank_00" / FILE
+    content = torch.load(path, weights_only=False)
+    torch.save(content | {"rng_state": [np.arange(4, dtype=np.uint32), np.float64(0.1)]}, path)
+    with torch.serialization.safe_globals([np.dtype, np.ndarray]):
+        allowed = set(torch.serialization.get_safe_globals())
+        assert same(read(tmp_path), model)
+        assert set(torch.serialization.get_safe_globals()) == allowed
 
 
 def test_tensors_come_in_the_order_of_the_model(tmp_path: Path) -> None:
