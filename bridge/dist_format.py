@@ -209,16 +209,17 @@ def write_dist(
             records = _RecordWriter(stream, name)
             if number == 0:
                 nothing.append(records.add([None]))
-            for spec in part:
-                place = places[spec.name]
-                record = records.add(_checked(get(spec.name), spec, len(place.at)))
-                found[MetadataIndex(place.key, _offset(spec, place))] = record
+            with _without_checksums():  # torch keeps the setting for each thread
+                for spec in part:
+                    place = places[spec.name]
+                    record = records.add(_checked(get(spec.name), spec, len(place.at)))
+                    found[MetadataIndex(place.key, _offset(spec, place))] = record
 
         name = f"__{number}_0.distcp"
         ledger.write(folder / name, work)
 
     parts = _parts(specs, workers, max_file_bytes)
-    with _without_checksums(), ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         list(pool.map(write, range(len(parts)), parts))
         ledger.write(folder / COMMON_NAME, lambda stream: torch.save(common, cast("Any", stream)))
     for key in extra_states_of(places):
