@@ -6,9 +6,11 @@ Nothing is converted in silence: a tensor without a place, a name too many or a 
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,7 +112,7 @@ def open_source(folder: Path, *, hf_config: Path | None = None, family: str | No
     return Source(folder, form, mcore, config, config_folder, table)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """What a conversion will write: canonical tensors with their final dtypes."""
 
@@ -123,6 +125,7 @@ class Plan:
         """Bytes of all tensors."""
         return sum(spec.size for spec in self.specs)
 
+    @cached_property
     def args(self) -> dict[str, Any]:
         """Megatron's arguments of the model. Raises BridgeError when Megatron-Core cannot compute it."""
         source, target = self.source, self.target
@@ -148,7 +151,7 @@ class Plan:
         if self.target.form == "torch_dist":
             said.append("one set of files for every TP, PP, VPP, EP and ETP")
         if self.target.form != "hf":
-            said += run_notes(self.args())
+            said += run_notes(self.args)
         return said + self.source.tensors.said
 
 
@@ -193,7 +196,7 @@ def convert(made: Plan, save: Path, *, overwrite: bool = False, say: Callable[[s
         raise OSError(28, f"No space left on device: {made.size:,} bytes are needed", str(save))
     for line in made.lines():
         say(line)
-    _check_weights(source.folder)
+    _check_weights(source.folder, target.workers)
     if isinstance(source.tensors, HFCheckpoint):
         source.tensors.check_copies()
     made_from = {"source": str(source.folder), "form": source.form, "family": source.family.name}
@@ -213,6 +216,7 @@ def convert(made: Plan, save: Path, *, overwrite: bool = False, say: Callable[[s
         return value
 
     with ExitStack() as stack:
+        stack.enter_context(_one_thread_each())
         folder = stack.enter_context(
             publish(save, kind=target.form, made_from=made_from, replace=overwrite, written=written)
         )
@@ -224,22 +228,38 @@ def convert(made: Plan, save: Path, *, overwrite: bool = False, say: Callable[[s
         _write_beside(folder, made)
 
 
-def _check_weights(folder: Path) -> None:
+@contextmanager
+def _one_thread_each() -> Generator[None]:
+    """The workers are the threads: torch's own below them would mostly wait for each other, which costs CPU time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _check_weights(folder: Path, workers: int) -> None:
     """Compare weight files with the manifest beside them, if any: nothing else finds a flipped bit in most of them.
 
     Configs and tokenizers are left out: users edit them.
     """
     if not (folder / MANIFEST_NAME).is_file():
         return
-    for name, entry in read(folder)["files"].items():
+
+    def check(name: str, entry: Mapping[str, Any]) -> None:
         path, algorithm = folder / name, str(algorithm_of(entry))
         weights = path.suffix in _WEIGHTS or path.name == ".metadata"
         if weights and path.is_file() and file_digest(path, algorithm) != entry[algorithm]:
             raise BridgeError(f"{path}: its checksum is not the manifest's; the file was changed or is damaged")
 
+    files = read(folder)["files"]
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(check, files.keys(), files.values()))
+
 
 def _write_mcore(folder: Path, made: Plan, get: Callable[[str], torch.Tensor]) -> dict[str, dict[str, Any]]:
-    target, args = made.target, made.args()
+    target, args = made.target, made.args
     if target.form == "torch":
         return write_torch(
             folder, made.specs, get, target.layout, args=args, iteration=target.iteration, dialect=target.dialect,

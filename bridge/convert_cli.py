@@ -9,6 +9,7 @@ Neither Megatron nor a GPU is needed. Names of MindSpeed-LLM's converter are tak
 """
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,13 +90,17 @@ def main(words: Sequence[str]) -> int:
 
     from .convert import convert, plan
 
-    source = _open(args)
-    with source.tensors:
-        made = plan(source, _target(args, max_bytes))
-        if args.dry_run:
-            print("\n".join(made.lines()))
-            return 0
-        convert(made, args.save, overwrite=args.overwrite)
+    gc.freeze()  # what is imported stays: the many objects of large headers are looked through without it
+    try:
+        source = _open(args)
+        with source.tensors:
+            made = plan(source, _target(args, max_bytes))
+            if args.dry_run:
+                print("\n".join(made.lines()))
+                return 0
+            convert(made, args.save, overwrite=args.overwrite)
+    finally:
+        gc.unfreeze()
     print(f"wrote {args.save}")
     return 0
 

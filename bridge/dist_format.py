@@ -16,18 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo  # pyright: ignore[reportPrivateUsage]
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from ..storage.hashing import HashingFile, Ledger
 from ..storage.safe_pickle import Inert
@@ -35,6 +26,9 @@ from ..storage.safetensors_io import Spec, bytes_of
 from .dist_names import Piece, Place, extra_states_of, pieces_of, places_of
 from .dist_records import METADATA_NAME, Files, Record, check_tiling, read_metadata
 from .errors import BridgeError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo  # pyright: ignore[reportPrivateUsage]
 
 COMMON_NAME = "common.pt"
 _COMMON_OBJECT = "common_state/shard_0_1"
@@ -197,6 +191,9 @@ def write_dist(
     Readable by megatron-core (proven with 0.16.1) and by torch's own reader.
     Raises BridgeError when a tensor is not as its spec says or ``args`` hold more than plain values.
     """
+    # Half a second to import, which reading and planning go without.
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
     common = _common_state(args, iteration, uniform=uniform)
     places = places_of({spec.name for spec in specs}, uniform=uniform, dialect=dialect)
     table = _described(specs, places)
@@ -244,6 +241,8 @@ def _common_state(args: Mapping[str, Any], iteration: int, *, uniform: bool) -> 
 
 def _described(specs: Sequence[Spec], places: Mapping[str, Place]) -> dict[str, Any]:
     """What ``.metadata`` says of each tensor. Raises BridgeError when layers or experts that share one differ."""
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
+
     table: dict[str, Any] = {}
     for spec in specs:
         key, at, lead = places[spec.name]
@@ -303,7 +302,9 @@ class _RecordWriter:
     def flush(self) -> None:
         """Nothing is buffered here."""
 
-    def add(self, value: object) -> _StorageInfo:
+    def add(self, value: object) -> "_StorageInfo":
+        from torch.distributed.checkpoint.filesystem import _StorageInfo  # pyright: ignore[reportPrivateUsage]
+
         self.write(bytes(-self._at % _ALIGNED))
         start = self._at
         torch.save(value, cast("Any", self))

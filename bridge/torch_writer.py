@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..storage.hashing import file_entry
+from ..storage.hashing import PIECE, file_entry
 from ..storage.publish import fsync_path
 from ..storage.safetensors_io import Spec, bytes_of
 from ..storage.space import free_bytes
@@ -24,7 +24,6 @@ from .errors import BridgeError
 from .parallel import EMBEDDING, OUTPUT, Layout, Piece, Rank, check_layout, model_of, padded_rows, pieces
 from .torch_format import FILE, TRACKER, VERSION, rank_folder
 
-_BLOCK = 8 * 2**20  # bytes of a tensor that are made contiguous at once
 _LOCAL_HEADER = 30  # bytes of a zip file's entry before its name and extra field
 
 
@@ -186,7 +185,7 @@ def _fill(path: Path, start: int, piece: Piece, tensor: torch.Tensor) -> None:
     try:
         for view in piece.views(tensor):
             flat = view if view.dim() else view.reshape(1)
-            rows = max(1, _BLOCK * len(flat) // max(1, flat.nbytes))
+            rows = max(1, PIECE * len(flat) // max(1, flat.nbytes))
             for first in range(0, len(flat), rows):
                 rest = bytes_of(flat[first : first + rows])
                 while rest:
