@@ -70,8 +70,8 @@ def one(way: str, folder: Path) -> None:
     with peaks(told):
         start = time.perf_counter()
         if flags:
-            import finebridge.bridge.convert  # what the command imports, the second when it writes torch_dist
-            import torch.distributed.checkpoint.filesystem  # noqa: F401
+            import finebridge.bridge.convert  # noqa: F401 - what the command imports
+            import torch.distributed.checkpoint.filesystem  # noqa: F401 - and what it imports to write torch_dist
         begin, cpu = time.perf_counter(), time.process_time()
         if flags:
             convert(folder / source, folder / "out", flags)
