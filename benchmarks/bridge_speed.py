@@ -71,7 +71,8 @@ def one(way: str, folder: Path) -> None:
         start = time.perf_counter()
         if flags:
             import finebridge.bridge.convert  # noqa: F401 - what the command imports
-            import torch.distributed.checkpoint.filesystem  # noqa: F401 - and what it imports to write torch_dist
+        if way == "hf_to_torch_dist":
+            import torch.distributed.checkpoint.filesystem  # noqa: F401 - what it imports to write that
         begin, cpu = time.perf_counter(), time.process_time()
         if flags:
             convert(folder / source, folder / "out", flags)

@@ -4,11 +4,12 @@ Every source is read as the canonical model and every target written from it, so
 Nothing is converted in silence: a tensor without a place, a name too many or a shape that does not fit stops the plan.
 """
 
+import ctypes
 import json
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,7 @@ from .torch_format import TRACKER, TorchCheckpoint, tracked
 from .torch_writer import write_torch
 
 Form = Literal["hf", "torch", "torch_dist"]
+_M_MMAP_THRESHOLD = -3  # of mallopt: from how many bytes on memory is the system's own again once it is freed
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".distcp")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -216,7 +218,7 @@ def convert(made: Plan, save: Path, *, overwrite: bool = False, say: Callable[[s
         return value
 
     with ExitStack() as stack:
-        stack.enter_context(_one_thread_each())
+        stack.enter_context(_sparingly())
         folder = stack.enter_context(
             publish(save, kind=target.form, made_from=made_from, replace=overwrite, written=written)
         )
@@ -229,8 +231,13 @@ def convert(made: Plan, save: Path, *, overwrite: bool = False, say: Callable[[s
 
 
 @contextmanager
-def _one_thread_each() -> Generator[None]:
-    """The workers are the threads: torch's own below them would mostly wait for each other, which costs CPU time."""
+def _sparingly() -> Generator[None]:
+    """The workers are the threads: torch's own below them would mostly wait for each other, which costs CPU time.
+
+    And the C library gives the memory of a tensor back when it is freed; else it keeps some 50 MB for each thread.
+    """
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
