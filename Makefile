@@ -1,9 +1,10 @@
 # make check | test | test-slow | bench
 PYTHON := .venv/bin/python
-# what bench needs: a Qwen3 tokenizer (the tests put one here) and, to measure TRL too, the Python of an environment with trl;
-# with LARGE=1 merge_speed measures a model of 8 GB too
+# what bench needs: a Qwen3 tokenizer (the tests put one here) and, to measure TRL or mbridge too, the Python of an environment
+# with trl or mbridge; with LARGE=1 merge_speed measures a model of 8 GB too
 TOKENIZER := .venv/npm/tokenizer-qwen3-3.7.2
 TRL_PYTHON :=
+MBRIDGE_PYTHON :=
 LARGE :=
 
 check:  ## style and types
@@ -21,7 +22,7 @@ bench:  ## every claim of speed, results as CSV in benchmarks/
 	$(PYTHON) benchmarks/load_memory.py
 	$(PYTHON) benchmarks/packing.py $(if $(TRL_PYTHON),--trl_python $(TRL_PYTHON))
 	$(PYTHON) benchmarks/merge_speed.py $(if $(LARGE),--large)
-	$(PYTHON) benchmarks/bridge_speed.py
+	$(PYTHON) benchmarks/bridge_speed.py $(if $(MBRIDGE_PYTHON),--mbridge_python $(MBRIDGE_PYTHON))
 	$(PYTHON) benchmarks/save_cost.py --tokenizer finetune/example_data
 	$(PYTHON) benchmarks/data_build.py --tokenizer $(TOKENIZER) $(if $(TRL_PYTHON),--trl_python $(TRL_PYTHON))
 

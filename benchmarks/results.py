@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 
-def circumstances(packages: Sequence[str], trl_python: str | None = None) -> dict[str, str]:
-    """Date, hardware, load before the run, and the versions that decide the figures."""
+def circumstances(
+    packages: Sequence[str], peer_python: str | None = None, peer_packages: Sequence[str] = ("trl", "pyarrow")
+) -> dict[str, str]:
+    """Date, hardware, load before the run, and the versions that decide the figures, also of a peer's interpreter."""
     known = [f"python {platform.python_version()}"]
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             known.append(f"{name} {importlib.metadata.version(name)}")
-    if trl_python:
-        ask = 'import importlib.metadata as m; print(f\'trl {m.version("trl")}; pyarrow {m.version("pyarrow")}\')'
-        known.append(subprocess.run([trl_python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip())
+    if peer_python:
+        ask = "import sys, importlib.metadata as m; print('; '.join(f'{name} {m.version(name)}' for name in sys.argv[1:]))"
+        command = [peer_python, "-c", ask, *peer_packages]
+        known.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
     return {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "hardware": _hardware(),

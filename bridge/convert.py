@@ -4,10 +4,14 @@ Every source is read as the canonical model and every target written from it, so
 Nothing is converted in silence: a tensor without a place, a name too many or a shape that does not fit stops the plan.
 """
 
+import ctypes
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +40,7 @@ from .torch_format import TorchCheckpoint, tracked
 from .torch_writer import write_torch
 
 Form = Literal["hf", "torch", "torch_dist"]
+_M_MMAP_THRESHOLD = -3  # of mallopt: from how many bytes on memory is the system's own again once it is freed
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".distcp")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -127,7 +132,7 @@ def open_source(folder: Path, *, hf_config: Path | None = None, family: str | No
     return Source(folder, form, mcore, config, config_folder, table)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """What a conversion will write: canonical tensors with their final dtypes."""
 
@@ -145,6 +150,7 @@ class Plan:
         """What the manifest of the target tells of its source."""
         return {"source": str(self.source.folder), "form": self.source.form, "family": self.source.family.name}
 
+    @cached_property
     def args(self) -> dict[str, Any]:
         """Megatron's arguments of the model. Raises BridgeError when Megatron-Core cannot compute it, or spread it so."""
         source, target = self.source, self.target
@@ -174,7 +180,7 @@ class Plan:
         if self.target.form == "torch_dist":
             said.append("one set of files for every TP, PP, VPP, EP and ETP")
         if self.target.form != "hf":
-            said += run_notes(self.args())
+            said += run_notes(self.args)
         elif rounded := self._rounded():
             said.append(
                 f"{len(rounded)} norms that Megatron-Core keeps as distances from one are rounded when one is added, the "
@@ -225,7 +231,7 @@ def plan(source: Source, target: Target) -> Plan:
     made = Plan(source, target, specs)
     if not source.form == target.form == "hf":
         names = {name: ", ".join(row.hf) if source.form == "hf" else name for name, row in wanted.items()}
-        check_shapes(specs, made.args(), lambda name: f"{source.folder}: {names[name]}")
+        check_shapes(specs, made.args, lambda name: f"{source.folder}: {names[name]}")
     return made
 
 
@@ -267,7 +273,7 @@ def check_target(made: Plan, save: Path) -> None:
     check_apart(save, source.folder, source.config_folder)
     if made.size > free_bytes(save):
         raise OSError(28, f"No space left on device: {made.size:,} bytes are needed", str(save))
-    check_weights(source.folder)
+    check_weights(source.folder, made.target.workers)
     stored = source.tensors.base if isinstance(source.tensors, Merged | Beside) else source.tensors
     if isinstance(stored, HFCheckpoint):
         stored.check_copies()
@@ -290,11 +296,12 @@ def write_target(folder: Path, made: Plan) -> dict[str, dict[str, Any]]:
             raise BridgeError(f"{name}: does not fit into {spec.dtype}; use bf16")
         return value
 
-    if target.form == "hf":
-        rows, copies = source.rows(), source.family.copies(source.config)
-        written = write_hf(folder, rows, copies, specs, get, max_bytes=target.max_bytes, workers=target.workers)
-    else:
-        written = _write_mcore(folder, made, get)
+    with _sparingly():
+        if target.form == "hf":
+            rows, copies = source.rows(), source.family.copies(source.config)
+            written = write_hf(folder, rows, copies, specs, get, max_bytes=target.max_bytes, workers=target.workers)
+        else:
+            written = _write_mcore(folder, made, get)
     _write_beside(folder, made)
     return written
 
@@ -306,22 +313,43 @@ def check_apart(save: Path, *sources: Path | None) -> None:
             raise BridgeError(f"--save {save} is or contains {place}; choose another folder")
 
 
-def check_weights(folder: Path) -> None:
+@contextmanager
+def _sparingly() -> Generator[None]:
+    """The workers are the threads: torch's own below them would mostly wait for each other, which costs CPU time.
+
+    And the C library gives the memory of a tensor back when it is freed; else it keeps some 50 MB for each thread.
+    """
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def check_weights(folder: Path, workers: int = 2) -> None:
     """Compare weight files with the manifest beside them, if any: nothing else finds a flipped bit in most of them.
 
     Configs and tokenizers are left out: users edit them.
     """
     if not (folder / MANIFEST_NAME).is_file():
         return
-    for name, entry in read(folder)["files"].items():
+
+    def check(name: str, entry: Mapping[str, Any]) -> None:
         path, algorithm = folder / name, str(algorithm_of(entry))
         weights = path.suffix in _WEIGHTS or path.name == ".metadata"
         if weights and path.is_file() and file_digest(path, algorithm) != entry[algorithm]:
             raise BridgeError(f"{path}: its checksum is not the manifest's; the file was changed or is damaged")
 
+    files = read(folder)["files"]
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(check, files.keys(), files.values()))
+
 
 def _write_mcore(folder: Path, made: Plan, get: Callable[[str], torch.Tensor]) -> dict[str, dict[str, Any]]:
-    target, args = made.target, made.args()
+    target, args = made.target, made.args
     # Of the whole model: maybe more than is written.
     names = [row.mcore for row in made.source.family.rows(made.source.config)]
     if target.form == "torch":

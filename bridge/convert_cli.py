@@ -10,6 +10,7 @@ Neither Megatron nor a GPU is needed (for ``--forward`` Megatron is). Names of M
 """
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -111,10 +112,18 @@ def main(words: Sequence[str]) -> int:
     if args.save and args.save.exists() and not args.overwrite and not args.dry_run:
         raise ValueError(f"--save {args.save} exists already; choose another folder or give --overwrite")
 
+    target = target_of(args, max_bytes)
+    gc.freeze()  # what is imported stays: the many objects of large headers are looked through without it
+    try:
+        return _convert(args, target)
+    finally:
+        gc.unfreeze()
+
+
+def _convert(args: argparse.Namespace, target: "Target") -> int:
     from .convert import convert, plan
     from .lora_source import with_lora, write_lora
 
-    target = target_of(args, max_bytes)
     source, pairs = with_lora(_open(args), target, _lora(args))
     with source.tensors:
         if pairs is not None:

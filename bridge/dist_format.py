@@ -16,18 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo  # pyright: ignore[reportPrivateUsage]
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from ..storage.hashing import HashingFile, Ledger
 from ..storage.safe_pickle import Inert
@@ -36,6 +27,9 @@ from .dist_names import Piece, Place, extra_states_of, pieces_of, places_of, sec
 from .dist_records import METADATA_NAME, Files, Record, check_tiling, read_metadata
 from .errors import BridgeError
 from .sections import sections_of
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo  # pyright: ignore[reportPrivateUsage]
 
 COMMON_NAME = "common.pt"
 _COMMON_OBJECT = "common_state/shard_0_1"
@@ -198,6 +192,9 @@ def write_dist(
     Readable by megatron-core (proven with 0.16.1) and by torch's own reader.
     Raises BridgeError when a tensor is not as its spec says or ``args`` hold more than plain values.
     """
+    # Half a second to import, which reading and planning go without.
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
     common = _common_state(args, iteration, uniform=uniform)
     places = places_of({spec.name for spec in specs}, uniform=uniform, dialect=dialect)
     sections = sections_of({spec.name: spec.shape for spec in specs})
@@ -212,17 +209,18 @@ def write_dist(
             records = _RecordWriter(stream, name)
             if number == 0:
                 nothing.append(records.add([None]))
-            for spec in part:
-                whole = _checked(get(spec.name), spec)
-                for one, place, first in stored[spec.name]:
-                    record = records.add(_record(whole, one, first, len(place.at)))
-                    found[MetadataIndex(place.key, _offset(one, place))] = record
+            with _without_checksums():  # torch keeps the setting for each thread
+                for spec in part:
+                    whole = _checked(get(spec.name), spec)
+                    for one, place, first in stored[spec.name]:
+                        record = records.add(_record(whole, one, first, len(place.at)))
+                        found[MetadataIndex(place.key, _offset(one, place))] = record
 
         name = f"__{number}_0.distcp"
         ledger.write(folder / name, work)
 
     parts = _parts(specs, workers, max_file_bytes)
-    with _without_checksums(), ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         list(pool.map(write, range(len(parts)), parts))
         ledger.write(folder / COMMON_NAME, lambda stream: torch.save(common, cast("Any", stream)))
     for key in extra_states_of(places):
@@ -269,6 +267,8 @@ def _stored(spec: Spec, place: Place, rows: Sequence[int] | None) -> list[_Store
 
 def _described(parts: Sequence[_Stored]) -> dict[str, Any]:
     """What ``.metadata`` says of each tensor. Raises BridgeError when layers or experts that share one differ."""
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
+
     table: dict[str, Any] = {}
     for spec, place, _ in parts:
         key, at, lead = place
@@ -334,7 +334,9 @@ class _RecordWriter:
     def flush(self) -> None:
         """Nothing is buffered here."""
 
-    def add(self, value: object) -> _StorageInfo:
+    def add(self, value: object) -> "_StorageInfo":
+        from torch.distributed.checkpoint.filesystem import _StorageInfo  # pyright: ignore[reportPrivateUsage]
+
         self.write(bytes(-self._at % _ALIGNED))
         start = self._at
         torch.save(value, cast("Any", self))

@@ -4,10 +4,9 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -22,8 +21,7 @@ _SCALE = "_scale_inv"  # what DeepSeek appends to the name of an fp8 weight for 
 _FUSED = re.compile(r"(?P<experts>.*\.experts)\.(?P<kind>gate_up_proj|down_proj)")
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
+class _Stored(NamedTuple):
     """Where a tensor's elements lie: from ``start`` on in the tensor ``name``; ``scale`` names its scales, if any."""
 
     name: str
@@ -93,7 +91,7 @@ class HFCheckpoint:
 
     def _part(self, name: str) -> torch.Tensor:
         place = self._parts[name]
-        values = self._weights.read(place.name, place.start, place.start + math.prod(place.shape)).view(place.shape)
+        values = self._weights.view(place.name, place.start, place.start + math.prod(place.shape)).view(place.shape)
         if place.scale:
             values = _scaled(values, self._weights.get(place.scale), name)
         elif values.is_floating_point() and not math.isfinite(sum(map(float, values.aminmax()))):

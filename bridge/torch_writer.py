@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 
-from ..storage.hashing import file_entry
+from ..storage.hashing import PIECE, file_entry
 from ..storage.megatron_folder import TRACKER
 from ..storage.publish import fsync_path
 from ..storage.safetensors_io import Spec, bytes_of
@@ -28,7 +28,6 @@ from .parallel import EMBEDDING, OUTPUT, Layout, Model, Piece, Rank, check_layou
 from .sections import sections_of
 from .torch_format import FILE, VERSION, rank_folder
 
-_BLOCK = 8 * 2**20  # bytes of a tensor that are made contiguous at once
 _LOCAL_HEADER = 30  # bytes of a zip file's entry before its name and extra field
 
 
@@ -226,7 +225,7 @@ def _fill(path: Path, start: int, piece: Piece, tensor: torch.Tensor) -> None:
     try:
         for view in piece.views(tensor):
             flat = view if view.dim() else view.reshape(1)
-            rows = max(1, _BLOCK * len(flat) // max(1, flat.nbytes))
+            rows = max(1, PIECE * len(flat) // max(1, flat.nbytes))
             for first in range(0, len(flat), rows):
                 rest = bytes_of(flat[first : first + rows])
                 while rest:

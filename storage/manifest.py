@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from .hashing import algorithm_of, file_digest, file_entry, text_digest
 
 MANIFEST_NAME = "manifest.json"
@@ -53,7 +55,7 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         if not len("{}") <= length <= min(_MAX_HEADER, path.stat().st_size - 8):
             raise ManifestError(f"{path}: not a safetensors file (its header claims {length} bytes)")
         try:
-            header = json.loads(stream.read(length))
+            header = orjson.loads(stream.read(length))
         except ValueError as error:
             raise ManifestError(f"{path}: the safetensors header is not JSON: {error}") from None
     if not isinstance(header, dict):

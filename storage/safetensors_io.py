@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -42,9 +42,10 @@ class Checkpoint:
         self._open: dict[str, Any] = {}
         self._streams: dict[str, int] = {}
         self._lock = Lock()
-        for name in files or _shard_names(folder):
+        header_of = cache(safetensors_header)  # an index is compared with the headers first
+        for name in files or _shard_names(folder, header_of):
             start = data_start(folder / name)
-            header = safetensors_header(folder / name)
+            header = header_of(folder / name)
             _check_places(folder / name, header)
             for key, entry in header.items():
                 if key in self._where:
@@ -79,9 +80,14 @@ class Checkpoint:
     def get(self, key: str) -> torch.Tensor:
         """One tensor on the CPU in its stored dtype. Raises KeyError when there is none of that name."""
         name = self._where[key]
-        if name not in self._open:
-            self._open[name] = safe_open(self.folder / name, framework="pt").__enter__()
+        with self._lock:
+            if name not in self._open:
+                self._open[name] = safe_open(self.folder / name, framework="pt").__enter__()
         return self._open[name].get_tensor(key)
+
+    def view(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """As ``read``, but as a view of the file, which costs no memory of its own; not to be written to."""
+        return self.get(key).view(-1)[start:stop]
 
     def read(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Elements ``start`` to ``stop`` of a tensor seen flat, shape [stop - start], in its stored dtype.
@@ -310,12 +316,12 @@ class ShardWriter:
         self._ledger.write(path, lambda stream: write_tensors(stream, tensors))
 
 
-def _shard_names(folder: Path) -> list[str]:
+def _shard_names(folder: Path, header_of: Callable[[Path], Collection[str]]) -> list[str]:
     """The weight files of a checkpoint in the index's order; a single file wins over an index, as in transformers."""
     if (folder / SINGLE_NAME).is_file():
         return [SINGLE_NAME]
     if (folder / INDEX_NAME).is_file():
-        return indexed_files(folder / INDEX_NAME, safetensors_header)
+        return indexed_files(folder / INDEX_NAME, header_of)
     kinds = sorted({path.suffix for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")})
     hint = f" (found {', '.join(kinds)}; load and save the model once with safetensors)" if kinds else ""
     raise FileNotFoundError(f"{folder}: no {SINGLE_NAME} and no {INDEX_NAME}{hint}")
