@@ -20,7 +20,7 @@ from .lora_delta import AdapterError, Change, LowRank, Placed
 from .placement import Part, Placement, PlacementError
 
 # Elements of a weight that are handled at once: they and what is made of them stay in the processor's cache.
-BLOCK = 2**18
+BLOCK = 2**19
 _STACK = 3  # dimensions of the weights of all experts in one tensor
 
 
@@ -309,9 +309,10 @@ def _same(one: Wanted | None, other: Wanted | None) -> bool:
         return False
     rows, cols = first.shape
     step = max(1, BLOCK // cols)
-    zeros = torch.zeros(min(step, rows), cols)
     return all(
-        first.of(zeros[: stop - start], slice(start, stop)).equal(second.of(zeros[: stop - start], slice(start, stop)))
+        first.of(torch.zeros(stop - start, cols), slice(start, stop)).equal(
+            second.of(torch.zeros(stop - start, cols), slice(start, stop))
+        )
         for start in range(0, rows, step)
         for stop in [min(start + step, rows)]
     )

@@ -5,7 +5,6 @@ Blocks are computed ahead by threads and written in order. A block is read, adde
 
 import contextlib
 import ctypes
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ from ..storage.hashing import HashingFile, Ledger
 from ..storage.safe_load import Weights
 from ..storage.safetensors_io import Spec, bytes_of, plan_shards, write_header, write_index
 from .adapter import matrix
-from .lora_delta import AdapterError, merged_rows
+from .lora_delta import AdapterError, is_finite, merged_rows
 from .plan import BLOCK, Output
 from .proof import Proof, Sums
 
@@ -65,7 +64,7 @@ def write_plan(
     _keep_freed_memory()
     try:
         with ThreadPoolExecutor(workers) as pool:
-            done = _in_order(pool, lambda block: (block, *_merged(base, block)), blocks, ahead=2 * workers)
+            done = _in_order(pool, lambda block: (block, *_merged(base, block, proof)), blocks, ahead=2 * workers)
 
             def fill(stream: HashingFile, specs: Sequence[Spec]) -> None:
                 write_header(stream, specs)
@@ -99,38 +98,38 @@ def _blocks(output: Output) -> Iterator[Block]:
         yield Block(output, first, min(first + step, rows), width, number, share)
 
 
-def _merged(base: Weights, block: Block) -> tuple[torch.Tensor, Sums | None]:
+def _merged(base: Weights, block: Block, proof: Proof) -> tuple[torch.Tensor, Sums | None]:
     """A block as it is stored, and its sums when an adapter changes it."""
     output, dtype = block.output, block.output.spec.dtype
-    stored = base.read(output.source, block.first * block.width, block.last * block.width)
+    read = base.read(output.source, block.first * block.width, block.last * block.width)
     if not output.placed:
-        stored, given = stored.to(dtype), stored
-        if dtype.is_floating_point and not math.isfinite(sum(map(float, stored.aminmax()))):
-            raise _not_finite(output, given, dtype)
+        stored = read.to(dtype)
+        if dtype.is_floating_point and not is_finite(stored):
+            if not stored.isfinite().equal(read.isfinite()):
+                raise _not_finite(output, read)
+            proof.carried.add(output.spec.name)
         return stored, None
-    value = stored.float().view(-1, block.width)
+    value = read.float().view(-1, block.width)
+    sums = Sums(base=_square(value), change=output.square or 0.0 if block.first == 0 else 0.0)
+    before = value.clone() if output.square is None else None
     result = merged_rows(value, block.first, output.placed, sole=output.sole)
-    stored = result if dtype == torch.float32 else result.to(dtype)
-    sums = Sums(base=_square(value))
-    if output.square is None:
-        sums.change = _square(
-            torch.sub(result, value, out=value)
-        )  # in place: new memory costs more than the arithmetic
-    elif block.first == 0:
-        sums.change = output.square
+    stored = result.to(dtype)
+    if not is_finite(stored):
+        raise _not_finite(output, result)
+    if before is not None:
+        sums.change = _square(before.sub_(result))
     if dtype != torch.float32 and block.number % _MEASURED == 0:
-        sums.lost = _square(torch.sub(value.copy_(stored), result, out=value)) * block.share
-    wide = float(stored.abs().amax()) if dtype == torch.float16 else sums.base + sums.change + sums.lost
-    if not math.isfinite(wide) and not stored.isfinite().all():
-        raise _not_finite(output, result, dtype)
+        sums.lost = _square(stored.float().sub_(result)) * block.share
     return stored, sums
 
 
-def _not_finite(output: Output, value: torch.Tensor, dtype: torch.dtype) -> AdapterError:
-    if not value.isfinite().all():
+def _not_finite(output: Output, value: torch.Tensor) -> AdapterError:
+    finite = value[value.isfinite()]
+    if output.placed and len(finite) < value.numel():
         return AdapterError(f"{output.spec.name}: the merged weight holds values that are not finite")
     return AdapterError(
-        f"{output.spec.name}: the merged weight reaches {float(value.abs().max()):.3g}, which overflows {dtype}; use bf16"
+        f"{output.spec.name}: the merged weight reaches {float(finite.abs().max()):.3g}, which overflows "
+        f"{output.spec.dtype}; use bf16"
     )
 
 
