@@ -54,31 +54,27 @@ def write_plan(
 ) -> None:
     """Write all outputs as safetensors shards of at most ``max_bytes``, measuring into ``proof``.
 
+    Blocks are the unit of work: ``torch.set_num_threads(1)`` before.
     Raises AdapterError for a value that is not finite or does not fit into the output's dtype.
     """
     shards = plan_shards([output.spec for output in outputs], max_bytes)
     by_name = {output.spec.name: output for output in outputs}
     blocks = (block for specs in shards.values() for spec in specs for block in _blocks(by_name[spec.name]))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # blocks are the unit of work
     _keep_freed_memory()
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            done = _in_order(pool, lambda block: (block, *_merged(base, block, proof)), blocks, ahead=2 * workers)
+    with ThreadPoolExecutor(workers) as pool:
+        done = _in_order(pool, lambda block: (block, *_merged(base, block, proof)), blocks, ahead=2 * workers)
 
-            def fill(stream: HashingFile, specs: Sequence[Spec]) -> None:
-                write_header(stream, specs)
-                left = sum(spec.size for spec in specs)
-                while left:
-                    block, stored, sums = next(done)
-                    proof.add(block.output, sums)
-                    left -= stream.write(bytes_of(stored))
+        def fill(stream: HashingFile, specs: Sequence[Spec]) -> None:
+            write_header(stream, specs)
+            left = sum(spec.size for spec in specs)
+            while left:
+                block, stored, sums = next(done)
+                proof.add(block.output, sums)
+                left -= stream.write(bytes_of(stored))
 
-            for name, specs in shards.items():
-                ledger.write(folder / name, lambda stream, specs=specs: fill(stream, specs))
-            write_index(folder, shards, ledger)
-    finally:
-        torch.set_num_threads(threads)
+        for name, specs in shards.items():
+            ledger.write(folder / name, lambda stream, specs=specs: fill(stream, specs))
+        write_index(folder, shards, ledger)
 
 
 def _keep_freed_memory() -> None:
