@@ -115,7 +115,9 @@ def merge(
         weight_files = stack.enter_context(open_weights(base))
         loaded = [stack.enter_context(Adapter(adapter)) for adapter in adapters]
         dtype: torch.dtype = getattr(torch, DTYPES[save_dtype])
-        plan = Planner(weight_files, config, dtype, trust_remote_code=trust_remote_code).plan(loaded, factors)
+        plan = Planner(
+            weight_files, config, dtype, allow_unchanged=allow_unchanged, trust_remote_code=trust_remote_code
+        ).plan(loaded, factors)
         for line in plan.said:
             say(line)
         _check_room(output, plan)

@@ -133,6 +133,14 @@ class Placement:
         own = self._module(module).named_parameters(recurse=False)
         return [(name, tuple(parameter.shape)) for name, parameter in own]
 
+    def ending(self, end: str, modules: Collection[str]) -> list[str]:
+        """Parameters whose names end so, in the class of the base that has all ``modules``; none when no class has them.
+
+        Raises PlacementError when transformers cannot build the model.
+        """
+        owner = next((memory for memory in self._models() if memory.modules.keys() >= {*modules}), None)
+        return [name for name in owner.shapes if f".{name}".endswith(f".{end}")] if owner else []
+
     def knows(self, name: str) -> bool:
         """Whether the model in memory has a parameter ``name``."""
         return self._owner(name) is not None

@@ -18,6 +18,7 @@ from ..storage.safetensors_io import Spec, main_dtype
 from .adapter import Adapter, Factors
 from .lora_delta import AdapterError, Change, LowRank, Placed
 from .placement import Part, Placement, PlacementError
+from .targets import lacking
 
 # Elements of a weight that are handled at once: they and what is made of them stay in the processor's cache.
 BLOCK = 2**19
@@ -72,9 +73,11 @@ class Planner:
         config: dict[str, Any],
         dtype: torch.dtype,
         *,
+        allow_unchanged: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         self.base = base
+        self.allow_unchanged = allow_unchanged
         self.config = config
         self.said: list[str] = []
         self.placement = Placement(base.folder, base.shapes, shapes=base.shapes, trust_remote_code=trust_remote_code)
@@ -107,6 +110,7 @@ class Planner:
                     self._place(wanted, weight, number)
             for name, key in adapter.copies.items():
                 self._compare(name, key, adapter)
+            self.said += lacking(adapter, self.base, self.placement, allow_unchanged=self.allow_unchanged)
         for output in self.outputs.values():
             if output.placed and not output.spec.dtype.is_floating_point:
                 raise AdapterError(
@@ -286,7 +290,7 @@ class Planner:
 def targeted(adapter: Adapter, module: str, placement: Placement) -> list[tuple[str, tuple[int, ...]]]:
     """Parameters of a module that the adapter names itself (``target_parameters``), with shapes, in the class's order."""
     ends = [target.rpartition(".") for target in adapter.config.get("target_parameters") or []]
-    named = {parameter for owner, _, parameter in ends if f".{module}".endswith(f".{owner}")}
+    named = {parameter for owner, _, parameter in ends if not owner or f".{module}".endswith(f".{owner}")}
     return [(name, shape) for name, shape in placement.parameters(module) if name in named] if named else []
 
 
