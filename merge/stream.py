@@ -62,7 +62,10 @@ def write_plan(
     blocks = (block for specs in shards.values() for spec in specs for block in _blocks(by_name[spec.name]))
     _keep_freed_memory()
     with ThreadPoolExecutor(workers) as pool:
-        done = _in_order(pool, lambda block: (block, *_merged(base, block, proof)), blocks, ahead=2 * workers)
+        done = _in_order(
+            pool, lambda block: (block, *_merged(base, block, proof)), blocks,
+            ahead=2 * workers, alike=lambda block: base.loaded_with(block.output.source),
+        )  # fmt: skip
 
         def fill(stream: HashingFile, specs: Sequence[Spec]) -> None:
             write_header(stream, specs)
@@ -135,12 +138,19 @@ def _square(value: torch.Tensor) -> float:
     return float(flat.dot(flat))
 
 
-def _in_order(pool: Executor, work: Callable[[Any], Any], items: Iterable[Any], ahead: int) -> Iterator[Any]:
-    """Results of ``work`` in the order of ``items``, at most ``ahead`` of them waiting in memory."""
+def _in_order(
+    pool: Executor, work: Callable[[Any], Any], items: Iterable[Any], ahead: int, alike: Callable[[Any], object]
+) -> Iterator[Any]:
+    """Results of ``work`` in the order of ``items``, at most ``ahead`` of them waiting in memory.
+
+    Items that are not ``alike``, for which it gives something else, are never at work at the same time.
+    """
     pending: deque[Future[Any]] = deque()
+    kind = None
     for item in items:
-        pending.append(pool.submit(work, item))
-        if len(pending) > ahead:
+        last, kind = kind, alike(item)
+        while pending and (len(pending) > ahead or kind != last):
             yield pending.popleft().result()
+        pending.append(pool.submit(work, item))
     while pending:
         yield pending.popleft().result()

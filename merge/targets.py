@@ -23,7 +23,7 @@ def lacking(adapter: Adapter, base: Iterable[str], placement: Placement, *, allo
     is not allowed.
     """
     modules = {module for module, _ in adapter.factors}
-    known = modules | {name.rpartition(".")[0] for name in adapter.whole}
+    known = modules | {name.rpartition(".")[0] for name in adapter.whole if not name.endswith(".bias")}
     said = _of_a_kind(adapter, known, base)
     for key, ending in (("target_modules", ".weight"), ("target_parameters", "")):
         named = adapter.config.get(key)
@@ -36,7 +36,7 @@ def lacking(adapter: Adapter, base: Iterable[str], placement: Placement, *, allo
                 continue
             said.append(
                 f"{adapter.folder / CONFIG}: {key} names {entry!r}, {WEIGHTS} holds nothing of it"
-                + ("" if found else ", nor has the model a weight of that name")
+                + ("" if found else ", nor was a weight of that name found in the model")
             )
             excused = allow_unchanged or any(adapter.config.get(excuse) not in (None, False, []) for excuse in _EXCUSES)
             if found and not excused:

@@ -56,7 +56,7 @@ def test_a_target_that_a_setting_leaves_out_or_no_model_has_is_a_line(
     (line,) = said
     if "target_modules" in settings:
         assert line.endswith(
-            "names 'c_attn', adapter_model.safetensors holds nothing of it, nor has the model a weight of that name"
+            "names 'c_attn', adapter_model.safetensors holds nothing of it, nor was a weight of that name found in the model"
         )
     else:
         assert line.endswith("target_modules names 'v_proj', adapter_model.safetensors holds nothing of it")
