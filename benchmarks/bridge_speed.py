@@ -2,105 +2,45 @@
 
     python benchmarks/bridge_speed.py [--models 0.5GB 1.5GB] [--rounds N] [--out FOLDER]
 
-The models of ``merge_speed.py``. The ways run in turn, each time in a fresh process: a copy of the model's folder, without and
-with every file flushed to the device, and the conversions Hugging Face to ``torch_dist`` and to ``torch`` (TP 1) and back, which
-hash and flush what they write. Wall and CPU seconds are of the work, imports stand beside them; memory is the peak of the
-process's anonymous memory. Medians of the rounds are added to ``bridge_speed.csv``; a ratio is to the row of that way.
+The models of ``compare.py``. The ways: a copy of the model's folder, without and with every file flushed to the device, and
+the conversions Hugging Face to ``torch_dist`` and to ``torch`` (TP 1) and back, which hash and flush what they write.
+``compare.py`` tells how they are measured; medians of the rounds are added to ``bridge_speed.csv``, a ratio is to the row of
+that way.
 """
 
-import argparse
-import json
-import tempfile
-import time
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import merge_speed
-from load_memory import peaks
-from results import add_rows, circumstances
-
-HERE = Path(__file__).resolve().parent
-WAYS: dict[str, tuple[str, list[str]]] = {  # what is read, flags of the conversion
-    "copy": ("base", []),
-    "copy_fsync": ("base", []),
-    "hf_to_torch_dist": ("base", ["--to", "mcore"]),
-    "torch_dist_to_hf": ("torch_dist", ["--to", "hf"]),
-    "hf_to_torch": ("base", ["--to", "mcore", "--ckpt_format", "torch"]),
-    "torch_to_hf": ("torch", ["--to", "hf"]),
-}
-FIGURES = ("wall_s", "cpu_s", "import_wall_s", "peak_anonymous_mib")
+import compare
+from compare import Way
 
 
-def convert(source: Path, out: Path, flags: list[str]) -> None:
+def convert(source: str, out: str, flags: list[str], folder: Path) -> None:
     """The user's command."""
     from finebridge.bridge.convert_cli import main
 
-    main(["--load", str(source), "--save", str(out), *flags])
+    main(["--load", str(folder / source), "--save", str(folder / out), *flags])
 
 
-def one(way: str, folder: Path) -> None:
-    """One measurement, in this process: print it as JSON."""
-    source, flags = WAYS[way]
-    told: dict[str, Any] = {}
-    with peaks(told):
-        start = time.perf_counter()
-        if flags:
-            import finebridge.bridge.convert  # noqa: F401 - what the command imports
-        begin, cpu = time.perf_counter(), time.process_time()
-        if flags:
-            convert(folder / source, folder / "out", flags)
-        else:
-            merge_speed.WAYS[way][0](folder / source, folder, folder / "out")
-        told |= {
-            "wall_s": time.perf_counter() - begin,
-            "cpu_s": time.process_time() - cpu,
-            "import_wall_s": begin - start,
-        }
-    print("RESULT " + json.dumps(told), flush=True)
-
-
-def rows_of(name: str, rounds: int, folder: Path) -> list[dict[str, Any]]:
-    """A line for each way."""
-    merge_speed.build(name, folder)
-    size = sum(path.stat().st_size for path in (folder / "base").iterdir())
+def prepare(name: str, folder: Path) -> None:
+    """Write the model in all three forms."""
+    compare.build(name, folder)
     for form in ("torch_dist", "torch"):
-        convert(folder / "base", folder / form, ["--to", "mcore", "--ckpt_format", form])
-    medians = merge_speed.medians_of(WAYS, FIGURES, rounds, folder, __file__)
-    rows: list[dict[str, Any]] = []
-    for way, figures in medians.items():
-        row: dict[str, Any] = {"model": name, "bytes": size, "rounds": rounds, "way": way}
-        row |= {figure: round(value, 2) for figure, value in figures.items()}
-        row |= {
-            f"wall_to_{other}": round(figures["wall_s"] / medians[other]["wall_s"], 2)
-            for other in ("copy", "copy_fsync")
-        }
-        rows.append(row)
-    return rows
+        convert("base", form, ["--to", "mcore", "--ckpt_format", form], folder)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure every model, print, add to the CSV."""
-    parser = argparse.ArgumentParser("bridge_speed.py", allow_abbrev=False, description="the cost of a conversion")
-    parser.add_argument(
-        "--models", nargs="+", choices=merge_speed.MODELS, default=["1.5GB"], help="default %(default)s"
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="conversions of each way (default %(default)s)")
-    parser.add_argument("--out", type=Path, help="where to write; default a temporary folder")
-    parser.add_argument("--csv", type=Path, default=HERE / "bridge_speed.csv", help="the file to add to")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.one:
-        one(args.one[0], Path(args.one[1]))
-        return
-    common = circumstances(("torch", "safetensors", "xxhash"))
-    for name in args.models:
-        with tempfile.TemporaryDirectory(dir=args.out) as work:
-            rows = rows_of(name, args.rounds, Path(work))
-        for row in rows:
-            print({key: value for key, value in row.items() if key not in ("bytes", "rounds")}, flush=True)
-        add_rows(args.csv, [{**common, **row} for row in rows])
+def _way(source: str, *flags: str) -> Way:
+    return Way(partial(convert, source, "out", list(flags)), ["finebridge.bridge.convert"])
+
+
+WAYS = {
+    **compare.COPIES,
+    "hf_to_torch_dist": _way("base", "--to", "mcore"),
+    "torch_dist_to_hf": _way("torch_dist", "--to", "hf"),
+    "hf_to_torch": _way("base", "--to", "mcore", "--ckpt_format", "torch"),
+    "torch_to_hf": _way("torch", "--to", "hf"),
+}
 
 
 if __name__ == "__main__":
-    main()
+    compare.run(Path(__file__).with_suffix(".csv"), WAYS, prepare, beside=[*compare.COPIES], models=["1.5GB"])
