@@ -1,10 +1,10 @@
 """What several ways of one thing cost beside one another: models to do it on, fresh processes, medians, a CSV.
 
 A script gives its ways to ``run``. They run in turn, each time in a process of its own: that imports what the way needs,
-removes what the way before wrote, syncs, and only then begins, so that every way starts with the same free memory and
-nothing to be written back. Wall and CPU seconds are of the work, those of imports stand beside them. Memory is the peak of
-the process's anonymous memory, seen from outside every 5 ms, whatever the process does meanwhile; mapped files are not
-counted, as the system may take them back at any time.
+removes what the way before wrote, syncs, reads what the ways read, and only then begins, so that every way starts with the
+same free memory, the same page cache and nothing to be written back. Wall and CPU seconds are of the work, those of imports
+stand beside them. Memory is the peak of the process's anonymous memory, seen from outside every 5 ms, whatever the process
+does meanwhile; mapped files are not counted, as the system may take them back at any time.
 """
 
 import argparse
@@ -152,8 +152,18 @@ def _one(way: Way, folder: Path) -> None:
     imports = _seconds(lambda: [importlib.import_module(module) for module in way.modules])
     shutil.rmtree(folder / "out", ignore_errors=True)
     os.sync()
+    for path in folder.rglob("*"):
+        _read(path)
     work = _seconds(lambda: way.work(folder))
     print("RESULT " + json.dumps(dict(zip(FIGURES, (*work, *imports), strict=False))))
+
+
+def _read(path: Path) -> None:
+    """Have a file in the page cache, where it fits: the way before may have driven it out."""
+    if path.is_file():
+        with path.open("rb") as stream:
+            while stream.read(2**20):
+                pass
 
 
 def _seconds(work: Callable[[], object]) -> tuple[float, float]:
@@ -182,7 +192,6 @@ def _measure(way: str, folder: Path) -> dict[str, float]:
 
 def _medians(ways: Mapping[str, Way], rounds: int, folder: Path) -> dict[str, dict[str, float]]:
     """Each way's figures, the ways being measured in turn."""
-    _measure(next(iter(ways)), folder)  # so that no way is the first to read the base
     told: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, results in told.items():

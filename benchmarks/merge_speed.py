@@ -50,7 +50,7 @@ def peft(folder: Path) -> None:
 
 WAYS = {
     **compare.COPIES,
-    "finebridge": Way(finebridge, ["torch", "safetensors", "finebridge.merge.merge_lora"]),
+    "finebridge": Way(finebridge, ["torch", "safetensors", "finebridge.merge.merge_lora", "finebridge.merge.stream"]),
     "peft": Way(peft, ["torch", "peft", "transformers.models.qwen3.modeling_qwen3"]),
 }
 

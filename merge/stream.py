@@ -25,6 +25,7 @@ from .proof import Proof, Sums
 _MEASURED = 8  # of so many blocks one, the first, is looked at for what rounding took: that costs as much as the merge
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _KEPT = 2**26  # bytes
+_AHEAD = 16  # blocks that may wait for the writer while the device is slow, 1 or 2 MB each
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def write_plan(
     with ThreadPoolExecutor(workers) as pool:
         done = _in_order(
             pool, lambda block: (block, *_merged(base, block, proof)), blocks,
-            ahead=2 * workers, alike=lambda block: base.loaded_with(block.output.source),
+            ahead=workers + _AHEAD, alike=lambda block: base.loaded_with(block.output.source),
         )  # fmt: skip
 
         def fill(stream: HashingFile, specs: Sequence[Spec]) -> None:
