@@ -22,7 +22,7 @@ bench:  ## every claim of speed, results as CSV in benchmarks/
 	$(PYTHON) benchmarks/load_memory.py
 	$(PYTHON) benchmarks/packing.py $(if $(TRL_PYTHON),--trl_python $(TRL_PYTHON))
 	$(PYTHON) benchmarks/merge_speed.py $(if $(LARGE),--large)
-	$(PYTHON) benchmarks/bridge_speed.py $(if $(MBRIDGE_PYTHON),--mbridge_python $(MBRIDGE_PYTHON))
+	MBRIDGE_PYTHON=$(MBRIDGE_PYTHON) $(PYTHON) benchmarks/bridge_speed.py
 	$(PYTHON) benchmarks/save_cost.py --tokenizer finetune/example_data
 	$(PYTHON) benchmarks/data_build.py --tokenizer $(TOKENIZER) $(if $(TRL_PYTHON),--trl_python $(TRL_PYTHON))
 

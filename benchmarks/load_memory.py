@@ -37,11 +37,11 @@ READERS = ("ours", "stock")
 MIB = 2**20
 
 
-def memory() -> tuple[int, int]:
-    """Resident bytes of this process: its own, and of mapped files."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+def memory(process: int | str = "self") -> tuple[int, int]:
+    """Resident bytes of a process: its own, and of mapped files; none of one that has ended."""
+    lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     values = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
-    return int(values["RssAnon"]) * 1024, int(values["RssFile"]) * 1024
+    return int(values.get("RssAnon", 0)) * 1024, int(values.get("RssFile", 0)) * 1024
 
 
 @contextlib.contextmanager

@@ -1,12 +1,11 @@
 """mbridge's two ways for ``bridge_speed.py``, run by an interpreter that has mbridge and megatron-core.
 
-    python mbridge_way.py to_torch_dist MODEL OUT            # Hugging Face -> torch_dist
+    python mbridge_way.py to_torch_dist MODEL OUT CHECKPOINT # Hugging Face -> torch_dist; CHECKPOINT is not read
     python mbridge_way.py to_hf MODEL OUT CHECKPOINT         # torch_dist -> Hugging Face; MODEL gives config and index
 
 mbridge fills a live model of Megatron-Core, whose own ``dist_checkpointing`` writes and reads ``torch_dist``. Both want CUDA
 and Transformer Engine, so ``_on_cpu`` takes Megatron's local layers and two rows of names for them. The model is not
-initialised, which spares mbridge seconds. CPU seconds are of this process and of those that write for it, memory is of
-this one alone.
+initialised, which spares mbridge seconds. CPU seconds are of this process and of those that write for it.
 """
 
 import json
@@ -16,8 +15,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from load_memory import peaks
 
 
 def _on_cpu() -> None:
@@ -75,16 +72,14 @@ def _cpu() -> float:
 
 
 def main(words: Sequence[str]) -> None:
-    """One measurement: print it as JSON."""
-    told: dict[str, Any] = {}
-    with peaks(told):
-        start = time.perf_counter()
-        _on_cpu()
-        _one_rank()
-        begin, cpu = time.perf_counter(), _cpu()
-        _convert(*words, *[""] * (4 - len(words)))
-        told |= {"wall_s": time.perf_counter() - begin, "cpu_s": _cpu() - cpu, "import_wall_s": begin - start}
-    print("RESULT " + json.dumps(told), flush=True)
+    """One measurement: print its seconds as JSON."""
+    start, first = time.perf_counter(), _cpu()
+    _on_cpu()
+    _one_rank()
+    begin, cpu = time.perf_counter(), _cpu()
+    _convert(*words)
+    told = {"wall_s": time.perf_counter() - begin, "cpu_s": _cpu() - cpu}
+    print("RESULT " + json.dumps({**told, "import_wall_s": begin - start, "import_cpu_s": cpu - first}), flush=True)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,10 @@ def circumstances(
 
 
 def add_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add lines to a CSV; the head is written when the file is new."""
+    """Add lines to a CSV; the head is written when the file is new. Raises ValueError when it has other columns."""
     new = not path.exists()
+    if not new and (head := path.read_text(encoding="utf-8").partition("\n")[0]) != ",".join(rows[0]):
+        raise ValueError(f"{path}: has the columns {head}, the results have {','.join(rows[0])}; take another file")
     with path.open("a", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         if new:

@@ -22,7 +22,7 @@ usage: finebridge VERB ...          finebridge VERB --help tells more
   pretrain [recipe.yaml] [key=value] [--flag value]
                       the same on plain text or Megatron's .bin/.idx, for new models (--config_name) or trained ones
   report OUTPUT_DIR   write report.html and loss.png of a run anew
-  merge               merge a LoRA adapter into its base model, offline
+  merge               merge a LoRA adapter into its base model, offline; merge extract
   convert             checkpoints between Hugging Face and Megatron-Core; convert inspect|verify
   checkpoint verify PATH ...
                       prove that checkpoints, merges or prepared data are whole
@@ -131,9 +131,13 @@ def _train_help(verb: str) -> int:
 
 
 def _merge(words: list[str]) -> int:
+    _stop_like_ctrl_c()
+    if words[:1] == ["extract"]:
+        from ..merge.extract import main as extract
+
+        return extract(words[1:])
     from ..merge.merge_lora import main as merge
 
-    _stop_like_ctrl_c()
     return merge(words)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from ..storage.assets import read_json
 from ..storage.safetensors_io import Checkpoint
-from .lora_delta import AdapterError, LowRank, Replacement
+from .lora_delta import AdapterError, LowRank, Replacement, is_finite
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -169,7 +169,7 @@ class Adapter:
         match = _KINDS.fullmatch(name)
         if match:
             value = self.file.get(key).float()
-            if not value.isfinite().all():
+            if not is_finite(value):
                 raise AdapterError(f"{key}: the adapter holds values that are not finite")
             place = match["module"], match["nested"].count("base_layer")
             self.factors.setdefault(place, Factors(*place)).kinds[match["kind"]] = value

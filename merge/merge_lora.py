@@ -108,11 +108,16 @@ def merge(
         "base": str(base), "adapters": list(zip(map(str, adapters), factors, strict=True)), "save_dtype": save_dtype,
     }  # fmt: skip
     written: dict[str, dict[str, Any]] = {}
+    threads = torch.get_num_threads()
     with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads)
+        torch.set_num_threads(1)  # torch's own wait for each other in loops, a block is too small a task for them
         weight_files = stack.enter_context(open_weights(base))
         loaded = [stack.enter_context(Adapter(adapter)) for adapter in adapters]
         dtype: torch.dtype = getattr(torch, DTYPES[save_dtype])
-        plan = Planner(weight_files, config, dtype, trust_remote_code=trust_remote_code).plan(loaded, factors)
+        plan = Planner(
+            weight_files, config, dtype, allow_unchanged=allow_unchanged, trust_remote_code=trust_remote_code
+        ).plan(loaded, factors)
         for line in plan.said:
             say(line)
         _check_room(output, plan)
@@ -129,6 +134,7 @@ def merge(
         _write_config(folder, config, save_dtype, plan)
         _carry_assets(base, adapters[-1], folder)
         if check:
+            torch.set_num_threads(threads)
             check(folder)
     return proof
 

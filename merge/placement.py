@@ -114,7 +114,7 @@ class Placement:
         PEFT asks the module the same (``ParamWrapper.update_layer`` of ``peft/tuners/lora/layer.py``). Raises
         PlacementError when the model has no such module.
         """
-        return bool(getattr(self._module(module), "is_transposed", False))
+        return bool(getattr(self.module(module), "is_transposed", False))
 
     def is_in_out(self, module: str) -> bool:
         """Whether a module keeps its matrix as [in, out], as transformers' Conv1D of GPT-2 does.
@@ -123,15 +123,23 @@ class Placement:
         """
         from transformers.pytorch_utils import Conv1D
 
-        return isinstance(self._module(module), Conv1D)
+        return isinstance(self.module(module), Conv1D)
 
     def parameters(self, module: str) -> list[tuple[str, tuple[int, ...]]]:
         """Names and shapes of a module's own parameters, in the order in which its class makes them.
 
         Raises PlacementError when the model has no such module.
         """
-        own = self._module(module).named_parameters(recurse=False)
+        own = self.module(module).named_parameters(recurse=False)
         return [(name, tuple(parameter.shape)) for name, parameter in own]
+
+    def ending(self, end: str, modules: Collection[str]) -> list[str]:
+        """Parameters whose names end so, in the class of the base that has all ``modules``; none when no class has them.
+
+        Raises PlacementError when transformers cannot build the model.
+        """
+        owner = next((memory for memory in self._models() if memory.modules.keys() >= {*modules}), None)
+        return [name for name in owner.shapes if f".{name}".endswith(f".{end}")] if owner else []
 
     def knows(self, name: str) -> bool:
         """Whether the model in memory has a parameter ``name``."""
@@ -169,7 +177,8 @@ class Placement:
 
         return build(self.base, self._names, causal=causal, trust_remote_code=self._trust)
 
-    def _module(self, name: str) -> Any:
+    def module(self, name: str) -> Any:
+        """A module of the model in memory, without storage. Raises PlacementError when the model has no such module."""
         for memory in self._models():
             if name in memory.modules:
                 return memory.modules[name]

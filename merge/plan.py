@@ -12,15 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 
 from ..storage.safe_load import Weights
-from ..storage.safetensors_io import Spec, main_dtype
+from ..storage.safetensors_io import Spec, bytes_of, main_dtype
 from .adapter import Adapter, Factors
 from .lora_delta import AdapterError, Change, LowRank, Placed
 from .placement import Part, Placement, PlacementError
+from .targets import lacking
 
 # Elements of a weight that are handled at once: they and what is made of them stay in the processor's cache.
-BLOCK = 2**18
+BLOCK = 2**19
 _STACK = 3  # dimensions of the weights of all experts in one tensor
 
 
@@ -72,9 +74,11 @@ class Planner:
         config: dict[str, Any],
         dtype: torch.dtype,
         *,
+        allow_unchanged: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
         self.base = base
+        self.allow_unchanged = allow_unchanged
         self.config = config
         self.said: list[str] = []
         self.placement = Placement(base.folder, base.shapes, shapes=base.shapes, trust_remote_code=trust_remote_code)
@@ -107,6 +111,7 @@ class Planner:
                     self._place(wanted, weight, number)
             for name, key in adapter.copies.items():
                 self._compare(name, key, adapter)
+            self.said += lacking(adapter, self.base, self.placement, allow_unchanged=self.allow_unchanged)
         for output in self.outputs.values():
             if output.placed and not output.spec.dtype.is_floating_point:
                 raise AdapterError(
@@ -175,12 +180,15 @@ class Planner:
 
     def _equal(self, own: str, other: str) -> bool:
         """Whether two tensors on disk hold the same numbers."""
-        source, count = self._stored(other) or other, math.prod(self.base.shapes[own])
-        return self.base.shapes[own] == self.base.shapes[source] and all(
-            self.base.read(own, start, stop).equal(self.base.read(source, start, stop))
-            for start in range(0, count, BLOCK)
-            for stop in [min(start + BLOCK, count)]
-        )
+        source = self._stored(other) or other
+        return self.base.shapes[own] == self.base.shapes[source] and self._digest(own) == self._digest(source)
+
+    def _digest(self, name: str) -> bytes:
+        """A checksum of a tensor's bytes; one tensor after the other is read, not both at once from two files."""
+        digest, count = xxhash.xxh3_128(), math.prod(self.base.shapes[name])
+        for start in range(0, count, BLOCK):
+            digest.update(bytes_of(self.base.read(name, start, min(start + BLOCK, count))))
+        return digest.digest()
 
     # ---- one adapter
 
@@ -286,7 +294,7 @@ class Planner:
 def targeted(adapter: Adapter, module: str, placement: Placement) -> list[tuple[str, tuple[int, ...]]]:
     """Parameters of a module that the adapter names itself (``target_parameters``), with shapes, in the class's order."""
     ends = [target.rpartition(".") for target in adapter.config.get("target_parameters") or []]
-    named = {parameter for owner, _, parameter in ends if f".{module}".endswith(f".{owner}")}
+    named = {parameter for owner, _, parameter in ends if not owner or f".{module}".endswith(f".{owner}")}
     return [(name, shape) for name, shape in placement.parameters(module) if name in named] if named else []
 
 
@@ -309,9 +317,10 @@ def _same(one: Wanted | None, other: Wanted | None) -> bool:
         return False
     rows, cols = first.shape
     step = max(1, BLOCK // cols)
-    zeros = torch.zeros(min(step, rows), cols)
     return all(
-        first.of(zeros[: stop - start], slice(start, stop)).equal(second.of(zeros[: stop - start], slice(start, stop)))
+        first.of(torch.zeros(stop - start, cols), slice(start, stop)).equal(
+            second.of(torch.zeros(stop - start, cols), slice(start, stop))
+        )
         for start in range(0, rows, step)
         for stop in [min(start + step, rows)]
     )

@@ -43,10 +43,14 @@ class Sums:
 
 
 class Proof:
-    """The sums of every changed weight; the experts of a block count as one, for some may never have been chosen."""
+    """The sums of every changed weight; the experts of a block count as one, for some may never have been chosen.
+
+    ``carried`` names weights that no adapter changes and that are not finite, in the base as in the merged model.
+    """
 
     def __init__(self, outputs: Sequence[Output]) -> None:
         self.sums: dict[str, Sums] = {_group(output.spec.name): Sums() for output in outputs if output.placed}
+        self.carried: set[str] = set()
 
     def add(self, output: Output, sums: Sums | None) -> None:
         """Count one block of an output that was written; None when no adapter changes it."""
@@ -93,6 +97,10 @@ class Proof:
             said.append(
                 f"warning: rounding to {save_dtype} keeps less than {_ENOUGH:.0%} of the change in {few} of {len(self.sums)} "
                 "weights; --save_dtype fp32 keeps all"
+            )
+        if self.carried:
+            said.append(
+                f"warning: not finite, as in the base, and not changed by an adapter: {', '.join(sorted(self.carried))}"
             )
         return said
 

@@ -5,7 +5,6 @@ Blocks are computed ahead by threads and written in order. A block is read, adde
 
 import contextlib
 import ctypes
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -19,13 +18,14 @@ from ..storage.hashing import HashingFile, Ledger
 from ..storage.safe_load import Weights
 from ..storage.safetensors_io import Spec, bytes_of, plan_shards, write_header, write_index
 from .adapter import matrix
-from .lora_delta import AdapterError, merged_rows
+from .lora_delta import AdapterError, is_finite, merged_rows
 from .plan import BLOCK, Output
 from .proof import Proof, Sums
 
 _MEASURED = 8  # of so many blocks one, the first, is looked at for what rounding took: that costs as much as the merge
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _KEPT = 2**26  # bytes
+_AHEAD = 16  # blocks that may wait for the writer while the device is slow, 1 or 2 MB each
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,31 +55,30 @@ def write_plan(
 ) -> None:
     """Write all outputs as safetensors shards of at most ``max_bytes``, measuring into ``proof``.
 
+    Blocks are the unit of work: ``torch.set_num_threads(1)`` before.
     Raises AdapterError for a value that is not finite or does not fit into the output's dtype.
     """
     shards = plan_shards([output.spec for output in outputs], max_bytes)
     by_name = {output.spec.name: output for output in outputs}
     blocks = (block for specs in shards.values() for spec in specs for block in _blocks(by_name[spec.name]))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # blocks are the unit of work
     _keep_freed_memory()
-    try:
-        with ThreadPoolExecutor(workers) as pool:
-            done = _in_order(pool, lambda block: (block, *_merged(base, block)), blocks, ahead=2 * workers)
+    with ThreadPoolExecutor(workers) as pool:
+        done = _in_order(
+            pool, lambda block: (block, *_merged(base, block, proof)), blocks,
+            ahead=workers + _AHEAD, alike=lambda block: base.loaded_with(block.output.source),
+        )  # fmt: skip
 
-            def fill(stream: HashingFile, specs: Sequence[Spec]) -> None:
-                write_header(stream, specs)
-                left = sum(spec.size for spec in specs)
-                while left:
-                    block, stored, sums = next(done)
-                    proof.add(block.output, sums)
-                    left -= stream.write(bytes_of(stored))
+        def fill(stream: HashingFile, specs: Sequence[Spec]) -> None:
+            write_header(stream, specs)
+            left = sum(spec.size for spec in specs)
+            while left:
+                block, stored, sums = next(done)
+                proof.add(block.output, sums)
+                left -= stream.write(bytes_of(stored))
 
-            for name, specs in shards.items():
-                ledger.write(folder / name, lambda stream, specs=specs: fill(stream, specs))
-            write_index(folder, shards, ledger)
-    finally:
-        torch.set_num_threads(threads)
+        for name, specs in shards.items():
+            ledger.write(folder / name, lambda stream, specs=specs: fill(stream, specs))
+        write_index(folder, shards, ledger)
 
 
 def _keep_freed_memory() -> None:
@@ -99,38 +98,38 @@ def _blocks(output: Output) -> Iterator[Block]:
         yield Block(output, first, min(first + step, rows), width, number, share)
 
 
-def _merged(base: Weights, block: Block) -> tuple[torch.Tensor, Sums | None]:
+def _merged(base: Weights, block: Block, proof: Proof) -> tuple[torch.Tensor, Sums | None]:
     """A block as it is stored, and its sums when an adapter changes it."""
     output, dtype = block.output, block.output.spec.dtype
-    stored = base.read(output.source, block.first * block.width, block.last * block.width)
+    read = base.read(output.source, block.first * block.width, block.last * block.width)
     if not output.placed:
-        stored, given = stored.to(dtype), stored
-        if dtype.is_floating_point and not math.isfinite(sum(map(float, stored.aminmax()))):
-            raise _not_finite(output, given, dtype)
+        stored = read.to(dtype)
+        if dtype.is_floating_point and not is_finite(stored):
+            if not stored.isfinite().equal(read.isfinite()):
+                raise _not_finite(output, read)
+            proof.carried.add(output.spec.name)
         return stored, None
-    value = stored.float().view(-1, block.width)
+    value = read.float().view(-1, block.width)
+    sums = Sums(base=_square(value), change=output.square or 0.0 if block.first == 0 else 0.0)
+    before = value.clone() if output.square is None else None
     result = merged_rows(value, block.first, output.placed, sole=output.sole)
-    stored = result if dtype == torch.float32 else result.to(dtype)
-    sums = Sums(base=_square(value))
-    if output.square is None:
-        sums.change = _square(
-            torch.sub(result, value, out=value)
-        )  # in place: new memory costs more than the arithmetic
-    elif block.first == 0:
-        sums.change = output.square
+    stored = result.to(dtype)
+    if not is_finite(stored):
+        raise _not_finite(output, result)
+    if before is not None:
+        sums.change = _square(before.sub_(result))
     if dtype != torch.float32 and block.number % _MEASURED == 0:
-        sums.lost = _square(torch.sub(value.copy_(stored), result, out=value)) * block.share
-    wide = float(stored.abs().amax()) if dtype == torch.float16 else sums.base + sums.change + sums.lost
-    if not math.isfinite(wide) and not stored.isfinite().all():
-        raise _not_finite(output, result, dtype)
+        sums.lost = _square(stored.float().sub_(result)) * block.share
     return stored, sums
 
 
-def _not_finite(output: Output, value: torch.Tensor, dtype: torch.dtype) -> AdapterError:
-    if not value.isfinite().all():
+def _not_finite(output: Output, value: torch.Tensor) -> AdapterError:
+    finite = value[value.isfinite()]
+    if output.placed and len(finite) < value.numel():
         return AdapterError(f"{output.spec.name}: the merged weight holds values that are not finite")
     return AdapterError(
-        f"{output.spec.name}: the merged weight reaches {float(value.abs().max()):.3g}, which overflows {dtype}; use bf16"
+        f"{output.spec.name}: the merged weight reaches {float(finite.abs().max()):.3g}, which overflows "
+        f"{output.spec.dtype}; use bf16"
     )
 
 
@@ -140,12 +139,19 @@ def _square(value: torch.Tensor) -> float:
     return float(flat.dot(flat))
 
 
-def _in_order(pool: Executor, work: Callable[[Any], Any], items: Iterable[Any], ahead: int) -> Iterator[Any]:
-    """Results of ``work`` in the order of ``items``, at most ``ahead`` of them waiting in memory."""
+def _in_order(
+    pool: Executor, work: Callable[[Any], Any], items: Iterable[Any], ahead: int, alike: Callable[[Any], object]
+) -> Iterator[Any]:
+    """Results of ``work`` in the order of ``items``, at most ``ahead`` of them waiting in memory.
+
+    Items that are not ``alike``, for which it gives something else, are never at work at the same time.
+    """
     pending: deque[Future[Any]] = deque()
+    kind = None
     for item in items:
-        pending.append(pool.submit(work, item))
-        if len(pending) > ahead:
+        last, kind = kind, alike(item)
+        while pending and (len(pending) > ahead or kind != last):
             yield pending.popleft().result()
+        pending.append(pool.submit(work, item))
     while pending:
         yield pending.popleft().result()

@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from threading import Thread
 from types import TracebackType
 from typing import Any, Self
 
@@ -60,7 +59,8 @@ class HashingFile:
         self.error: OSError | None = None
         self._digest = _ALGORITHMS[NEW]()
         self._size = self._sent = 0  # bytes written, and of them those that the device was asked to take
-        self._syncing: Thread | None = None
+        self._background = ThreadPoolExecutor(1)
+        self._syncing: Future[None] | None = None
 
     def __enter__(self) -> Self:
         self._stream = self.path.open("wb", buffering=0)
@@ -79,10 +79,9 @@ class HashingFile:
             self.error = error
             raise
         self._size += len(whole)
-        if self._size - self._sent > _AT_ONCE and not (self._syncing and self._syncing.is_alive()):
+        if self._size - self._sent > _AT_ONCE and (self._syncing is None or self._syncing.done()):
             self._sent = self._size
-            self._syncing = Thread(target=self._sync, args=(os.fdatasync,), daemon=True)
-            self._syncing.start()
+            self._syncing = self._background.submit(self._sync, os.fdatasync)
         return len(whole)
 
     def flush(self) -> None:
@@ -104,8 +103,7 @@ class HashingFile:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         try:
-            if self._syncing:
-                self._syncing.join()
+            self._background.shutdown()
             if kind is None:
                 if not self.error:
                     self._sync(os.fsync)

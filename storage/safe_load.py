@@ -83,6 +83,11 @@ class BinCheckpoint:
     def __len__(self) -> int:
         return len(self._where)
 
+    def loaded_with(self, name: str) -> Path | None:
+        """The file that is read into memory whole for one tensor of it, as older files are; None for one that is mapped."""
+        path = self._where[name]
+        return None if path in self._mapped else path
+
     def get(self, name: str) -> torch.Tensor:
         """A copy of one tensor on the CPU in its stored dtype. Raises KeyError when there is none of that name."""
         shape = self.shapes[name]

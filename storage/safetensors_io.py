@@ -77,6 +77,10 @@ class Checkpoint:
     def __len__(self) -> int:
         return len(self._where)
 
+    def loaded_with(self, key: str) -> None:
+        """The file that is read into memory whole for one tensor of it (``safe_load.BinCheckpoint``): here none is."""
+        del key
+
     def get(self, key: str) -> torch.Tensor:
         """One tensor on the CPU in its stored dtype. Raises KeyError when there is none of that name."""
         name = self._where[key]

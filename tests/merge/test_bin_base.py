@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from finebridge.merge.merge_lora import main
-from safetensors.torch import load_file
+from finebridge.merge.merge_lora import main, merge
+from finebridge.storage import safe_load
+from safetensors.torch import load_file, save_file
 
 from .conftest import MakeAdapter, arguments, save_base
 
@@ -50,6 +51,41 @@ def test_the_same_weights_come_out(
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config == json.loads((tmp_path / "b" / "config.json").read_text())
     assert {path.name: path.read_bytes() for path in other.iterdir()} == before
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_each_of_several_older_files_is_read_once(
+    tmp_path: Path, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    base = save_base(tmp_path / "base", shards="20KB", tied=tied)
+    if tied:  # both of the pair are stored, in two files
+        index = json.loads((base / INDEX).read_text())
+        places = index["weight_map"]
+        first = places["model.embed_tokens.weight"]
+        places["lm_head.weight"] = last = max({*places.values()} - {first})
+        values = {"lm_head.weight": load_file(base / first)["model.embed_tokens.weight"], **load_file(base / last)}
+        save_file(values, base / last, {"format": "pt"})
+        (base / INDEX).write_text(json.dumps(index))
+    other = pickled(base, tmp_path / "bin", legacy=True)
+    files = sorted(path.name for path in other.glob("*.bin"))
+    assert len(files) > 4
+    monkeypatch.setattr("finebridge.merge.stream.BLOCK", 96)
+    monkeypatch.setattr("finebridge.merge.plan.BLOCK", 96)
+    adapter = make_adapter(base, target_modules=["embed_tokens", "q_proj"], save_embedding_layers=False)
+    read: list[str] = []
+    load = safe_load.load_tensors
+
+    def counted(path: Path, *, content: bool = True) -> dict[str, torch.Tensor]:
+        read.extend([path.name] * content)
+        return load(path, content=content)
+
+    monkeypatch.setattr(safe_load, "load_tensors", counted)
+    merge(other, [adapter], tmp_path / "out", workers=4)
+    assert sorted(read[-len(files) :]) == files
+    assert len(read) <= len(files) + 2 * tied, "the pair is compared before, one after the other"
+    merge(base, [adapter], tmp_path / "wanted")
+    wanted = all_tensors(tmp_path / "wanted")
+    assert all(torch.equal(value, wanted[name]) for name, value in all_tensors(tmp_path / "out").items())
 
 
 def all_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -172,14 +172,15 @@ def test_the_result_does_not_depend_on_workers_or_shards_nor_much_on_blocks(
 # ---- mixtures of experts
 
 
-def moe(model_type: str, folder: Path) -> tuple[Path, Path]:
+def moe(model_type: str, folder: Path, **settings: Any) -> tuple[Path, Path]:
     """A tiny base, as transformers saves it (an expert a tensor), and PEFT's adapter on its fused experts and linears."""
     folder.mkdir(exist_ok=True)
     heads = {"num_key_value_heads": 4} if model_type.startswith("deepseek") else {}
     model = tiny(model_type, **heads)
     model.save_pretrained(folder / "base")
     fused = experts_of(model).fused
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", target_parameters=fused)
+    settings = {"target_modules": "all-linear", "target_parameters": fused} | settings
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **settings)
     adapted = get_peft_model(model, config)
     torch.manual_seed(1)
     for parameter in adapted.parameters():

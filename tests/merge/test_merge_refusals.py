@@ -29,11 +29,7 @@ def assert_refused(base: Path, adapter: Path, tmp_path: Path, message: str, **se
 
 
 def test_fp16_overflow_is_an_error_and_leaves_no_output(base: Path, adapter: Path, tmp_path: Path) -> None:
-    own = tmp_path / "base"
-    shutil.copytree(base, own)
-    values = tensors(base)
-    values["model.norm.weight"][3] = 1e5
-    save_file(values, own / "model.safetensors", metadata={"format": "pt"})
+    own = broken(base, tmp_path / "base", "model.norm.weight", 1e5)
     assert_refused(
         own,
         adapter,
@@ -42,7 +38,7 @@ def test_fp16_overflow_is_an_error_and_leaves_no_output(base: Path, adapter: Pat
         save_dtype="fp16",
     )
     merge(own, [adapter], tmp_path / "out", "bf16")
-    assert tensors(tmp_path / "out")["model.norm.weight"][3] == torch.tensor(1e5).bfloat16()
+    assert tensors(tmp_path / "out")["model.norm.weight"][0] == torch.tensor(1e5).bfloat16()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -50,17 +46,54 @@ def test_fp16_overflow_is_an_error_and_leaves_no_output(base: Path, adapter: Pat
 def test_an_adapter_that_is_not_finite_is_refused(
     base: Path, edited: Edited, tmp_path: Path, factor: str, bad: float
 ) -> None:
-    broken = edited(lambda t: t[KEY.replace("lora_A", factor)].view(-1)[-1:].fill_(bad))
-    assert_refused(base, broken, tmp_path, rf"{Q0}.{factor}.weight: the adapter holds values that are not finite")
+    wrong = edited(lambda t: t[KEY.replace("lora_A", factor)].view(-1)[-1:].fill_(bad))
+    assert_refused(base, wrong, tmp_path, rf"{Q0}.{factor}.weight: the adapter holds values that are not finite")
 
 
-def test_a_base_that_is_not_finite_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
-    own = tmp_path / "base"
-    shutil.copytree(base, own)
+def broken(base: Path, folder: Path, name: str, value: float, *more: float) -> Path:
+    """A copy of the base whose tensor ``name`` begins with these values."""
+    shutil.copytree(base, folder)
     values = tensors(base)
-    values["model.norm.weight"][0] = float("nan")
-    save_file(values, own / "model.safetensors")
-    assert_refused(own, adapter, tmp_path, r"model\.norm\.weight: the merged weight holds values that are not finite")
+    values[name].view(-1)[: 1 + len(more)] = torch.tensor([value, *more])
+    save_file(values, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_base_that_is_not_finite_where_the_adapter_changes_it_is_refused(
+    base: Path, adapter: Path, tmp_path: Path, bad: float
+) -> None:
+    own = broken(base, tmp_path / "base", f"{Q0}.weight", bad)
+    assert_refused(own, adapter, tmp_path, rf"{Q0}\.weight: the merged weight holds values that are not finite")
+
+
+@pytest.mark.parametrize("save_dtype", ["fp32", "bf16", "fp16"])
+def test_what_is_not_finite_elsewhere_is_carried_and_named(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], save_dtype: str
+) -> None:
+    own = broken(base, tmp_path / "base", "model.norm.weight", float("-inf"), float("nan"))
+    assert main(arguments(own, adapter, tmp_path / "out", "--save_dtype", save_dtype)) == 0
+    got = tensors(tmp_path / "out")["model.norm.weight"].float()
+    assert got[0] == float("-inf")
+    assert got[1].isnan()
+    assert got[2:].isfinite().all()
+    said = capsys.readouterr().err
+    assert "warning: not finite, as in the base, and not changed by an adapter: model.norm.weight\n" in said
+    if save_dtype == "fp16":
+        worse = broken(base, tmp_path / "worse", "model.norm.weight", float("-inf"), 1e5)
+        assert_refused(worse, adapter, tmp_path, r"reaches 1e\+05, which overflows torch.float16", save_dtype="fp16")
+
+
+@pytest.mark.parametrize("save_dtype", ["fp32", "bf16"])
+def test_a_change_that_overflows_in_a_late_row_is_refused(
+    base: Path, edited: Edited, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_dtype: str
+) -> None:
+    def change(values: dict[str, torch.Tensor]) -> None:
+        values[KEY].fill_(1e25)
+        values[KEY.replace("lora_A", "lora_B")][-1] = 1e25
+
+    monkeypatch.setattr("finebridge.merge.stream.BLOCK", 96)  # of three rows: only every eighth is measured
+    assert_refused(base, edited(change), tmp_path, rf"{Q0}\.weight: the merged weight holds", save_dtype=save_dtype)
 
 
 def rename(to: str) -> Callable[[dict[str, torch.Tensor]], None]:
