@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from canonical_models import args_of, tiny_model, write
 from finebridge.bridge.dist_format import DistCheckpoint, write_dist
 from finebridge.bridge.torch_format import TorchCheckpoint
-from finebridge.storage.safe_load import load_namespace_file
+from finebridge.storage.safe_pickle import load_namespace_file
 from finebridge.storage.safetensors_io import Spec
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
