@@ -67,7 +67,7 @@ def points_of(trial: Trial, act: str, *, overwrite: bool) -> int:
 @pytest.mark.parametrize(("target", "overwrite", "tried"), SWEEPS)
 def test_a_conversion_killed_anywhere(trial: Trial, overwrite: bool, tried: int) -> None:
     points = points_of(trial, "kill", overwrite=overwrite)
-    places = [*range(1, points, points // tried if tried else 1), points]
+    places = [*range(1, points, points // tried if tried else 1), points, points + LATE]
     results = [trial(at=at, act="kill", overwrite=overwrite) for at in places]
     for result in results:
         assert result["code"] == -9 or (result["at"] > points - LATE and result["found"] == "new"), result
