@@ -230,10 +230,47 @@ def check_common(common: dict[str, Any], args: dict[str, Any], *, legacy: bool) 
         assert getattr(common["args"], name) == args[name], name
 
 
+# ---- training
+
+
+def run_of(chunks: list[Any], request: dict[str, Any]) -> Any:
+    """The run of this request, which begins with the first step that asks for it."""
+    from megatron_training import Run
+
+    if "run" not in request:
+        request["run"] = Run(chunks[0], distributed=request["distributed"])
+    return request["run"]
+
+
+def train(chunks: list[Any], step: dict[str, Any], request: dict[str, Any]) -> list[float]:
+    """The losses of so many further steps."""
+    run = run_of(chunks, request)
+    return [run.step() for _ in range(step["steps"])]
+
+
+def save_run(chunks: list[Any], step: dict[str, Any], request: dict[str, Any]) -> None:
+    """Write a ``torch_dist`` checkpoint with optimizer and random numbers."""
+    import torch
+    from megatron.core import dist_checkpointing
+
+    Path(step["folder"]).mkdir(parents=True, exist_ok=True)
+    torch.distributed.barrier()
+    run = run_of(chunks, request)
+    state = run.state(step["metadata"], loading=False)
+    state |= {"args": Namespace(**run_args(request)), "checkpoint_version": 3.0}
+    dist_checkpointing.save(state, step["folder"], content_metadata=step["metadata"])
+
+
+def resume(chunks: list[Any], step: dict[str, Any], request: dict[str, Any]) -> None:
+    """Go on from such a checkpoint."""
+    run_of(chunks, request).resume(step["folder"], step["left_out"])
+
+
 # ---- the server
 
 STEPS: dict[str, Callable[[list[Any], dict[str, Any], dict[str, Any]], Any]] = {
-    "fill": fill, "pieces": pieces, "logits": logits, "lora": lora, "save": save, "load": load,
+    "fill": fill, "pieces": pieces, "logits": logits, "lora": lora, "save": save, "load": load, "train": train,
+    "save run": save_run, "resume": resume,
 }  # fmt: skip
 
 

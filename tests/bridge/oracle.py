@@ -62,12 +62,13 @@ def _server(core: str) -> subprocess.Popen[str]:
 
 def ask(
     model: Any, *steps: Mapping[str, Any], rows: int | None = None, dialect: str = "mcore", stages: str = "", core: str = "",
-    **sizes: int,
+    distributed: bool = False, **sizes: int,
 ) -> list[list[Any]]:  # fmt: skip
     """Do the steps of ``megatron_server.STEPS`` in ranks; what each answers, by rank and by step.
 
     ``model``: a config of transformers, the content of a config.json, or Megatron's arguments. ``sizes`` are tp, pp, vpp, ep,
-    etp; ``core`` a folder with another megatron-core. Raises AssertionError with the ranks' tracebacks.
+    etp; ``distributed`` tells the optimizer of training; ``core`` is a folder with another megatron-core. Raises
+    AssertionError with the ranks' tracebacks.
     """
     args = dict(model) if isinstance(model, Mapping) else model.to_dict()
     if "num_layers" not in args:
@@ -78,6 +79,7 @@ def ask(
     with tempfile.TemporaryDirectory() as folder:
         request = {
             "args": args, "rows": rows or args["vocab_size"], "fused": dialect == "mcore", "stages": stages, "out": folder,
+            "distributed": distributed,
             "sizes": {"tp": 1, "pp": 1, "vpp": None, "ep": 1, "etp": sizes.get("tp", 1), **sizes},
             "steps": [_on_disk(step, Path(folder, f"step{number}")) for number, step in enumerate(steps)],
         }  # fmt: skip
