@@ -174,8 +174,8 @@ def load_with_megatron(
     return joined([rank[1] for rank in ranks], to_args(config if isinstance(config, Mapping) else config.to_dict()))
 
 
-def joined(ranks: Sequence[list[Any]], args: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Canonical tensors of what ranks answer to PIECES; ``args`` are Megatron's arguments of the model."""
+def joined(ranks: Sequence[list[Any]], args: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """Canonical tensors of what ranks answer to PIECES; ``args`` are Megatron's, for models with delta nets."""
     parts: dict[str, dict[int, Tensor]] = {}
     axes: dict[str, int | None] = {}
     for name, tensor, axis, number in (piece for rank in ranks for piece in rank):
@@ -183,7 +183,7 @@ def joined(ranks: Sequence[list[Any]], args: Mapping[str, Any]) -> dict[str, Ten
         known = parts.setdefault(name, {}).setdefault(number, tensor)
         assert torch.equal(known, tensor), f"{name}: ranks differ"
     return {
-        name: _whole(name, [found[key] for key in sorted(found)], axes[name], sections(args, name))
+        name: _whole(name, [found[key] for key in sorted(found)], axes[name], sections(args or {}, name))
         for name, found in parts.items()
     }
 

@@ -56,7 +56,7 @@ def test_each_reads_what_the_other_writes(tmp_path: Path, kind: str) -> None:
             PIECES,
             save(tmp_path / f"their {dialect}", "torch_dist"),
         )
-        loaded = joined([rank[1] for rank in ask(args, *steps, dialect=dialect)], args)
+        loaded = joined([rank[1] for rank in ask(args, *steps, dialect=dialect)])
         assert loaded.keys() == canonical.keys()
         assert [name for name in loaded if not same(loaded[name], canonical[name])] == []
         assert differing(tmp_path / f"their {dialect}", canonical) == []
