@@ -6,70 +6,195 @@ The canonical names are those of TransformerEngine's layers, with one entry an e
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
+from . import mindspeed
 from .errors import BridgeError
+from .parallel import LOCAL_CUTS, NO_CUTS, Cuts, Layout, Slot, is_carried
 
-DIALECTS = ("mcore", "mcore-local")
-_PLANNED = ("mindspeed", "pai")
+LANGUAGE = "language_model."  # before the names of a language model that has a vision tower beside it
 _IN_LAYER = re.compile(r"^(decoder\.layers\.\d+|mtp\.layers\.\d+\.(?:transformer_layer|mtp_model_layer))\.(.+)$")
 _EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)$")
 _GROUPED = re.compile(r"^mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
 _LINEAR = re.compile(r"^(.*\.(?:linear_\w+|eh_proj))\.weight\d*$")
-_FUSED = {  # the norm is a part of the linear layer behind it -> it is a module of its own
+FUSED = {  # the norm is a part of the linear layer behind it -> it is a module of its own
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
     "self_attention.linear_q_up_proj.layer_norm_": "self_attention.q_layernorm.",
     "self_attention.linear_kv_up_proj.layer_norm_": "self_attention.kv_layernorm.",
 }
+_USUAL = (  # of a layer with experts or without, with latent attention or grouped queries
+    r"(input|pre_mlp)_layernorm\.weight|self_attention\.(linear_qkv\.(layer_norm_weight|weight|bias)|linear_proj\.weight"
+    r"|[qk]_layernorm\.weight|linear_q_proj\.weight|linear_(q|kv)_(down|up)_proj\.(layer_norm_)?weight)|mlp\.(router\."
+    r"(weight|expert_bias)|shared_experts\.(linear_fc[12]\.weight|gate_weight)"
+    r"|(experts\.local_experts\.\d+\.)?linear_fc[12]\.(layer_norm_)?weight)"
+)
 
 
-def check_dialect(dialect: str) -> None:
-    """Raise BridgeError for a dialect that cannot be written."""
-    if dialect in _PLANNED:
-        raise BridgeError(f"--dialect {dialect}: not yet; {' and '.join(DIALECTS)} can be written")
+class Dialect(NamedTuple):
+    """What one kind of training calls the tensors, and how else its checkpoints differ.
+
+    ``local``: it has Megatron's own layers in place of TransformerEngine's. ``cuts``: see ``parallel.cut_of``. ``known``: the
+    tensors of a layer that it has, None for all. ``padded``: its vocabulary gets rows until every rank has as many as
+    Megatron wants. ``iteration``: what is written when none is asked for; None is a release.
+    """
+
+    local: bool = False
+    cuts: Cuts = NO_CUTS
+    known: str | None = None
+    forms: tuple[str, ...] = ("torch", "torch_dist")
+    padded: bool = True
+    iteration: int | None = None
+    extra_states: bool = True
+    own_args: Callable[[Layout], dict[str, Any]] = lambda _: {}  # of a run, beside Megatron's
+
+
+DIALECTS = {
+    "mcore": Dialect(),
+    "mcore-local": Dialect(local=True, cuts=LOCAL_CUTS),
+    "mindspeed": Dialect(
+        local=True, cuts=mindspeed.CUTS, known=rf"{_USUAL}|self_attention\.core_attention\.indexer\..*", forms=("torch",),
+        padded=False, iteration=1, extra_states=False, own_args=mindspeed.own_args,
+    ),
+    # Pai's own converters: hf2mcore_*.py write the format torch, with the down projections of latent attention
+    # column-parallel as in the Megatron-Core of their time; distributed_checkpoints_convertor writes torch_dist.
+    "pai": Dialect(cuts=LOCAL_CUTS, known=_USUAL, padded=False),
+}  # fmt: skip
+
+
+def check_dialect(dialect: str, form: str | None = None) -> Dialect:
+    """The dialect of a name. Raises BridgeError when there is none, or when it has no checkpoints of the format ``form``."""
     if dialect not in DIALECTS:
         raise BridgeError(f"--dialect {dialect}: not known; choose from {', '.join(DIALECTS)}")
+    found = DIALECTS[dialect]
+    if form and form not in found.forms:
+        raise BridgeError(
+            f"--dialect {dialect}: its checkpoints have the format {found.forms[0]} only; give --ckpt_format {found.forms[0]}"
+        )
+    return found
+
+
+def check_known(name: str, dialect: str) -> None:
+    """Raise BridgeError for a canonical tensor that a dialect has no name for."""
+    found, known = _IN_LAYER.match(name), check_dialect(dialect).known
+    if known and (is_carried(name) or (found and not re.fullmatch(known, found[2]))):
+        raise BridgeError(
+            f"tensor {name}: --dialect {dialect} has no name for it that is known; choose from "
+            + ", ".join(other for other, kind in DIALECTS.items() if not kind.known)
+        )
+
+
+def slot_of(name: str, dialect: str, *, mtp: bool = False) -> Slot:
+    """Where a rank of this dialect keeps a canonical tensor. ``mtp``: the model predicts further tokens.
+
+    Raises BridgeError for a tensor that the dialect has no name for.
+    """
+    check_known(name, dialect)
+    found = _IN_LAYER.match(name)
+    if dialect == "mindspeed":
+        own = mindspeed.slot(*found.groups()) if found else Slot(mindspeed.outside(name, mtp=mtp))
+        return own or Slot(_local(name))
+    return Slot(_local(name) if DIALECTS[dialect].local else _grouped(name))
 
 
 def stored_name(name: str, dialect: str) -> str:
     """The name of a tensor in a model's state dict. ``mcore``: TransformerEngine layers with grouped experts."""
-    check_dialect(dialect)
+    return slot_of(name, dialect).name
+
+
+def dialects_of(stored: Collection[str], canonical: Collection[str]) -> list[str]:
+    """The dialects that have all the names of a checkpoint whose tensors are ``canonical``.
+
+    Experts may be one by one or grouped in any of them. None of them when layers of several kinds are mixed.
+    """
+    names = {name.removeprefix(LANGUAGE) for name in stored}
+    mtp = any(name.startswith("mtp.") for name in canonical)
+    latent = any(name.endswith(".linear_kv_down_proj.weight") for name in canonical)
+    fits: list[str] = []
+    for dialect in DIALECTS:
+        try:
+            own = {other for name in canonical for other in _variants(name, dialect, mtp=mtp, latent=latent)}
+        except BridgeError:
+            continue
+        if names <= own:
+            fits.append(dialect)
+    return fits
+
+
+def _variants(name: str, dialect: str, *, mtp: bool, latent: bool) -> set[str]:
+    """All names that trainings of this dialect have for a tensor, depending on their options."""
+    own = {slot_of(name, dialect, mtp=mtp).name}
+    if _EXPERT.match(inner := _inner_of(name)):
+        legacy = mindspeed.slot(name.removesuffix(f".{inner}"), inner)
+        own |= {name, *([legacy.name] if legacy and (dialect != "mcore") else [])}
+    if dialect == "pai":
+        own.add(_local(name))
+    if dialect == "mindspeed":
+        own |= mindspeed.options(name) | ({_grouped(name)} if latent else set())
+    return own
+
+
+def _inner_of(name: str) -> str:
     found = _IN_LAYER.match(name)
-    if not found:
-        return name
-    layer, inner = found.groups()
-    if dialect == "mcore":
-        expert = _EXPERT.match(inner)
-        return f"{layer}.mlp.experts.{expert[2]}.{expert[3]}{expert[1]}" if expert else name
-    for fused, alone in _FUSED.items():
+    return found[2] if found else ""
+
+
+def _local(name: str) -> str:
+    """What Megatron's own layers call a tensor."""
+    inner = _inner_of(name)
+    for fused, alone in FUSED.items():
         if inner.startswith(fused):
-            return f"{layer}.{alone}{inner.removeprefix(fused)}"
+            return name.removesuffix(inner) + alone + inner.removeprefix(fused)
     return name
+
+
+def _grouped(name: str) -> str:
+    """What TransformerEngine's layers call a tensor."""
+    inner = _inner_of(name)
+    expert = _EXPERT.match(inner)
+    return f"{name.removesuffix(inner)}mlp.experts.{expert[2]}.{expert[3]}{expert[1]}" if expert else name
 
 
 def canonical_names(stored: Iterable[str]) -> dict[str, str]:
     """Of each name of one state dict the canonical one, whatever layers it is from: what a layer holds tells.
 
-    Not for ``experts.weight1`` and ``weight2``: see ``ungrouped``.
+    Not for tensors that are kept in one: see ``ungrouped`` and ``mindspeed.parted``. Raises BridgeError for a name that
+    is none of a model's.
     """
-    layers: dict[str, set[str]] = {}
     names = list(stored)
-    for name in names:
+    tower = any(name.startswith(LANGUAGE) for name in names)
+    short = {name: mindspeed.canonical(name.removeprefix(LANGUAGE)) for name in names}
+    layers: dict[str, set[str]] = {}
+    for name in short.values():
         if found := _IN_LAYER.match(name):
             layers.setdefault(found[1], set()).add(found[2])
     result: dict[str, str] = {}
-    for name in names:
+    for whole, name in short.items():
         found = _IN_LAYER.match(name)
-        result[name] = f"{_newest(found[1])}.{_inner(found[2], layers[found[1]])}" if found else name
+        if is_carried(name) and not tower:
+            raise BridgeError(
+                f"tensor {whole}: how Megatron-Core spreads it over ranks is not known; it cannot be converted"
+            )
+        result[whole] = f"{_newest(found[1])}.{_inner(found[2], layers[found[1]])}" if found else name
     return result
 
 
-def uses_local_spec(stored: Collection[str]) -> bool:
-    """Whether a state dict with latent attention is from Megatron's own layers: their down projections are cut."""
-    return any(name.endswith("self_attention.kv_layernorm.weight") for name in stored)
+def cuts_of(shapes: Mapping[str, Sequence[int]]) -> Cuts:
+    """Which cuts a state dict has, by its shapes: see ``parallel.cut_of``.
+
+    Latent attention's down projection has the latent's rows and those of the rotary part; cut it has fewer.
+    """
+    if mindspeed.is_joined(shapes):
+        return mindspeed.CUTS
+    for name, shape in shapes.items():
+        at, found, _ = name.rpartition("linear_kv_down_proj.weight")
+        norms = (f"{at}kv_layernorm.weight", f"{at}linear_kv_up_proj.layer_norm_weight")
+        if found and any(norm in shapes and shape[0] <= shapes[norm][0] for norm in norms):
+            return LOCAL_CUTS
+    return NO_CUTS
 
 
 def ungrouped(tensors: Mapping[str, torch.Tensor], ep: int) -> dict[str, torch.Tensor]:
@@ -110,7 +235,7 @@ def _inner(inner: str, layer: Collection[str]) -> str:
     """The canonical name of a layer's tensor, given the names of all tensors of that layer in this state dict."""
     if grouped := _GROUPED.match(inner):
         return f"mlp.experts.local_experts.{grouped[3]}.{grouped[1]}.{grouped[2]}"
-    for fused, alone in _FUSED.items():
+    for fused, alone in FUSED.items():
         linear = fused.removesuffix("layer_norm_") + "weight"
         if inner.startswith(alone) and linear in layer:
             return fused + inner.removeprefix(alone)

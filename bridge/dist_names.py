@@ -13,9 +13,10 @@ import re
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from .dialects import check_dialect
+from .dialects import LANGUAGE, check_dialect, check_known
 from .dist_records import Chunk, Stored
 from .errors import BridgeError
+from .parallel import is_carried
 
 _LAYER = re.compile(
     r"(?P<head>.*\blayers\.)(?P<number>\d+\.)?(?P<inner>transformer_layer\.|mtp_model_layer\.)?(?P<rest>.+)"
@@ -51,12 +52,13 @@ def pieces_of(tensors: Mapping[str, Stored]) -> dict[str, list[Piece]]:
     Raises BridgeError for two keys of the same tensor and for half a tensor.
     """
     neighbours: dict[str, set[str]] = {}
-    for key in tensors:
+    short = {key: key.removeprefix(LANGUAGE) for key in tensors}
+    for key in short.values():
         if found := _LAYER.fullmatch(key):
             neighbours.setdefault(key[: found.start("rest")], set()).add(found["rest"])
     names: dict[str, dict[str, Piece]] = {}
     for key, stored in tensors.items():
-        pattern, half, depth = _canonical(key, neighbours)
+        pattern, half, depth = _canonical(short[key], neighbours)
         if len(stored.shape) < depth:
             raise BridgeError(f"tensor {key}: the shape {stored.shape} has no dimension for its layers or experts")
         for index, chunks in _split(stored, depth).items():
@@ -121,7 +123,9 @@ def places_of(names: Collection[str], *, uniform: bool, dialect: str) -> dict[st
 
     Raises BridgeError when an expert is absent, and with ``uniform`` when a layer has what another one has not.
     """
-    check_dialect(dialect)
+    check_dialect(dialect, "torch_dist")
+    for name in names:
+        check_known(name, dialect)
     split = {name: _key(_local(name, names) if dialect == "mcore-local" else name, uniform=uniform) for name in names}
     groups: dict[str, dict[tuple[int, ...], str]] = {}
     for name, (key, index) in split.items():
@@ -138,6 +142,10 @@ def places_of(names: Collection[str], *, uniform: bool, dialect: str) -> dict[st
             words = ", ".join(f"{kind} {number}" for kind, number in zip(kinds, missing, strict=False))
             raise BridgeError(f"tensor {key}: nothing for {words}, although there is {next(iter(members.values()))}")
         places |= {name: Place(key, index, lead) for index, name in members.items()}
+    if any(map(is_carried, names)):  # a vision tower, beside which the language model has a name
+        places |= {
+            name: place._replace(key=LANGUAGE + place.key) for name, place in places.items() if not is_carried(name)
+        }
     return places
 
 
@@ -172,12 +180,14 @@ def extra_states_of(places: Mapping[str, Place]) -> list[str]:
     the model has and does not mind more.
     """
     keys: dict[str, None] = {}
-    for place in places.values():
+    for name, place in places.items():
+        if is_carried(name):
+            continue
         module = place.key.rpartition(".")[0]
         modules = [] if _STATELESS.fullmatch(module) else [module]
         if attention := re.match(r".*\bself_attention\.", module):
             modules.append(attention[0] + "core_attention")
         at, lead = place.at or (0,), place.lead or (1,)
-        for name in modules:
-            keys[f"{name}._extra_state/shard_{'.'.join(map(str, at))}_{'.'.join(map(str, lead))}"] = None
+        for stateful in modules:
+            keys[f"{stateful}._extra_state/shard_{'.'.join(map(str, at))}_{'.'.join(map(str, lead))}"] = None
     return list(keys)

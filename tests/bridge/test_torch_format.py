@@ -36,6 +36,10 @@ SPARSE: list[dict[str, Any]] = [{"experts": 4}, {"experts": 4, "mla": True, "mtp
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("layout", [*LAYOUTS, *EXPERT_LAYOUTS], ids=str)
 def test_what_is_written_is_read(tmp_path: Path, layout: Layout, dialect: str) -> None:
+    if dialect == "mindspeed" and ((layout.layer_list and layout.vpp) or layout.etp == 2):  # noqa: PLR2004
+        with pytest.raises(BridgeError, match="MindSpeed-LLM has"):
+            write(tmp_path, tiny_model(experts=4), layout, dialect=dialect)
+        return
     for number, made in enumerate([*DENSE, *SPARSE] if layout.ep == 1 else SPARSE):
         model = tiny_model(**made)
         write(tmp_path / str(number), model, layout, dialect=dialect)
@@ -43,6 +47,7 @@ def test_what_is_written_is_read(tmp_path: Path, layout: Layout, dialect: str) -
             assert checkpoint.layout == Layout(
                 layout.tp, layout.pp, layout.vpp, layout.ep, layout.expert_tp, layout.layer_list
             )
+            assert dialect in checkpoint.dialects
         assert same(read(tmp_path / str(number)), model)
 
 
