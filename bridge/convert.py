@@ -21,6 +21,7 @@ from ..storage.publish import publish
 from ..storage.safetensors_io import Spec, main_dtype
 from ..storage.space import free_bytes
 from .args import to_args, to_config
+from .dialects import check_dialect, check_known
 from .dist_format import DistCheckpoint, write_dist
 from .errors import BridgeError
 from .families import family_of
@@ -51,8 +52,16 @@ class Target:
     dtype: str | None = None
     max_bytes: int = 5 * 10**9
     iteration: int | None = None
-    divisible_by: int = 128  # of the padded vocabulary, times TP
+    divisible_by: int | None = None  # of the padded vocabulary, times TP; None is what the dialect has
     workers: int = 2
+
+    def step(self) -> int:
+        """What the rows of the vocabulary are divisible by, times TP. Raises BridgeError when the dialect does not pad them."""
+        if check_dialect(self.dialect).padded:
+            return self.divisible_by or 128
+        if self.divisible_by:
+            raise BridgeError(f"--make_vocab_size_divisible_by: --dialect {self.dialect} does not pad the vocabulary")
+        return 1
 
 
 def form_of(folder: Path) -> Form:
@@ -82,17 +91,28 @@ class Source:
     config_folder: Path | None  # that config, tokenizer and code come from
     family: Family
 
+    @property
+    def names(self) -> str:
+        """Whose names a Megatron checkpoint has, in words; empty for Hugging Face's."""
+        if isinstance(self.tensors, HFCheckpoint):
+            return ""
+        return " or ".join(self.tensors.dialects) or "several dialects"
 
-def open_source(folder: Path, *, hf_config: Path | None = None, family: str | None = None) -> Source:
+
+def open_source(
+    folder: Path, *, hf_config: Path | None = None, family: str | None = None, dialect: str | None = None
+) -> Source:
     """Open a checkpoint of any form. A Megatron checkpoint without a config.json gets one from its args.
 
-    Raises BridgeError, FileNotFoundError, ValueError for what is wrong on disk.
+    With ``dialect`` it must have its names. Raises BridgeError, FileNotFoundError, ValueError for what is wrong on disk.
     """
     form = form_of(folder)
     config_folder = next((place for place in (hf_config, folder) if place and (place / "config.json").is_file()), None)
     if hf_config and config_folder != hf_config:
         raise BridgeError(f"--hf_config {hf_config}: no config.json there")
     if form == "hf":
+        if dialect:
+            raise BridgeError(f"--dialect {dialect}: {folder} is a checkpoint of Hugging Face, which has no dialects")
         if config_folder is None:
             raise BridgeError(f"{folder}: no config.json; name the folder that has it with --hf_config")
         config = read_json(config_folder / "config.json")
@@ -107,7 +127,10 @@ def open_source(folder: Path, *, hf_config: Path | None = None, family: str | No
     config = known or to_config(mcore.args)
     table = family_of(config, family)
     config = table.without_mtp(config, mcore.shapes, hf=False)
-    return Source(folder, form, mcore, config, config_folder, table)
+    source = Source(folder, form, mcore, config, config_folder, table)
+    if dialect and dialect not in mcore.dialects:
+        raise BridgeError(f"--dialect {dialect}: {folder} has the names of {source.names}")
+    return source
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +151,7 @@ class Plan:
         source, target = self.source, self.target
         main = max(self.specs, key=lambda spec: spec.size).dtype
         return {
-            **to_args(source.config, source.family, tp=target.layout.tp, divisible_by=target.divisible_by),
+            **to_args(source.config, source.family, tp=target.layout.tp, divisible_by=target.step()),
             "params_dtype": main, "bf16": main == torch.bfloat16, "fp16": main == torch.float16,
         }  # fmt: skip
 
@@ -136,9 +159,11 @@ class Plan:
         """The plan as a user reads it. Raises BridgeError as ``args`` does."""
         largest = max(self.specs, key=lambda spec: spec.size)
         layout = self.target.layout
+        read = f", names of {self.source.names}" if self.source.names else ""
+        written = "" if self.target.form == "hf" else f", names of {self.target.dialect}"
         said = [
-            f"from {self.source.form} {self.source.folder}: family {self.source.family.name}, {len(self.specs)} tensors",
-            f"to {self.target.form}, {self.size / 1e9:.2f} GB",
+            f"from {self.source.form} {self.source.folder}: family {self.source.family.name}, {len(self.specs)} tensors{read}",
+            f"to {self.target.form}, {self.size / 1e9:.2f} GB{written}",
             f"the largest tensor is {largest.name} {list(largest.shape)}, {largest.size / 1e9:.2f} GB",
         ]
         if self.target.form == "torch":
@@ -155,6 +180,10 @@ class Plan:
 def plan(source: Source, target: Target) -> Plan:
     """Check that the source is the model of its config, tensor by tensor. Raises BridgeError naming the first that is not."""
     tensors, family = source.tensors, source.family
+    if target.form != "hf":
+        check_dialect(target.dialect, target.form)
+        for name in tensors.shapes:
+            check_known(name, target.dialect)
     wanted = {row.mcore: row for row in family.rows(source.config)}
     if missing := [name for name in wanted if name not in tensors.shapes]:
         raise BridgeError(
@@ -243,7 +272,7 @@ def _write_mcore(folder: Path, made: Plan, get: Callable[[str], torch.Tensor]) -
     if target.form == "torch":
         return write_torch(
             folder, made.specs, get, target.layout, args=args, iteration=target.iteration, dialect=target.dialect,
-            make_vocab_size_divisible_by=target.divisible_by, workers=target.workers,
+            make_vocab_size_divisible_by=target.step(), workers=target.workers,
         )  # fmt: skip
     inside = folder / ("release" if target.iteration is None else f"iter_{target.iteration:07d}")
     inside.mkdir()

@@ -79,8 +79,7 @@ def check_dialect(dialect: str, form: str | None = None) -> Dialect:
 
 def check_known(name: str, dialect: str) -> None:
     """Raise BridgeError for a canonical tensor that a dialect has no name for."""
-    found, known = _IN_LAYER.match(name), check_dialect(dialect).known
-    if known and (is_carried(name) or (found and not re.fullmatch(known, found[2]))):
+    if not is_known(name, dialect):
         raise BridgeError(
             f"tensor {name}: --dialect {dialect} has no name for it that is known; choose from "
             + ", ".join(other for other, kind in DIALECTS.items() if not kind.known)
@@ -113,27 +112,31 @@ def dialects_of(stored: Collection[str], canonical: Collection[str]) -> list[str
     names = {name.removeprefix(LANGUAGE) for name in stored}
     mtp = any(name.startswith("mtp.") for name in canonical)
     latent = any(name.endswith(".linear_kv_down_proj.weight") for name in canonical)
-    fits: list[str] = []
-    for dialect in DIALECTS:
-        try:
-            own = {other for name in canonical for other in _variants(name, dialect, mtp=mtp, latent=latent)}
-        except BridgeError:
-            continue
-        if names <= own:
-            fits.append(dialect)
-    return fits
+    fits = [
+        dialect
+        for dialect in ("mcore", "mcore-local", "mindspeed")
+        if all(is_known(name, dialect) for name in canonical)
+        and names <= {other for name in canonical for other in _variants(name, dialect, mtp=mtp, latent=latent)}
+    ]
+    usual = {"mcore", "mcore-local"} & set(fits) and all(is_known(name, "pai") for name in canonical)
+    return [*fits, "pai"] if usual else fits  # Pai has either kind of layers
+
+
+def is_known(name: str, dialect: str) -> bool:
+    """Whether a dialect has a name for a canonical tensor."""
+    found, known = _IN_LAYER.match(name), check_dialect(dialect).known
+    return not known or not (is_carried(name) or (found and not re.fullmatch(known, found[2])))
 
 
 def _variants(name: str, dialect: str, *, mtp: bool, latent: bool) -> set[str]:
     """All names that trainings of this dialect have for a tensor, depending on their options."""
     own = {slot_of(name, dialect, mtp=mtp).name}
-    if _EXPERT.match(inner := _inner_of(name)):
-        legacy = mindspeed.slot(name.removesuffix(f".{inner}"), inner)
-        own |= {name, *([legacy.name] if legacy and (dialect != "mcore") else [])}
-    if dialect == "pai":
-        own.add(_local(name))
-    if dialect == "mindspeed":
-        own |= mindspeed.options(name) | ({_grouped(name)} if latent else set())
+    inner = _inner_of(name)
+    special = mindspeed.slot(name.removesuffix(f".{inner}"), inner)
+    if expert := _EXPERT.match(inner):
+        own |= {name, *([special.name] if special and dialect != "mcore" else [])}
+    if dialect == "mindspeed":  # with latent attention its options may also be TransformerEngine's layers
+        own |= mindspeed.options(name) | ({_grouped(name)} if latent and inner and (expert or not special) else set())
     return own
 
 

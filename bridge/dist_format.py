@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from ..storage.hashing import HashingFile, Ledger
 from ..storage.safe_pickle import Inert
 from ..storage.safetensors_io import Spec, bytes_of
-from .dist_names import Piece, Place, extra_states_of, pieces_of, places_of
+from .dist_names import Piece, Place, dialects_of_keys, extra_states_of, pieces_of, places_of
 from .dist_records import METADATA_NAME, Files, Record, check_tiling, read_metadata
 from .errors import BridgeError
 
@@ -53,7 +53,8 @@ class DistCheckpoint:
     """The model in a ``torch_dist`` checkpoint, by canonical names; ``folder`` holds ``.metadata``. A context manager.
 
     ``shapes`` and ``dtypes`` come from ``.metadata`` alone, ``args`` (the plain values of Megatron's arguments) and
-    ``iteration`` from the common state; ``said`` tells what is not read. The vocabulary is as it is stored, maybe padded.
+    ``iteration`` from the common state; ``dialects`` have its keys; ``said`` tells what is not read. The vocabulary is as it
+    is stored, maybe padded.
     Raises BridgeError when a file is absent, cut, broken or unsafe, or when chunks do not make up a tensor.
     """
 
@@ -70,6 +71,7 @@ class DistCheckpoint:
         self._files.check([chunk.record for stored in self._stored.values() for chunk in stored.chunks])
         self._pieces = pieces_of(self._stored)
         self.shapes = {name: _joined_shape(name, pieces) for name, pieces in self._pieces.items()}
+        self.dialects = dialects_of_keys(self._stored, self.shapes)
         self.dtypes = {name: self._stored[pieces[0].key].dtype for name, pieces in self._pieces.items()}
         self._say_skipped([*table.others, *(table.objects.keys() - {_COMMON_OBJECT})])
         common = self._common(table.objects)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from .dialects import LANGUAGE, check_dialect, check_known
+from .dialects import LANGUAGE, check_dialect, check_known, is_known
 from .dist_records import Chunk, Stored
 from .errors import BridgeError
 from .parallel import is_carried
@@ -98,6 +98,25 @@ def _renamed(rest: str, neighbours: set[str]) -> str:
         if rest.startswith(stored) and witness in neighbours:
             return canonical + rest.removeprefix(stored)
     return rest
+
+
+def dialects_of_keys(keys: Collection[str], names: Collection[str]) -> list[str]:
+    """The dialects that have all the keys of norms of a checkpoint whose tensors are ``names``; other keys are alike."""
+    norms = tuple(stored for stored, *_ in _NORMS) + tuple(canonical for _, canonical, _ in _NORMS)
+
+    def of_norms(every: Collection[str]) -> set[str]:
+        """The keys of norms, without prefix and number."""
+        found = [_LAYER.fullmatch(key.removeprefix(LANGUAGE)) for key in every]
+        return {f"{one['head']}{one['rest']}" for one in found if one and one["rest"].startswith(norms)}
+
+    def has(dialect: str) -> bool:
+        if any(not is_known(name, dialect) for name in names):
+            return False
+        local = dialect == "mcore-local"
+        return of_norms(keys) == of_norms({_local(name, names) if local else name for name in names})
+
+    fits = [dialect for dialect in ("mcore", "mcore-local") if has(dialect)]
+    return [*fits, "pai"] if fits and all(is_known(name, "pai") for name in names) else fits
 
 
 def _split(stored: Stored, depth: int) -> dict[tuple[int, ...], list[Chunk]]:

@@ -36,7 +36,7 @@ SPARSE: list[dict[str, Any]] = [{"experts": 4}, {"experts": 4, "mla": True, "mtp
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("layout", [*LAYOUTS, *EXPERT_LAYOUTS], ids=str)
 def test_what_is_written_is_read(tmp_path: Path, layout: Layout, dialect: str) -> None:
-    if dialect == "mindspeed" and ((layout.layer_list and layout.vpp) or layout.etp == 2):  # noqa: PLR2004
+    if dialect == "mindspeed" and ((layout.layer_list and layout.vpp) or layout.etp == 2):
         with pytest.raises(BridgeError, match="MindSpeed-LLM has"):
             write(tmp_path, tiny_model(experts=4), layout, dialect=dialect)
         return
