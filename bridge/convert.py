@@ -150,7 +150,10 @@ class Plan:
         """Megatron's arguments of the model. Raises BridgeError when Megatron-Core cannot compute it."""
         source, target = self.source, self.target
         main = max(self.specs, key=lambda spec: spec.size).dtype
+        noted = check_dialect(target.dialect).config_in_args
+        plain = {key: value for key, value in source.config.items() if isinstance(value, bool | int | float | str)}
         return {
+            **(plain if noted else {}),
             **to_args(source.config, source.family, tp=target.layout.tp, divisible_by=target.step()),
             "params_dtype": main, "bf16": main == torch.bfloat16, "fp16": main == torch.float16,
         }  # fmt: skip

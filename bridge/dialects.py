@@ -49,6 +49,7 @@ class Dialect(NamedTuple):
     padded: bool = True
     iteration: int | None = None
     extra_states: bool = True
+    config_in_args: bool = False  # the plain values of config.json are noted beside Megatron's arguments
     own_args: Callable[[Layout], dict[str, Any]] = lambda _: {}  # of a run, beside Megatron's
 
 
@@ -58,6 +59,7 @@ DIALECTS = {
     "mindspeed": Dialect(
         local=True, cuts=mindspeed.CUTS, known=rf"{_USUAL}|self_attention\.core_attention\.indexer\..*", forms=("torch",),
         padded=False, iteration=1, extra_states=False, own_args=mindspeed.own_args,
+        config_in_args=True,
     ),
     # Pai's own converters: hf2mcore_*.py write the format torch, with the down projections of latent attention
     # column-parallel as in the Megatron-Core of their time; distributed_checkpoints_convertor writes torch_dist.

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from ..storage.safe_load import load_namespace_file
+from ..storage.safe_pickle import load_state_file
 from . import mindspeed
 from .dialects import canonical_names, cuts_of, dialects_of, ungrouped
 from .errors import BridgeError
@@ -102,9 +102,7 @@ class RankFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         contents = {
-            path.name: load_namespace_file(path / FILE)
-            for path in sorted(folder.iterdir())
-            if _RANK.fullmatch(path.name)
+            path.name: load_state_file(path / FILE) for path in sorted(folder.iterdir()) if _RANK.fullmatch(path.name)
         }
         arguments = {name: _arguments(content, folder / name / FILE) for name, content in contents.items()}
         self.args = next(iter(arguments.values()))

@@ -5,17 +5,22 @@ file names is imported, no function of it is called. Names that have no place in
 """
 
 import io
+import mmap
 import pickle
 import re
 import zipfile
 import zlib
+from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Self
 
 import torch
 
-from .safe_load import UnsafeFileError
+from .safe_load import UnsafeFileError, load_namespace_file
+
+_PROTOCOL = 2  # the newest that torch.load reads with weights_only
 
 
 class Inert:
@@ -123,6 +128,41 @@ def read_torch(data: memoryview, where: object, *, check: bool = True) -> Any:
     except Exception as error:  # noqa: BLE001 - zipfile raises many kinds for a broken file
         _broken(error, where)
     return _unpickle(pickled, records, where)
+
+
+def load_state_file(path: Path) -> dict[str, Any]:
+    """``load_namespace_file``, also for a pickle of a protocol above 2, which torch does not read without running it.
+
+    The tensors of such a file are views of it too; its objects stay ``Inert``, but for an argparse.Namespace. Raises
+    FileNotFoundError, UnsafeFileError.
+    """
+    with path.open("rb") as stream:
+        if not zipfile.is_zipfile(stream):
+            return load_namespace_file(path)  # which refuses it
+        whole = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY))
+    try:
+        head = bytes(_records_of(whole, check=False)["data.pkl"][:2])
+    except Exception as error:  # noqa: BLE001 - zipfile raises many kinds for a broken file
+        _broken(error, path)
+    if head[:1] != b"\x80" or head[1] <= _PROTOCOL:
+        return load_namespace_file(path)
+    found = _with_tensors(read_torch(whole, path, check=False), path)
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise UnsafeFileError(f"{path}: a dictionary by name is expected, as training writes it")
+    return found
+
+
+def _with_tensors(value: Any, where: object) -> Any:
+    """A value of ``read_torch`` in which tensors are tensors again and settings a Namespace."""
+    if isinstance(value, dict):
+        return {key: _with_tensors(inner, where) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_with_tensors(inner, where) for inner in value)
+    if isinstance(value, Inert) and value.named == "argparse.Namespace" and isinstance(value.state, dict):
+        return Namespace(**_with_tensors(value.state, where))
+    if isinstance(value, Inert) and value.named.startswith("torch._utils._rebuild_"):
+        return typed(*tensor_bytes(value, where))
+    return value
 
 
 def _unpickle(data: bytes, records: dict[str, memoryview], where: object) -> Any:
