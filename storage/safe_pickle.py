@@ -60,8 +60,8 @@ _EXPECTED = re.compile(
     r"|argparse\.Namespace|types\.SimpleNamespace|io\.BytesIO|signal\.Signals|pathlib\.\w+|pathlib\._local\.\w+"
     r"|torch\.(device|\w+Storage|storage\.UntypedStorage|serialization\._get_layout|nn\.parameter\.Parameter)"
     r"|torch\._utils\._rebuild_(tensor_v2|tensor_v3|parameter)|torch\._tensor\._rebuild_from_type_v2"
-    r"|(builtins|__builtin__)\.(set|frozenset|complex|slice|bytearray)|_codecs\.encode|datetime\.\w+"
-    r"|collections\.defaultdict|copyreg\._reconstructor|enum\.\w+"
+    r"|(builtins|__builtin__)\.(dict|set|frozenset|complex|slice|bytearray)|_codecs\.encode|datetime\.\w+"
+    r"|copyreg\._reconstructor|enum\.\w+"
 )
 _DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _STORAGES = {
@@ -88,6 +88,8 @@ class _InertUnpickler(pickle.Unpickler):
             return tuple
         if named == "collections.OrderedDict":
             return OrderedDict
+        if named == "collections.defaultdict":
+            return _plain_dict
         if not _EXPECTED.fullmatch(named):
             raise _ForeignNameError(named)
         if named not in self._made:
@@ -101,6 +103,11 @@ class _InertUnpickler(pickle.Unpickler):
         if len(data) != count * dtype.itemsize:
             raise ValueError(f"storage {key} has {len(data)} bytes in place of {count * dtype.itemsize}")
         return _Storage(dtype, data)
+
+
+def _plain_dict(*_: object) -> dict[Any, Any]:
+    """What a dictionary with a default is read as: what makes the default is left out."""
+    return {}
 
 
 class _ForeignNameError(Exception):
