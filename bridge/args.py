@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import BridgeError
 from .families import family_of
-from .family import Family, head_dim
+from .family import Family, head_dim, of_text
 
 Config = Mapping[str, Any]
 Args = dict[str, Any]
@@ -30,6 +30,7 @@ def to_args(config: Config, family: Family | None = None, *, tp: int = 1, divisi
     model that Megatron-Core cannot compute.
     """
     family = family or family_of(config)
+    config = of_text(config)
     names = {row.mcore for row in family.rows(config)}
     rows, step = int(_need(config, "vocab_size")), tp * divisible_by
     return {
@@ -151,6 +152,10 @@ def _rope(config: Config, *, latent: bool) -> Args:
     }
     if kind == "yarn":
         return common | _yarn(config, rope, latent=latent)
+    if sections := rope.get("mrope_section"):
+        if latent or kind not in ("default", "mrope"):
+            raise BridgeError(f"config.json: rope type {kind} with mrope_section is none that Megatron-Core computes")
+        return common | {"position_embedding_type": "mrope", "mrope_section": [int(size) for size in sections]}
     if latent and kind == "default":
         return common | {"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
     if kind == "default":

@@ -21,19 +21,20 @@ from ..storage.publish import publish
 from ..storage.safetensors_io import Spec, main_dtype
 from ..storage.space import free_bytes
 from .args import to_args, to_config
-from .dialects import check_dialect, check_known
+from .dialects import LANGUAGE, check_dialect, check_known
 from .dist_format import DistCheckpoint, write_dist
 from .errors import BridgeError
 from .families import family_of
-from .family import Family
+from .family import Family, of_text
 from .hf import HFCheckpoint, write_hf
 from .mapping import hf_shapes, mcore_shape
-from .parallel import Layout
+from .parallel import OUTPUT, Layout, is_carried
 from .run_flags import run_notes
 from .torch_format import TRACKER, TorchCheckpoint, tracked
 from .torch_writer import write_torch
 
 Form = Literal["hf", "torch", "torch_dist"]
+_UNTIED = "untie_embeddings_and_output_weights"  # what Pai-Megatron-Patch sets for every model of several stages
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".distcp")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -123,10 +124,13 @@ def open_source(
     if form == "torch_dist":
         mcore = DistCheckpoint(tracked(folder))
     else:  # the arguments' own vocab_size may be the tokenizer's, below the rows that the model was made with
-        mcore = TorchCheckpoint(folder, vocab_size=known.get("vocab_size") if known else None)
+        mcore = TorchCheckpoint(folder, vocab_size=of_text(known).get("vocab_size") if known else None)
     config = known or to_config(mcore.args)
     table = family_of(config, family)
     config = table.without_mtp(config, mcore.shapes, hf=False)
+    if table.tied(config) and OUTPUT in mcore.shapes and mcore.args.get(_UNTIED) is True:
+        config |= {"tie_word_embeddings": False}
+        mcore.said.append(f"config.json ties the embeddings, but the run untied them ({_UNTIED}): they stay so")
     source = Source(folder, form, mcore, config, config_folder, table)
     if dialect and dialect not in mcore.dialects:
         raise BridgeError(f"--dialect {dialect}: {folder} has the names of {source.names}")
@@ -151,7 +155,9 @@ class Plan:
         source, target = self.source, self.target
         main = max(self.specs, key=lambda spec: spec.size).dtype
         noted = check_dialect(target.dialect).config_in_args
-        plain = {key: value for key, value in source.config.items() if isinstance(value, bool | int | float | str)}
+        plain = {
+            key: value for key, value in of_text(source.config).items() if isinstance(value, bool | int | float | str)
+        }
         return {
             **(plain if noted else {}),
             **to_args(source.config, source.family, tp=target.layout.tp, divisible_by=target.step()),
@@ -177,6 +183,10 @@ class Plan:
             said.append("one set of files for every TP, PP, VPP, EP and ETP")
         if self.target.form != "hf":
             said += run_notes(self.args())
+            if carried := sum(is_carried(spec.name) for spec in self.specs):
+                said.append(
+                    f"{carried} tensors of a vision tower go along under their own names, the others below {LANGUAGE}"
+                )
         return said + self.source.tensors.said
 
 

@@ -35,12 +35,33 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Tower:
+    """A vision tower, whose tensors are carried under their own names: ``once`` in the model and ``each`` in its layers.
+
+    ``sizes`` are the keys in the config of the tower's part and of its number of layers.
+    """
+
+    once: Sequence[str]
+    each: Sequence[str]
+    sizes: tuple[str, str]
+    when: Callable[[Config, str], bool] = lambda config, name: True  # noqa: ARG005
+
+    def names(self, config: Config) -> Iterator[str]:
+        """Its tensors by name."""
+        part, key = self.sizes
+        names = [*self.once, *(name.format(l=layer) for layer in range(int(config[part][key])) for name in self.each)]
+        return (name for name in names if self.when(config, name))
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """A table by place: once in the model, in every layer, in layers with one MLP, in layers with experts, an expert.
 
     ``sparse`` tells from config and number whether a layer has experts, ``experts`` are keys of their count. ``mtp`` are
     the lines of a layer that predicts further tokens, beside those of a layer; ``mtp_copies`` its tensors that repeat
-    others: (name in the layer, name of the other). ``computed`` are endings of tensors that hold nothing learnt.
+    others: (name in the layer, name of the other). ``computed`` are endings of tensors that hold nothing learnt. ``tower``
+    is what the model has beside its language model. ``spellings`` are parts of names on disk that some releases of a
+    model write otherwise: (theirs, that of the table).
     """
 
     name: str
@@ -56,9 +77,14 @@ class Family:
     mtp_copies: Sequence[tuple[str, str]] = ()
     computed: tuple[str, ...] = ("rotary_emb.inv_freq",)
     prefix: str = "model.layers.{l}."
+    tower: Tower | None = None
+    spellings: Sequence[tuple[str, str]] = ()
 
     def rows(self, config: Config) -> Iterator[Row]:
         """Every canonical tensor of a model of this config, in order."""
+        config = of_text(config)
+        for name in self.tower.names(config) if self.tower else ():
+            yield Row(name, Copy(), (name,))
         yield from _filled(self.top[:1], config)
         for layer in range(int(config["num_hidden_layers"])):
             yield from self._layer(config, layer, "decoder.layers.{l}.", layer)
@@ -76,7 +102,7 @@ class Family:
 
     def without_mtp(self, config: Config, names: Iterable[str], *, hf: bool) -> dict[str, Any]:
         """The config of a model whose files lack the layers that predict further tokens, as transformers saves it."""
-        first = f"{self.prefix.format(l=config['num_hidden_layers'])}" if hf else "mtp."
+        first = f"{self.prefix.format(l=of_text(config)['num_hidden_layers'])}" if hf else "mtp."
         if not self._mtp_layers(config) or any(name.startswith(first) for name in names):
             return dict(config)
         return {**config, _MTP: 0}
@@ -89,7 +115,20 @@ class Family:
             for name, other in self.mtp_copies
         }
 
+    def tied(self, config: Config) -> dict[str, str]:
+        """The head that a model without one of its own may store all the same: its name -> that of the embedding."""
+        names = {line.mcore: line.hf[0] for line in self.top}
+        tied = of_text(config).get("tie_word_embeddings") and "output_layer.weight" in names
+        return {names["output_layer.weight"]: names["embedding.word_embeddings.weight"]} if tied else {}
+
+    def spelled(self, name: str) -> str:
+        """A name on disk as the table has it."""
+        for theirs, ours in self.spellings:
+            name = name.replace(theirs, ours)
+        return name
+
     def _mtp_layers(self, config: Config) -> range:
+        config = of_text(config)
         layers = int(config["num_hidden_layers"])
         return range(layers, layers + (int(config.get(_MTP) or 0) if self.mtp else 0))
 
@@ -113,6 +152,15 @@ def _filled(
 
 
 # ---- what many families share
+
+
+def of_text(config: Config) -> Config:
+    """The config of the language model, which a model with a vision tower keeps under ``text_config``."""
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        return config
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    return {**config, **text, "model_type": config["model_type"], "tie_word_embeddings": tied}
 
 
 def head_dim(config: Config) -> int:

@@ -49,7 +49,12 @@ class HFCheckpoint:
                 "config.json names layers that predict further tokens, the files have none: they are left out"
             )
         self._rows = {row.mcore: row for row in family.rows(self.config)}
-        self._parts = dict(self._stored())
+        self._parts: dict[str, _Stored] = {}
+        for name, place in self._stored():
+            own = family.spelled(name)
+            if own in self._parts:
+                raise BridgeError(f"{folder}: {place.name} is {own}, which {self._parts[own].name} is too")
+            self._parts[own] = place
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._check_names(family)
@@ -80,7 +85,7 @@ class HFCheckpoint:
     def check_copies(self) -> None:
         """Raise BridgeError when a tensor that repeats another one is not equal to it; reads both."""
         for name, other in self._copies.items():
-            if name in self._weights and not self._weights.get(name).equal(self._weights.get(other)):
+            if name in self._parts and not self._part(name).equal(self._part(other)):
                 raise BridgeError(f"{self.folder}: {name} should repeat {other}, but differs from it")
 
     def _part(self, name: str) -> torch.Tensor:
@@ -117,9 +122,7 @@ class HFCheckpoint:
         wanted = {part for row in self._rows.values() for part in row.hf}
         if missing := sorted(wanted - self._parts.keys()):
             raise BridgeError(f"{self.folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
-        self._copies = family.copies(self.config)
-        if self.config.get("tie_word_embeddings"):
-            self._copies |= {"lm_head.weight": "model.embed_tokens.weight"}
+        self._copies = family.copies(self.config) | family.tied(self.config)
         left = self._parts.keys() - wanted - self._copies.keys()
         dropped = {name for name in left if name.endswith(family.computed)}
         if unknown := sorted(left - dropped):

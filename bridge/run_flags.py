@@ -16,6 +16,7 @@ _FLAGS: Mapping[str, Any] = {
     "multi_latent_attention": False, "q_lora_rank": None, "kv_lora_rank": 32, "qk_head_dim": 128,
     "qk_pos_emb_head_dim": 64, "v_head_dim": 128, "rope_type": None, "rotary_scaling_factor": 1.0, "mscale": 1.0,
     "mscale_all_dim": 0.0, "moe_router_num_groups": None, "moe_router_group_topk": None, "mtp_num_layers": None,
+    "mrope_section": None,
 }  # fmt: skip
 # Fields of the model's config without a flag, and what they then are.
 _FIXED: Mapping[str, Any] = {"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
@@ -31,7 +32,9 @@ def run_flags(args: Mapping[str, Any]) -> list[str]:
         if value is None or value == default:
             continue
         words.append("--norm-epsilon" if name == "layernorm_epsilon" else f"--{name.replace('_', '-')}")
-        if isinstance(value, float) and value.is_integer():
+        if name == "mrope_section":
+            words += map(str, value)  # a flag that takes several words
+        elif isinstance(value, float) and value.is_integer():
             words.append(str(int(value)))  # some of these flags take integers only
         elif value is not True:
             words.append(str(value).replace(" ", ""))
