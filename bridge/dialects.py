@@ -216,9 +216,9 @@ def ungrouped(tensors: Mapping[str, torch.Tensor], ep: int) -> dict[str, torch.T
             continue
         router = tensors.get(f"{prefix}.router.weight")
         experts = len(router) // ep if router is not None else 0
-        if not experts or tensor.numel() % experts or tensor.dim() != 2:  # noqa: PLR2004 - a matrix
+        hidden = tensor.shape[0 if last == "weight1" else -1] if tensor.dim() else 0
+        if not experts or not hidden or tensor.numel() % (experts * hidden) or tensor.dim() != 2:  # noqa: PLR2004 - a matrix
             raise BridgeError(f"{name} {tuple(tensor.shape)}: the number of its experts cannot be told from the router")
-        hidden = tensor.shape[0] if last == "weight1" else tensor.shape[1]
         each = tensor.reshape(experts, hidden, -1) if last == "weight1" else tensor.reshape(experts, -1, hidden)
         for number in range(experts):
             result[f"{prefix}.experts.local_experts.{number}.linear_fc{last[-1]}.weight"] = each[number].t()

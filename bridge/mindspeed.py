@@ -140,23 +140,26 @@ def is_joined(shapes: Mapping[str, Sequence[int]]) -> bool:
 def _down(at: str, name: str, state: Mapping[str, torch.Tensor], args: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The query's rows of the joined projection and those of key and value."""
     tensor, norm = state[name], state.get(f"{at}q_layernorm.weight")
+    rope = int(args.get("qk_pos_emb_head_dim") or args.get("qk_rope_head_dim") or 0)
+    if not rope:
+        raise BridgeError(f"{name}: args have no qk_pos_emb_head_dim, which tells where the query ends")
+    rows, query = len(tensor) - len(state[f"{at}kv_layernorm.weight"]) - rope, "linear_q_proj"
     if norm is not None:
-        rows, query = len(norm), "linear_q_down_proj"
-    else:
-        rope = args.get("qk_pos_emb_head_dim") or args.get("qk_rope_head_dim")
-        if not rope:
-            raise BridgeError(f"{name}: args have no qk_pos_emb_head_dim, which tells where the query ends")
-        rows, query = len(tensor) - len(state[f"{at}kv_layernorm.weight"]) - int(rope), "linear_q_proj"
-    if not 0 < rows < len(tensor):
-        raise BridgeError(f"{name} {tuple(tensor.shape)}: the query cannot have {rows} rows of it")
+        query = "linear_q_down_proj"
+    if rows < 1 or rows != (rows if norm is None else len(norm)):
+        raise BridgeError(
+            f"{name} {tuple(tensor.shape)}: its rows are not those of a query, the latent and {rope} rotary ones"
+        )
     return {f"{at}{query}.weight": tensor[:rows], f"{at}linear_kv_down_proj.weight": tensor[rows:]}
 
 
 def _woven(one: torch.Tensor, other: torch.Tensor, args: Mapping[str, Any], tp: int) -> Woven:
-    heads = int(args.get("num_attention_heads") or 0) // tp
-    if not heads or len(one) % heads or len(other) % heads or one.shape[1:] != other.shape[1:]:
+    """Two parts of an up projection as one."""
+    total = int(args.get("num_attention_heads") or 0)
+    heads = total // tp
+    if not total or total % tp or len(one) % heads or len(other) % heads or one.shape[1:] != other.shape[1:]:
         raise BridgeError(
-            f"args: num_attention_heads {args.get('num_attention_heads')} does not fit up projections of {tuple(one.shape)} "
-            f"and {tuple(other.shape)} (--mla-mm-split) on each of {tp} ranks"
+            f"args: num_attention_heads {total} does not fit up projections of {tuple(one.shape)} and {tuple(other.shape)} "
+            f"(--mla-mm-split) on each of {tp} ranks"
         )
     return Woven((one, other), heads)

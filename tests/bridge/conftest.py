@@ -1,5 +1,6 @@
 """Tiny models of every family, as transformers saves them, with random weights of every kind."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,33 @@ def tiny(name: str, **changes: Any) -> Any:
     return model.eval()
 
 
+def with_further_layer(folder: Path, target: Path) -> Path:
+    """DeepSeek V3 as its own files have it: a layer more, which predicts further tokens, and copies in it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    values = load_file(folder / "model.safetensors")
+    last, further = "model.layers.3.", "model.layers.4."
+    values |= {further + key.removeprefix(last): value + 1 for key, value in values.items() if key.startswith(last)}
+    values |= {f"{further}{key}.weight": torch.randn(32) for key in ("enorm", "hnorm", "shared_head.norm")}
+    values[f"{further}eh_proj.weight"] = torch.randn(32, 64)
+    values[f"{further}embed_tokens.weight"] = values["model.embed_tokens.weight"].clone()
+    values[f"{further}shared_head.head.weight"] = values["lm_head.weight"].clone()
+    target.mkdir()
+    config = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (target / "config.json").write_text(json.dumps(config))
+    save_file(values, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
 @pytest.fixture(scope="session")
 def hf_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Saved models by name."""
+    """Saved models by name; ``deepseek_v3_mtp`` has a layer that predicts further tokens."""
     folder = tmp_path_factory.mktemp("hf")
 
     def get(name: str) -> Path:
+        if not (folder / name).exists() and name.endswith("_mtp"):
+            return with_further_layer(get(name.removesuffix("_mtp")), folder / name)
         if not (folder / name).exists():
             tiny(name).save_pretrained(folder / name)
         return folder / name
