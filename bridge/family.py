@@ -160,7 +160,8 @@ def of_text(config: Config) -> Config:
     if not isinstance(text, Mapping):
         return config
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-    return {**config, **text, "model_type": config["model_type"], "tie_word_embeddings": tied}
+    own = {"model_type": config.get("model_type"), "tie_word_embeddings": tied}
+    return {key: value for key, value in {**config, **text, **own}.items() if key != "text_config"}
 
 
 def head_dim(config: Config) -> int:
