@@ -55,7 +55,7 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Models:
             model = AutoModelForImageTextToText.from_config(config)
             with torch.no_grad():
                 for value in model.parameters():
-                    value.copy_(torch.randn_like(value))
+                    value.copy_(0.3 * torch.randn_like(value))
             model.save_pretrained(folder / name)
         return folder / name
 
@@ -135,7 +135,7 @@ def test_the_language_model_computes_the_same_on_text(name: str, kind: str, towe
         canonical = {key: tensors.get(key) for key in tensors.shapes if not is_carried(key)}
     config = {**of_text(source.config), "model_type": kind}
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
-    assert torch.allclose(megatron_logits(config, canonical, ids), logits, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(megatron_logits(config, canonical, ids), logits, atol=1e-5)
 
 
 def test_names_of_other_releases_are_read(towers: Models, tmp_path: Path) -> None:
