@@ -141,12 +141,11 @@ def _down(at: str, name: str, state: Mapping[str, torch.Tensor], args: Mapping[s
     """The query's rows of the joined projection and those of key and value."""
     tensor, norm = state[name], state.get(f"{at}q_layernorm.weight")
     rope = int(args.get("qk_pos_emb_head_dim") or args.get("qk_rope_head_dim") or 0)
-    if not rope:
+    if norm is None and not rope:
         raise BridgeError(f"{name}: args have no qk_pos_emb_head_dim, which tells where the query ends")
-    rows, query = len(tensor) - len(state[f"{at}kv_layernorm.weight"]) - rope, "linear_q_proj"
-    if norm is not None:
-        query = "linear_q_down_proj"
-    if rows < 1 or rows != (rows if norm is None else len(norm)):
+    left = len(tensor) - len(state[f"{at}kv_layernorm.weight"])  # for the query and the rotary part
+    query, rows = ("linear_q_proj", left - rope) if norm is None else ("linear_q_down_proj", len(norm))
+    if not 0 < rows < left or rope not in (0, left - rows):
         raise BridgeError(
             f"{name} {tuple(tensor.shape)}: its rows are not those of a query, the latent and {rope} rotary ones"
         )

@@ -266,7 +266,12 @@ def test_a_wrong_dialect_is_refused(hf_models: Models, tmp_path: Path, capsys: p
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(tmp_path: Path, args: dict[str, Any], said: str) -> None:
-    write(tmp_path, tiny_model(**LATENT), dialect="mindspeed", args=ARGS)
+    write(
+        tmp_path,
+        tiny_model(**LATENT, q_lora=args.get("qk_pos_emb_head_dim", 4) is not None),
+        dialect="mindspeed",
+        args=ARGS,
+    )
     rewritten(tmp_path, lambda _: None, **args)
     with pytest.raises(BridgeError, match=said):
         read(tmp_path)
