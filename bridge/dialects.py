@@ -1,8 +1,8 @@
-"""The names under which Megatron-Core stores a tensor, by the kind of layers that a model was built from.
+"""The names under which trainings store a tensor: by the layers that a model was built from, and by who trains.
 
 The canonical names are those of TransformerEngine's layers, with one entry an expert. Names here are a rank's own
-(``parallel.shift``); both directions are pure functions. Source: megatron-core 0.16.1 ``models/gpt/gpt_layer_specs.py``,
-``transformer/moe/experts.py``.
+(``parallel.shift``); both directions are pure functions. Sources: megatron-core 0.16.1 ``models/gpt/gpt_layer_specs.py``,
+``transformer/moe/experts.py``; ``mindspeed.py``; alibaba/Pai-Megatron-Patch a098ca5a (2025-12-15) ``toolkits/``.
 """
 
 import re
@@ -126,8 +126,10 @@ def dialects_of(stored: Collection[str], canonical: Collection[str]) -> list[str
 
 def is_known(name: str, dialect: str) -> bool:
     """Whether a dialect has a name for a canonical tensor."""
-    found, known = _IN_LAYER.match(name), check_dialect(dialect).known
-    return not known or not (is_carried(name) or (found and not re.fullmatch(known, found[2])))
+    known = check_dialect(dialect).known
+    if not known or not (found := _IN_LAYER.match(name)):
+        return not known or not is_carried(name)
+    return bool(re.fullmatch(known, found[2]))
 
 
 def _variants(name: str, dialect: str, *, mtp: bool, latent: bool) -> set[str]:

@@ -143,20 +143,26 @@ def load_state_file(path: Path) -> dict[str, Any]:
     The tensors of such a file are views of it too; its objects stay ``Inert``, but for an argparse.Namespace. Raises
     FileNotFoundError, UnsafeFileError.
     """
-    with path.open("rb") as stream:
-        if not zipfile.is_zipfile(stream):
-            return load_namespace_file(path)  # which refuses it
-        whole = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY))
-    try:
-        head = bytes(_records_of(whole, check=False)["data.pkl"][:2])
-    except Exception as error:  # noqa: BLE001 - zipfile raises many kinds for a broken file
-        _broken(error, path)
-    if head[:1] != b"\x80" or head[1] <= _PROTOCOL:
+    if _protocol(path) <= _PROTOCOL:
         return load_namespace_file(path)
+    with path.open("rb") as stream:
+        whole = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY))
     found = _with_tensors(read_torch(whole, path, check=False), path)
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise UnsafeFileError(f"{path}: a dictionary by name is expected, as training writes it")
     return found
+
+
+def _protocol(path: Path) -> int:
+    """That of the pickle in a file of torch.save; 0 for what is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            with archive.open(name) as pickled:
+                head = pickled.read(2)
+    except (zipfile.BadZipFile, StopIteration):
+        return 0
+    return head[1] if head[:1] == b"\x80" and head[1:] else 0
 
 
 def _with_tensors(value: Any, where: object) -> Any:

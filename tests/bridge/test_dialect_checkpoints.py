@@ -88,6 +88,23 @@ def test_pais_newer_converter_writes_torch_dist(model: str, hf_models: Models, t
     assert_same(hf_models(model), tmp_path / "hf")
 
 
+def test_from_one_dialect_to_another(hf_models: Models, tmp_path: Path) -> None:
+    place = base = hf_models("deepseek_v3_mtp")
+    for number, words in enumerate(
+        [
+            "--ckpt_format torch --dialect mindspeed --tp 2 --ep 2",
+            "--dialect pai",
+            "--ckpt_format torch --pp 4 --dialect mcore-local",
+        ]
+    ):
+        target = tmp_path / str(number)
+        assert run("--to", "mcore", "--load", place, "--save", target, "--dialect", *words.split()) == 0
+        place = target
+    assert run("--to", "hf", "--load", place, "--save", tmp_path / "hf", "--dialect", "mcore-local") == 0
+    assert_same(base, tmp_path / "hf")
+    assert run("verify", tmp_path / "0", tmp_path / "1") == 0
+
+
 LAYOUTS = ["", "--tp 2", "--pp 2", "--tp 2 --pp 2 --vpp 2", "--pp 2 --num_layer_list 1,3"]
 SPARSE = ["--ep 2", "--tp 2 --ep 2 --pp 2", "--tp 2 --ep 2 --etp 1", "--tp 2 --ep 4"]
 
