@@ -32,6 +32,7 @@ _USUAL = (  # of a layer with experts or without, with latent attention or group
     r"(weight|expert_bias)|shared_experts\.(linear_fc[12]\.weight|gate_weight)"
     r"|(experts\.local_experts\.\d+\.)?linear_fc[12]\.(layer_norm_)?weight)"
 )
+_LORA = r"(self_attention\.linear_(qkv|proj)|mlp\.linear_fc[12])\.lora_[AB]\.default\.weight"
 
 
 class Dialect(NamedTuple):
@@ -57,7 +58,7 @@ DIALECTS = {
     "mcore": Dialect(),
     "mcore-local": Dialect(local=True, cuts=LOCAL_CUTS),
     "mindspeed": Dialect(
-        local=True, cuts=mindspeed.CUTS, known=rf"{_USUAL}|self_attention\.core_attention\.indexer\..*", forms=("torch",),
+        local=True, cuts=mindspeed.CUTS, known=rf"{_USUAL}|self_attention\.core_attention\.indexer\..*|{_LORA}", forms=("torch",),
         padded=False, iteration=1, extra_states=False, own_args=mindspeed.own_args,
         config_in_args=True,
     ),
@@ -185,7 +186,7 @@ def canonical_names(stored: Iterable[str]) -> dict[str, str]:
             raise BridgeError(
                 f"tensor {whole}: how Megatron-Core spreads it over ranks is not known; it cannot be converted"
             )
-        result[whole] = f"{_newest(found[1])}.{_inner(found[2], layers[found[1]])}" if found else name
+        result[whole] = f"{newest(found[1])}.{_inner(found[2], layers[found[1]])}" if found else name
     return result
 
 
@@ -233,7 +234,7 @@ def extra_states(stored: Iterable[str], *, last_stage: bool) -> list[str]:
     return [f"{name}._extra_state" for name in (*linear, *(["output_layer"] if last_stage else []))]
 
 
-def _newest(layer: str) -> str:
+def newest(layer: str) -> str:
     """Newer releases call the layer of multi-token prediction ``mtp_model_layer`` in the model, not on disk."""
     return layer.replace(".mtp_model_layer", ".transformer_layer")
 

@@ -150,6 +150,14 @@ def test_a_tensor_without_a_known_name_is_refused(dialect: str, name: str) -> No
         slot_of(name, dialect)
 
 
+def test_adapters_of_mindspeed_have_their_canonical_names() -> None:
+    for layer in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"):
+        name = f"{AT}{layer}.lora_A.default.weight"
+        assert slot_of(name, "mindspeed").name == name
+    with pytest.raises(BridgeError, match="--dialect pai has no name for it"):
+        slot_of(name, "pai")
+
+
 def test_the_dialects_of_a_checkpoint_are_told_by_its_names() -> None:
     dense, latent = tiny_model(), tiny_model(mla=True, experts=2, mtp=1)
     for model, dialect, found in [
