@@ -90,13 +90,8 @@ def test_pais_newer_converter_writes_torch_dist(model: str, hf_models: Models, t
 
 def test_from_one_dialect_to_another(hf_models: Models, tmp_path: Path) -> None:
     place = base = hf_models("deepseek_v3_mtp")
-    for number, words in enumerate(
-        [
-            "--ckpt_format torch --dialect mindspeed --tp 2 --ep 2",
-            "--dialect pai",
-            "--ckpt_format torch --pp 4 --dialect mcore-local",
-        ]
-    ):
+    steps = ["mindspeed --ckpt_format torch --tp 2 --ep 2", "pai", "mcore-local --ckpt_format torch --pp 4"]
+    for number, words in enumerate(steps):
         target = tmp_path / str(number)
         assert run("--to", "mcore", "--load", place, "--save", target, "--dialect", *words.split()) == 0
         place = target
