@@ -198,14 +198,12 @@ def plan(source: Source, target: Target) -> Plan:
         for name in tensors.shapes:
             check_known(name, target.dialect)
     wanted = {row.mcore: row for row in family.rows(source.config)}
-    if missing := [name for name in wanted if name not in tensors.shapes]:
-        raise BridgeError(
-            f"{source.folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]}"
-        )
-    if left := [name for name in tensors.shapes if name not in wanted]:
-        raise BridgeError(
-            f"{source.folder}: {len(left)} tensors are in no table of {family.name}, the first is {left[0]}"
-        )
+    missing = [name for name in wanted if name not in tensors.shapes]
+    left = [name for name in tensors.shapes if name not in wanted]
+    if missing or left:
+        said = [f"{len(missing)} tensors of the model are missing, the first is {missing[0]}"] if missing else []
+        said += [f"{len(left)} tensors are in no table of {family.name}, the first is {left[0]}"] if left else []
+        raise BridgeError(f"{source.folder}: {'; '.join(said)}")
     own = main_dtype(tensors.shapes, tensors.dtypes)
     asked = DTYPES[target.dtype] if target.dtype else None
     specs: list[Spec] = []

@@ -175,6 +175,26 @@ def test_every_tensor_of_a_tower_counts(towers: Models, tmp_path: Path) -> None:
                     open_source(folder)
 
 
+def test_the_tower_of_another_training_is_refused(
+    towers: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pai-Megatron-Patch has one of its own modules, ``vision_model``."""
+    mcore = tmp_path / "mcore"
+    words = ["--ckpt_format", "torch", "--load", towers("qwen2_5_vl+tied"), "--save", mcore]
+    assert run("--to", "mcore", *words) == 0
+    (path,) = mcore.rglob(FILE)
+    content = torch.load(path, weights_only=False)
+    content["model"] = {name.replace("visual.", "vision_model."): value for name, value in content["model"].items()}
+    torch.save(content, path)
+    (mcore / "manifest.json").unlink()
+    assert run("--to", "hf", "--load", mcore, "--save", tmp_path / "hf") == 2
+    said = capsys.readouterr().err
+    assert (
+        "30 tensors of the model are missing, the first is visual.patch_embed.proj.weight; 30 tensors are in no" in said
+    )
+    assert "the first is vision_model.patch_embed.proj.weight" in said
+
+
 @pytest.mark.parametrize("dialect", ["pai", "mindspeed"])
 def test_a_dialect_with_another_tower_is_refused(
     dialect: str, towers: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
