@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from canonical_models import args_of, tiny_model, write
 from finebridge.bridge.dist_format import DistCheckpoint, write_dist
 from finebridge.bridge.torch_format import TorchCheckpoint
-from finebridge.storage.safe_load import load_namespace_file
+from finebridge.storage.safe_pickle import load_namespace_file
 from finebridge.storage.safetensors_io import Spec
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -65,7 +65,7 @@ def stored(kind: str, folder: Path, core: str) -> dict[str, Keys]:
     return found
 
 
-def regenerate(version: str, folder: Path, core: str) -> None:
+def assert_stored(version: str, folder: Path, core: str) -> None:
     found = {kind: stored(kind, folder / kind, core) for kind in KINDS}
     if os.environ.get("FINEBRIDGE_WRITE_GOLDEN"):
         lines = re.sub(r"\[[\d,\s]+\]", lambda shape: re.sub(r"\s+", " ", shape[0]), json.dumps(found, indent=1))
@@ -75,7 +75,7 @@ def regenerate(version: str, folder: Path, core: str) -> None:
 
 @needs_megatron
 def test_the_installed_megatron_stores_what_is_written_down(tmp_path: Path) -> None:
-    regenerate("0.16", tmp_path, "")
+    assert_stored("0.16", tmp_path, "")
 
 
 needs_newer = pytest.mark.skipif(
@@ -85,7 +85,7 @@ needs_newer = pytest.mark.skipif(
 
 @needs_newer
 def test_the_newer_megatron_stores_what_is_written_down(tmp_path: Path) -> None:
-    regenerate("0.19", tmp_path, NEWER)
+    assert_stored("0.19", tmp_path, NEWER)
 
 
 MOVED = (
