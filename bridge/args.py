@@ -199,6 +199,10 @@ def _rope(config: Config, *, latent: bool) -> Args:
     }
     if kind == "yarn":
         return common | _yarn(config, rope, latent=latent)
+    if sections := rope.get("mrope_section"):
+        if latent or kind not in ("default", "mrope"):
+            raise BridgeError(f"config.json: rope type {kind} with mrope_section is none that Megatron-Core computes")
+        return common | {"position_embedding_type": "mrope", "mrope_section": [int(size) for size in sections]}
     if latent and kind == "default":
         return common | {"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
     if kind == "default":

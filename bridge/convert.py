@@ -25,15 +25,16 @@ from ..storage.publish import publish
 from ..storage.safetensors_io import Spec, main_dtype
 from ..storage.space import free_bytes
 from .args import to_args, to_config
+from .dialects import LANGUAGE, check_dialect, check_known
 from .dist_format import DistCheckpoint, write_dist
 from .errors import BridgeError
 from .families import family_of
-from .family import Family, Row, Support
+from .family import Family, Row, Support, of_text
 from .hf import HFCheckpoint, write_hf
 from .lora import factor_of
 from .lora_views import Beside, Merged
 from .mapping import MinusOne, hf_dtype, hf_shapes, mcore_shape
-from .parallel import Layout, check_layout, model_of
+from .parallel import OUTPUT, Layout, check_layout, is_carried, model_of
 from .run_flags import run_notes
 from .shapes import check_shapes
 from .torch_format import TorchCheckpoint, tracked
@@ -41,6 +42,7 @@ from .torch_writer import write_torch
 
 Form = Literal["hf", "torch", "torch_dist"]
 _M_MMAP_THRESHOLD = -3  # of mallopt: from how many bytes on memory is the system's own again once it is freed
+_UNTIED = "untie_embeddings_and_output_weights"  # what Pai-Megatron-Patch sets for every model of several stages
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".distcp")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -60,9 +62,17 @@ class Target:
     dtype: str | None = None
     max_bytes: int = 5 * 10**9
     iteration: int | None = None
-    divisible_by: int = 128  # of the padded vocabulary, times TP
+    divisible_by: int | None = None  # of the padded vocabulary, times TP; None is what the dialect has
     workers: int = 2
     allow_patched_attention: bool = False  # models that stock Megatron-Core computes otherwise
+
+    def step(self) -> int:
+        """What the rows of the vocabulary are divisible by, times TP. Raises BridgeError when the dialect does not pad them."""
+        if check_dialect(self.dialect).padded:
+            return self.divisible_by or 128
+        if self.divisible_by:
+            raise BridgeError(f"--make_vocab_size_divisible_by: --dialect {self.dialect} does not pad the vocabulary")
+        return 1
 
 
 def form_of(folder: Path) -> Form:
@@ -104,17 +114,34 @@ class Source:
         """What is to be converted."""
         return list(self.family.rows(self.config) if self.only is None else self.only)
 
+    @property
+    def names(self) -> str:
+        """Whose names a Megatron checkpoint has, in words; empty for Hugging Face's."""
+        stored = self.stored
+        if stored is None or isinstance(stored, HFCheckpoint):
+            return ""
+        return " or ".join(stored.dialects) or "several dialects"
 
-def open_source(folder: Path, *, hf_config: Path | None = None, family: str | None = None) -> Source:
+    @property
+    def stored(self) -> Stored | None:
+        """What is on disk, below a view of it; None where all tensors were made."""
+        return self.tensors.base if isinstance(self.tensors, Merged | Beside) else self.tensors
+
+
+def open_source(
+    folder: Path, *, hf_config: Path | None = None, family: str | None = None, dialect: str | None = None
+) -> Source:
     """Open a checkpoint of any form. A Megatron checkpoint without a config.json gets one from its args.
 
-    Raises BridgeError, FileNotFoundError, ValueError for what is wrong on disk.
+    With ``dialect`` it must have its names. Raises BridgeError, FileNotFoundError, ValueError for what is wrong on disk.
     """
     form = form_of(folder)
     config_folder = next((place for place in (hf_config, folder) if place and (place / "config.json").is_file()), None)
     if hf_config and config_folder != hf_config:
         raise BridgeError(f"--hf_config {hf_config}: no config.json there")
     if form == "hf":
+        if dialect:
+            raise BridgeError(f"--dialect {dialect}: {folder} is a checkpoint of Hugging Face, which has no dialects")
         if config_folder is None:
             raise BridgeError(f"{folder}: no config.json; name the folder that has it with --hf_config")
         config = read_json(config_folder / "config.json")
@@ -125,11 +152,17 @@ def open_source(folder: Path, *, hf_config: Path | None = None, family: str | No
     if form == "torch_dist":
         mcore = DistCheckpoint(tracked(folder))
     else:  # the arguments' own vocab_size may be the tokenizer's, below the rows that the model was made with
-        mcore = TorchCheckpoint(folder, vocab_size=known.get("vocab_size") if known else None)
+        mcore = TorchCheckpoint(folder, vocab_size=of_text(known).get("vocab_size") if known else None)
     config = known or to_config(mcore.args)
     table = family_of(config, family)
     config = table.as_stored(config, mcore.shapes, hf=False)
-    return Source(folder, form, mcore, config, config_folder, table)
+    if table.tied(config) and OUTPUT in mcore.shapes and mcore.args.get(_UNTIED) is True:
+        config |= {"tie_word_embeddings": False}
+        mcore.said.append(f"config.json ties the embeddings, but the run untied them ({_UNTIED}): they stay so")
+    source = Source(folder, form, mcore, config, config_folder, table)
+    if dialect and dialect not in mcore.dialects:
+        raise BridgeError(f"--dialect {dialect}: {folder} has the names of {source.names}")
+    return source
 
 
 @dataclass(frozen=True)
@@ -155,12 +188,16 @@ class Plan:
         """Megatron's arguments of the model. Raises BridgeError when Megatron-Core cannot compute it, or spread it so."""
         source, target = self.source, self.target
         main = max(self.specs, key=lambda spec: spec.size).dtype
-        args = to_args(source.config, source.family, tp=target.layout.tp, divisible_by=target.divisible_by)
+        args = to_args(source.config, source.family, tp=target.layout.tp, divisible_by=target.step())
         check_layout(target.layout, args)
         support = _support(source, target)
         patched = {"patched_attention": support.reason} if support.kind == "needs_patch" else {}  # read by to_config
+        noted = check_dialect(target.dialect).config_in_args
+        plain = {
+            key: value for key, value in of_text(source.config).items() if isinstance(value, bool | int | float | str)
+        }
         return {
-            **args, **patched,
+            **(plain if noted else {}), **args, **patched,
             "params_dtype": main, "bf16": main == torch.bfloat16, "fp16": main == torch.float16, **source.args,
         }  # fmt: skip
 
@@ -168,9 +205,11 @@ class Plan:
         """The plan as a user reads it. Raises BridgeError as ``args`` does."""
         largest = max(self.specs, key=lambda spec: spec.size)
         layout = self.target.layout
+        read = f", names of {self.source.names}" if self.source.names else ""
+        written = "" if self.target.form == "hf" else f", names of {self.target.dialect}"
         said = [
-            f"from {self.source.form} {self.source.folder}: family {self.source.family.name}, {len(self.specs)} tensors",
-            f"to {self.target.form}, {self.size / 1e9:.2f} GB",
+            f"from {self.source.form} {self.source.folder}: family {self.source.family.name}, {len(self.specs)} tensors{read}",
+            f"to {self.target.form}, {self.size / 1e9:.2f} GB{written}",
             f"the largest tensor is {largest.name} {list(largest.shape)}, {largest.size / 1e9:.2f} GB",
         ]
         if self.target.form == "torch":
@@ -181,6 +220,10 @@ class Plan:
             said.append("one set of files for every TP, PP, VPP, EP and ETP")
         if self.target.form != "hf":
             said += run_notes(self.args)
+            if carried := sum(is_carried(spec.name) for spec in self.specs):
+                said.append(
+                    f"{carried} tensors of a vision tower go along under their own names, the others below {LANGUAGE}"
+                )
         elif rounded := self._rounded():
             said.append(
                 f"{len(rounded)} norms that Megatron-Core keeps as distances from one are rounded when one is added, the "
@@ -206,16 +249,18 @@ def plan(source: Source, target: Target) -> Plan:
     Megatron's.
     """
     tensors, family = source.tensors, source.family
+    if target.form != "hf":
+        check_dialect(target.dialect, target.form)
+        for name in tensors.shapes:
+            check_known(name, target.dialect)
     _support(source, target)
     wanted = {row.mcore: row for row in source.rows()}
-    if missing := [name for name in wanted if name not in tensors.shapes]:
-        raise BridgeError(
-            f"{source.folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]}"
-        )
-    if left := [name for name in tensors.shapes if name not in wanted]:
-        raise BridgeError(
-            f"{source.folder}: {len(left)} tensors are in no table of {family.name}, the first is {left[0]}"
-        )
+    missing = [name for name in wanted if name not in tensors.shapes]
+    left = [name for name in tensors.shapes if name not in wanted]
+    if missing or left:
+        said = [f"{len(missing)} tensors of the model are missing, the first is {missing[0]}"] if missing else []
+        said += [f"{len(left)} tensors are in no table of {family.name}, the first is {left[0]}"] if left else []
+        raise BridgeError(f"{source.folder}: {'; '.join(said)}")
     own = main_dtype(tensors.shapes, tensors.dtypes)
     asked = DTYPES[target.dtype] if target.dtype else None
     specs: list[Spec] = []
@@ -274,9 +319,8 @@ def check_target(made: Plan, save: Path) -> None:
     if made.size > free_bytes(save):
         raise OSError(28, f"No space left on device: {made.size:,} bytes are needed", str(save))
     check_weights(source.folder, made.target.workers)
-    stored = source.tensors.base if isinstance(source.tensors, Merged | Beside) else source.tensors
-    if isinstance(stored, HFCheckpoint):
-        stored.check_copies()
+    if isinstance(source.stored, HFCheckpoint):
+        source.stored.check_copies()
 
 
 def write_target(folder: Path, made: Plan) -> dict[str, dict[str, Any]]:
@@ -355,14 +399,14 @@ def _write_mcore(folder: Path, made: Plan, get: Callable[[str], torch.Tensor]) -
     if target.form == "torch":
         return write_torch(
             folder, made.specs, get, target.layout, args=args, iteration=target.iteration, dialect=target.dialect,
-            make_vocab_size_divisible_by=target.divisible_by, workers=target.workers, model=model_of(names),
+            make_vocab_size_divisible_by=target.step(), workers=target.workers, model=model_of(names),
         )  # fmt: skip
     inside = folder / ("release" if target.iteration is None else f"iter_{target.iteration:07d}")
     inside.mkdir()
     entries = write_dist(
         inside, made.specs, get, args=args, iteration=target.iteration or 0,
         uniform=is_uniform([*made.specs, *(Spec(name, torch.float32, ()) for name in names)]),
-        dialect=target.dialect, workers=target.workers,
+        dialect=target.dialect, tower=model_of(names).tower, workers=target.workers,
     )  # fmt: skip
     (folder / TRACKER).write_text("release" if target.iteration is None else str(target.iteration), encoding="utf-8")
     return {f"{inside.name}/{name}": entry for name, entry in entries.items()}

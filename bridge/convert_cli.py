@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SIDES = ("hf", "mcore")
 FORMATS = ("torch_dist", "torch")
-DIALECTS = ("mcore", "mcore-local")
+DIALECTS = ("mcore", "mcore-local", "mindspeed", "pai")
 _MEGATRON = "0.16"  # what megatron_cpu.py fits
 
 
@@ -55,7 +55,12 @@ def parser() -> argparse.ArgumentParser:
     add("--hf_config", "--hf-cfg-dir", type=Path, help="folder of config.json and tokenizer (default: --load)")
     add("--model_type_hf", "--model-type-hf", help="name of the family (default: by config.json)")
     add("--ckpt_format", choices=FORMATS, default="torch_dist", help="Megatron's format (default %(default)s)")
-    add("--dialect", choices=DIALECTS, default="mcore", help="names of Transformer Engine's or of local modules")
+    add(
+        "--dialect",
+        choices=DIALECTS,
+        help="whose names the Megatron checkpoint has: what is written (default mcore); with --to hf what is read (default: told "
+        "by its names)",
+    )
     add("--tp", "--target-tensor-parallel-size", type=_positive, default=1, help="tensor parallel size")
     add("--pp", "--target-pipeline-parallel-size", type=_positive, default=1, help="pipeline parallel size")
     add("--vpp", type=_positive, help="virtual chunks a pipeline stage")
@@ -84,7 +89,9 @@ def parser() -> argparse.ArgumentParser:
     add("--lora_target_modules", "--lora-target-modules", nargs="+", help="layers with LoRA in --load, to be checked")
     add("--iteration", type=int, help="write iter_NNNNNNN (default: release)")
     add(
-        "--make_vocab_size_divisible_by", type=_positive, default=128, help="of the padded vocabulary, times TP (torch)"
+        "--make_vocab_size_divisible_by",
+        type=_positive,
+        help="of the padded vocabulary, times TP (torch; default: 128)",
     )
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="dtype of the weights (default: as they are)")
     add(
@@ -150,8 +157,15 @@ def _open(args: argparse.Namespace) -> "Source":
     from .lora_source import open_adapter
     from .peft_files import is_adapter
 
-    how = open_adapter if is_adapter(args.load) else open_source
-    source = how(args.load, hf_config=args.hf_config, family=args.model_type_hf)
+    dialect = args.dialect if args.target == "hf" else None
+    if is_adapter(args.load):
+        if dialect:
+            raise BridgeError(
+                f"--dialect {dialect}: {args.load} is a LoRA adapter of Hugging Face, which has no dialects"
+            )
+        source = open_adapter(args.load, hf_config=args.hf_config, family=args.model_type_hf)
+    else:
+        source = open_source(args.load, hf_config=args.hf_config, family=args.model_type_hf, dialect=dialect)
     found = "hf" if source.form == "hf" else "mcore"
     if args.source and args.source != found:
         raise ValueError(f"--from {args.source}: {args.load} holds a checkpoint of the form {source.form}")
@@ -176,7 +190,7 @@ def target_of(args: argparse.Namespace, max_bytes: int) -> "Target":
     return Target(
         form,
         layout,
-        args.dialect,
+        args.dialect or "mcore",
         args.dtype,
         max_bytes,
         args.iteration,
@@ -202,7 +216,8 @@ def _inspect(words: Sequence[str]) -> int:
     with source.tensors as tensors:
         layout = getattr(tensors, "layout", None)
         count = sum(_count(shape) for shape in tensors.shapes.values())
-        print(f"{args.folder}: {source.form}, family {source.family.name}")
+        names = f", names of {source.names}" if source.names else ""
+        print(f"{args.folder}: {source.form}, family {source.family.name}{names}")
         print(
             f"{len(tensors.shapes)} tensors, {count:,} parameters, {', '.join(sorted(map(str, set(tensors.dtypes.values()))))}"
         )

@@ -23,7 +23,7 @@ import torch
 from ..storage.hashing import HashingFile, Ledger
 from ..storage.safe_pickle import Inert
 from ..storage.safetensors_io import Spec, bytes_of
-from .dist_names import Piece, Place, extra_states_of, pieces_of, places_of, section_places
+from .dist_names import Piece, Place, dialects_of_keys, extra_states_of, pieces_of, places_of, section_places
 from .dist_records import METADATA_NAME, Files, Record, check_tiling, read_metadata
 from .errors import BridgeError
 from .sections import sections_of
@@ -48,7 +48,8 @@ class DistCheckpoint:
     """The model in a ``torch_dist`` checkpoint, by canonical names; ``folder`` holds ``.metadata``. A context manager.
 
     ``shapes`` and ``dtypes`` come from ``.metadata`` alone, ``args`` (the plain values of Megatron's arguments) and
-    ``iteration`` from the common state; ``said`` tells what is not read. The vocabulary is as it is stored, maybe padded.
+    ``iteration`` from the common state; ``dialects`` have its keys; ``said`` tells what is not read. The vocabulary is as it
+    is stored, maybe padded.
     Raises BridgeError when a file is absent, cut, broken or unsafe, or when chunks do not make up a tensor.
     """
 
@@ -65,6 +66,7 @@ class DistCheckpoint:
         self._files.check([chunk.record for stored in self._stored.values() for chunk in stored.chunks])
         self._pieces = pieces_of(self._stored)
         self.shapes = {name: _joined_shape(name, pieces) for name, pieces in self._pieces.items()}
+        self.dialects = dialects_of_keys(self._stored, self.shapes)
         self.dtypes = {name: self._stored[pieces[0].key].dtype for name, pieces in self._pieces.items()}
         self._say_skipped([*table.others, *(table.objects.keys() - {_COMMON_OBJECT})])
         common = self._common(table.objects)
@@ -181,6 +183,7 @@ def write_dist(
     iteration: int,
     uniform: bool,
     dialect: str = "mcore",
+    tower: bool = False,
     workers: int = 2,
     max_file_bytes: int = 4 * 2**30,
 ) -> dict[str, dict[str, Any]]:
@@ -196,7 +199,7 @@ def write_dist(
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
     common = _common_state(args, iteration, uniform=uniform)
-    places = places_of({spec.name for spec in specs}, uniform=uniform, dialect=dialect)
+    places = places_of({spec.name for spec in specs}, uniform=uniform, dialect=dialect, tower=tower)
     sections = sections_of({spec.name: spec.shape for spec in specs})
     stored = {spec.name: _stored(spec, places[spec.name], sections.get(spec.name)) for spec in specs}
     table = _described([part for parts in stored.values() for part in parts])

@@ -13,9 +13,10 @@ import re
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from .dialects import check_dialect
+from .dialects import LANGUAGE, check_dialect, check_known, is_known
 from .dist_records import Chunk, Stored
 from .errors import BridgeError
+from .parallel import is_carried
 from .sections import NAMES
 
 _LAYER = re.compile(
@@ -56,12 +57,13 @@ def pieces_of(tensors: Mapping[str, Stored]) -> dict[str, list[Piece]]:
     Raises BridgeError for two keys of the same tensor and for half a tensor.
     """
     neighbours: dict[str, set[str]] = {}
-    for key in tensors:
+    short = {key: key.removeprefix(LANGUAGE) for key in tensors}
+    for key in short.values():
         if found := _LAYER.fullmatch(key):
             neighbours.setdefault(key[: found.start("rest")], set()).add(_plain(found["rest"]))
     names: dict[str, dict[str, Piece]] = {}
     for key, stored in tensors.items():
-        pattern, half, depth = _canonical(key, neighbours)
+        pattern, half, depth = _canonical(short[key], neighbours)
         if len(stored.shape) < depth:
             raise BridgeError(f"tensor {key}: the shape {stored.shape} has no dimension for its layers or experts")
         for index, chunks in _split(stored, depth).items():
@@ -110,6 +112,25 @@ def _renamed(rest: str, neighbours: set[str]) -> str:
     return rest
 
 
+def dialects_of_keys(keys: Collection[str], names: Collection[str]) -> list[str]:
+    """The dialects that have all the keys of norms of a checkpoint whose tensors are ``names``; other keys are alike."""
+    norms = tuple(stored for stored, *_ in _NORMS) + tuple(canonical for _, canonical, _ in _NORMS)
+
+    def of_norms(every: Collection[str]) -> set[str]:
+        """The keys of norms, without prefix and number."""
+        found = [_LAYER.fullmatch(key.removeprefix(LANGUAGE)) for key in every]
+        return {f"{one['head']}{_plain(one['rest'])}" for one in found if one and _plain(one["rest"]).startswith(norms)}
+
+    def has(dialect: str) -> bool:
+        if any(not is_known(name, dialect) for name in names):
+            return False
+        local = dialect == "mcore-local"
+        return of_norms(keys) == of_norms({_local(name, names) if local else name for name in names})
+
+    fits = [dialect for dialect in ("mcore", "mcore-local") if has(dialect)]
+    return [*fits, "pai"] if fits and all(is_known(name, "pai") for name in names) else fits
+
+
 def _split(stored: Stored, depth: int) -> dict[tuple[int, ...], list[Chunk]]:
     """The chunks that share elements with each place in the first ``depth`` dimensions."""
     places: dict[tuple[int, ...], list[Chunk]] = {}
@@ -128,12 +149,16 @@ class Place(NamedTuple):
     lead: tuple[int, ...]
 
 
-def places_of(names: Collection[str], *, uniform: bool, dialect: str) -> dict[str, Place]:
+def places_of(names: Collection[str], *, uniform: bool, dialect: str, tower: bool = False) -> dict[str, Place]:
     """Where each canonical name is stored; ``uniform``: all layers of the decoder in one tensor.
+
+    ``tower``: there is a vision tower beside the language model, though maybe not in ``names``.
 
     Raises BridgeError when an expert is absent, and with ``uniform`` when a layer has what another one has not.
     """
-    check_dialect(dialect)
+    check_dialect(dialect, "torch_dist")
+    for name in names:
+        check_known(name, dialect)
     split = {name: _key(_local(name, names) if dialect == "mcore-local" else name, uniform=uniform) for name in names}
     groups: dict[str, dict[tuple[int, ...], str]] = {}
     for name, (key, index) in split.items():
@@ -150,6 +175,10 @@ def places_of(names: Collection[str], *, uniform: bool, dialect: str) -> dict[st
             words = ", ".join(f"{kind} {number}" for kind, number in zip(kinds, missing, strict=False))
             raise BridgeError(f"tensor {key}: nothing for {words}, although there is {next(iter(members.values()))}")
         places |= {name: Place(key, index, lead) for index, name in members.items()}
+    if tower or any(map(is_carried, names)):  # a vision tower, beside which the language model has a name
+        places |= {
+            name: place._replace(key=LANGUAGE + place.key) for name, place in places.items() if not is_carried(name)
+        }
     return places
 
 
@@ -189,7 +218,9 @@ def extra_states_of(places: Mapping[str, Place]) -> list[str]:
     the model has and does not mind more.
     """
     keys: dict[str, None] = {}
-    for place in places.values():
+    for name, place in places.items():
+        if is_carried(name):
+            continue
         module = place.key.rpartition(".")[0]
         if ".adapter." in module:  # Megatron-Bridge leaves them out of what it saves of an adapter
             continue
@@ -197,6 +228,6 @@ def extra_states_of(places: Mapping[str, Place]) -> list[str]:
         if attention := re.match(r".*\bself_attention\.", module):
             modules.append(attention[0] + "core_attention")
         at, lead = place.at or (0,), place.lead or (1,)
-        for name in modules:
-            keys[f"{name}._extra_state/shard_{'.'.join(map(str, at))}_{'.'.join(map(str, lead))}"] = None
+        for stateful in modules:
+            keys[f"{stateful}._extra_state/shard_{'.'.join(map(str, at))}_{'.'.join(map(str, lead))}"] = None
     return list(keys)

@@ -38,6 +38,25 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Tower:
+    """A vision tower, whose tensors are carried under their own names: ``once`` in the model and ``each`` in its layers.
+
+    ``sizes`` are the keys in the config of the tower's part and of its number of layers.
+    """
+
+    once: Sequence[str]
+    each: Sequence[str]
+    sizes: tuple[str, str]
+    when: Callable[[Config, str], bool] = lambda config, name: True  # noqa: ARG005
+
+    def names(self, config: Config) -> Iterator[str]:
+        """Its tensors by name."""
+        part, key = self.sizes
+        names = [*self.once, *(name.format(l=layer) for layer in range(int(config[part][key])) for name in self.each)]
+        return (name for name in names if self.when(config, name))
+
+
+@dataclass(frozen=True, slots=True)
 class Support:
     """Whether Megatron-Core computes a model: as it is, only when changed, or not at all; ``reason`` says what to know."""
 
@@ -95,6 +114,7 @@ class Family:
     computed: tuple[str, ...] = ("rotary_emb.inv_freq",)
     prefix: str = "model.layers.{l}."
     aliases: tuple[str, ...] = ()
+    tower: Tower | None = None
     spellings: Sequence[tuple[str, str]] = ()
     mtp_prefix: str | None = None
     keys: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -103,6 +123,9 @@ class Family:
 
     def rows(self, config: Config) -> Iterator[Row]:
         """Every canonical tensor of a model of this config, in order."""
+        config = of_text(config)
+        for name in self.tower.names(config) if self.tower else ():
+            yield Row(name, Copy(), (name,))
         yield from _filled(self.top[:1], config)
         for layer in range(int(config["num_hidden_layers"])):
             yield from self._layer(config, layer, ("decoder.layers.{l}.", layer), (self.prefix, layer))
@@ -115,6 +138,7 @@ class Family:
 
     def plain(self, config: Config) -> dict[str, Any]:
         """The config with common names and with what it need not say. Raises BridgeError when a value differs by layer."""
+        config = of_text(config)
         renamed = {ours: _one(config, theirs) for ours, theirs in self.keys.items() if theirs in config}
         return {**self.implied, **config, **renamed}
 
@@ -142,7 +166,7 @@ class Family:
     def tied(self, config: Config) -> dict[str, str]:
         """The head that a model without one of its own may store all the same: its name -> that of the embedding."""
         names = {line.mcore: line.hf[0] for line in self.top}
-        tied = config.get("tie_word_embeddings") and "output_layer.weight" in names
+        tied = of_text(config).get("tie_word_embeddings") and "output_layer.weight" in names
         return {names["output_layer.weight"]: names["embedding.word_embeddings.weight"]} if tied else {}
 
     def spelled(self, name: str) -> str:
@@ -152,6 +176,7 @@ class Family:
         return name
 
     def _mtp_layers(self, config: Config) -> range:
+        config = of_text(config)
         layers, count = int(config["num_hidden_layers"]), int(config.get(_MTP) or 0) if self.mtp else 0
         if count > 1 and self.mtp_prefix:
             raise BridgeError(f"config.json: {_MTP} {count}: {self.name} has tensors for one such layer")
@@ -200,6 +225,16 @@ def _one(config: Config, key: str) -> Any:
 
 
 # ---- what many families share
+
+
+def of_text(config: Config) -> Config:
+    """The config of the language model, which a model with a vision tower keeps under ``text_config``."""
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        return config
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    own = {"model_type": config.get("model_type"), "tie_word_embeddings": tied}
+    return {key: value for key, value in {**config, **text, **own}.items() if key != "text_config"}
 
 
 def head_dim(config: Config) -> int:

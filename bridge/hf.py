@@ -86,7 +86,7 @@ class HFCheckpoint:
     def check_copies(self) -> None:
         """Raise BridgeError when a tensor that repeats another one is not equal to it; reads both."""
         for name, other in self._copies.items():
-            if name in self._weights and not self._weights.get(name).equal(self._weights.get(other)):
+            if name in self._parts and not self._part(name).equal(self._part(other)):
                 raise BridgeError(f"{self.folder}: {name} should repeat {other}, but differs from it")
 
     def _part(self, name: str) -> torch.Tensor:

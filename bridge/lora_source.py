@@ -74,7 +74,7 @@ def with_lora(source: Source, target: Target, flags: LoraFlags) -> tuple[Source,
             flag = {"how": "lora", "targets": "lora_target_modules", "rank": "lora_r", "alpha": "lora_alpha"}[given[0]]
             raise BridgeError(f"--{flag}: there is no LoRA in {source.folder}; name it with --adapter")
         return source, None
-    stored = source.tensors.base if isinstance(source.tensors, Merged | Beside) else source.tensors
+    stored = source.stored
     base = stored if stored and any(not factor_of(name) for name in stored.shapes) else None
     how = _choice(flags.how, target, source.folder, has_base=base is not None)
     if how == "merge" and base:

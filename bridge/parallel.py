@@ -47,8 +47,12 @@ _CUTS = {
     "linear_fc1.weight": Cut(0, halves=True), "linear_fc1.bias": Cut(0, halves=True), "linear_fc2.weight": Cut(1),
 }  # fmt: skip
 _LORA = re.compile(r"(.+)\.lora_([AB])\.default\.weight")  # PEFT's, on parallel layers: ``tuners/lora/tp_layer.py``
-# The local layer spec has no replicated linear layer, so its down projections are column-parallel.
-_LOCAL_CUTS = {"linear_q_down_proj.weight": Cut(0), "linear_kv_down_proj.weight": Cut(0)}
+# Cuts that differ by where the layers are from. The local layer spec has no replicated linear layer, so its down projections
+# are column-parallel.
+Cuts = Mapping[str, Cut | None]
+NO_CUTS: Cuts = {}
+LOCAL_CUTS: Cuts = {"linear_q_down_proj.weight": Cut(0), "linear_kv_down_proj.weight": Cut(0)}
+_LANGUAGE = ("decoder.", "mtp.", "embedding.", "output_layer.")
 
 
 class Rank(NamedTuple):
@@ -160,6 +164,7 @@ class Model(NamedTuple):
     mtp: int  # multi-token prediction layers
     tied: bool
     sections: Mapping[str, tuple[int, ...]] = MappingProxyType({})  # see ``sections.py``
+    tower: bool = False  # a vision tower is beside the language model
 
 
 class Piece(NamedTuple):
@@ -187,6 +192,19 @@ class Piece(NamedTuple):
         return [tensor.narrow(self.axis, start, stop - start) for start, stop in bounds]
 
 
+class Slot(NamedTuple):
+    """Where a rank keeps its part of a tensor: under ``name``, after the parts of a lower ``order`` that share the name.
+
+    ``turned``: it is transposed. ``axis``: along which the shapes of those that share a name add up; their bytes follow
+    one another.
+    """
+
+    name: str
+    order: int = 0
+    turned: bool = False
+    axis: int = 0
+
+
 def layers_of(names: Collection[str]) -> int:
     """How many decoder layers these names speak of, counted from 0. Raises BridgeError when a number is missing."""
     return _count({int(found[1]) for name in names if (found := _LAYER.match(name))}, "decoder.layers")
@@ -202,22 +220,25 @@ def model_of(names: Collection[str]) -> Model:
     if len(set(counts.values())) > 1:
         raise BridgeError(f"the layers have different numbers of experts: {sorted(set(counts.values()))}")
     mtp = _count({int(found[1]) for name in names if (found := _MTP.match(name))}, "mtp.layers")
-    return Model(layers_of(names), next(iter(counts.values()), 0), mtp, OUTPUT not in names)
+    tower = any(map(is_carried, names))
+    return Model(layers_of(names), next(iter(counts.values()), 0), mtp, OUTPUT not in names, tower=tower)
 
 
-def cut_of(name: str, *, local_spec: bool = False) -> Cut | None:
+def cut_of(name: str, *, cuts: Cuts = NO_CUTS) -> Cut | None:
     """How a tensor is cut over tensor-parallel ranks, None when each of them holds all of it.
 
-    ``name`` may be canonical or a rank's. ``local_spec``: of a model with Megatron's own layers instead of
-    TransformerEngine's. Raises BridgeError for a name of which this is not known.
+    ``name`` may be canonical or a rank's. ``cuts`` go before what holds for TransformerEngine's layers. Raises BridgeError
+    for a name of which this is not known.
     """
+    if is_carried(name):
+        return None
     if lora := _LORA.fullmatch(name):  # the factor on the side on which the layer's own weight is cut is cut alike
-        cut = cut_of(f"{lora[1]}.weight", local_spec=local_spec)
+        cut = cut_of(f"{lora[1]}.weight", cuts=cuts)
         return cut if cut and cut.axis == (lora[2] == "A") else None
     parts = name.split(".")
     for key in (".".join(parts[-2:]), ".".join(parts[-3:])):
-        if local_spec and key in _LOCAL_CUTS:
-            return _LOCAL_CUTS[key]
+        if key in cuts:
+            return cuts[key]
         if key in _CUTS:
             return _CUTS[key]
     if _WHOLE.search(name):
@@ -230,13 +251,21 @@ def is_expert(name: str) -> bool:
     return bool(_EXPERT.search(name))
 
 
+def is_carried(name: str) -> bool:
+    """Whether a tensor is none of the language model's: that of a vision tower, which goes along under its own name.
+
+    Every tensor-parallel rank of the first stage holds it whole.
+    """
+    return not name.startswith(_LANGUAGE)
+
+
 def shift(name: str, layers: int, experts: int) -> str:
     """A name with its layer's and expert's number moved by so much: from a rank's own counting to the model's or back."""
     name = _LAYER.sub(lambda found: f"decoder.layers.{int(found[1]) + layers}.", name)
     return _EXPERT.sub(lambda found: f".experts.local_experts.{int(found[1]) + experts}.", name)
 
 
-def pieces(name: str, shape: Sequence[int], layout: Layout, model: Model, *, local_spec: bool = False) -> list[Piece]:
+def pieces(name: str, shape: Sequence[int], layout: Layout, model: Model, *, cuts: Cuts = NO_CUTS) -> list[Piece]:
     """Every rank that holds a part of the canonical tensor ``name``, with the part and its name there.
 
     A tied embedding has a copy as output layer on the last stage, and the stage of multi-token prediction has a copy of
@@ -249,8 +278,8 @@ def pieces(name: str, shape: Sequence[int], layout: Layout, model: Model, *, loc
         per_rank = model.experts // layout.ep
         ep = int(expert[1]) // per_rank
         first_expert = ep * per_rank
-    ranges = _ranges(name, shape, layout, model.sections.get(name), local_spec=local_spec)
-    cut = cut_of(name, local_spec=local_spec)
+    ranges = _ranges(name, shape, layout, model.sections.get(name), cuts=cuts)
+    cut = cut_of(name, cuts=cuts)
     found: list[Piece] = []
     for stage, chunk, first_layer, here in _places(name, layout, model):
         local = shift(here, -first_layer, -first_expert)
@@ -260,20 +289,20 @@ def pieces(name: str, shape: Sequence[int], layout: Layout, model: Model, *, loc
     return found
 
 
-def part_count(name: str, layout: Layout, *, local_spec: bool = False) -> int:
+def part_count(name: str, layout: Layout, *, cuts: Cuts = NO_CUTS) -> int:
     """Into how many parts a tensor is cut; rank ``tp`` holds part ``tp % part_count``."""
-    cut = cut_of(name, local_spec=local_spec)
+    cut = cut_of(name, cuts=cuts)
     return (layout.expert_tp if is_expert(name) else layout.tp) if cut else 1
 
 
 def join(
-    name: str, parts: Sequence[torch.Tensor], sections: Sequence[int] | None = None, *, local_spec: bool = False
+    name: str, parts: Sequence[torch.Tensor], sections: Sequence[int] | None = None, *, cuts: Cuts = NO_CUTS
 ) -> torch.Tensor:
     """The tensor of its parts 0, 1, ... (``part_count`` of them); a single one is given as it is.
 
     ``sections``: see ``sections.py``.
     """
-    cut = cut_of(name, local_spec=local_spec)
+    cut = cut_of(name, cuts=cuts)
     if not cut or len(parts) == 1:
         return parts[0]
     sizes = _sections(cut, len(parts) * parts[0].shape[cut.axis], sections)
@@ -281,12 +310,12 @@ def join(
     return torch.cat([piece for pieces in zip(*split, strict=True) for piece in pieces], cut.axis)
 
 
-def joined_shape(name: str, shape: Sequence[int], layout: Layout, *, local_spec: bool = False) -> tuple[int, ...]:
+def joined_shape(name: str, shape: Sequence[int], layout: Layout, *, cuts: Cuts = NO_CUTS) -> tuple[int, ...]:
     """The shape of the canonical tensor when a rank's part has ``shape``."""
-    cut = cut_of(name, local_spec=local_spec)
+    cut = cut_of(name, cuts=cuts)
     if not cut:
         return tuple(shape)
-    parts = part_count(name, layout, local_spec=local_spec)
+    parts = part_count(name, layout, cuts=cuts)
     return (*shape[: cut.axis], shape[cut.axis] * parts, *shape[cut.axis + 1 :])
 
 
@@ -368,6 +397,8 @@ def _places(name: str, layout: Layout, model: Model) -> list[tuple[int, int, int
     last = (layout.pp - 1, layout.chunks - 1, 0)
     if found := _LAYER.match(name):
         return [(*_place_of_layers(layout, model.layers)[int(found[1])], name)]
+    if is_carried(name):
+        return [(0, 0, 0, name)]
     if not name.startswith("embedding."):
         return [(*last, name)]
     places = [(0, 0, 0, name)]
@@ -384,11 +415,11 @@ def _sections(cut: Cut, size: int, sections: Sequence[int] | None) -> Sequence[i
 
 
 def _ranges(
-    name: str, shape: Sequence[int], layout: Layout, sections: Sequence[int] | None, *, local_spec: bool
+    name: str, shape: Sequence[int], layout: Layout, sections: Sequence[int] | None, *, cuts: Cuts
 ) -> list[tuple[tuple[int, int], ...]]:
     """Of each part its ranges along the cut axis; none for a tensor that is not cut."""
-    cut = cut_of(name, local_spec=local_spec)
-    parts = part_count(name, layout, local_spec=local_spec)
+    cut = cut_of(name, cuts=cuts)
+    parts = part_count(name, layout, cuts=cuts)
     if not cut or parts == 1:
         return [()]
     sizes = _sections(cut, shape[cut.axis], sections)

@@ -16,7 +16,7 @@ _FLAGS: Mapping[str, Any] = {
     "multi_latent_attention": False, "q_lora_rank": None, "kv_lora_rank": 32, "qk_head_dim": 128,
     "qk_pos_emb_head_dim": 64, "v_head_dim": 128, "rope_type": None, "rotary_scaling_factor": 1.0, "mscale": 1.0,
     "mscale_all_dim": 0.0, "moe_router_num_groups": None, "moe_router_group_topk": None, "moe_router_dtype": None,
-    "mtp_num_layers": None,
+    "mtp_num_layers": None, "mrope_section": None,
     "attention_output_gate": False, "moe_shared_expert_gate": False, "linear_attention_freq": None,
     "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 16,
     "linear_num_value_heads": 32, "experimental_attention_variant": None, "dsa_indexer_n_heads": None,
@@ -37,7 +37,9 @@ def run_flags(args: Mapping[str, Any]) -> list[str]:
         if value is None or value == default:
             continue
         words.append("--norm-epsilon" if name == "layernorm_epsilon" else f"--{name.replace('_', '-')}")
-        if isinstance(value, float) and value.is_integer():
+        if name == "mrope_section":
+            words += map(str, value)  # a flag that takes several words
+        elif isinstance(value, float) and value.is_integer():
             words.append(str(int(value)))  # some of these flags take integers only
         elif value is not True:
             words.append(str(value).replace(" ", ""))

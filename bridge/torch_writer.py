@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -21,10 +21,23 @@ from ..storage.megatron_folder import TRACKER
 from ..storage.publish import fsync_path
 from ..storage.safetensors_io import Spec, bytes_of
 from ..storage.space import free_bytes
-from .dialects import adapted_name, check_dialect, extra_states, stored_name
+from .dialects import LANGUAGE, adapted_name, check_dialect, extra_states, slot_of
 from .errors import BridgeError
 from .lora import factor_of
-from .parallel import EMBEDDING, OUTPUT, Layout, Model, Piece, Rank, check_layout, model_of, padded_rows, pieces
+from .parallel import (
+    EMBEDDING,
+    OUTPUT,
+    Layout,
+    Model,
+    Piece,
+    Rank,
+    Slot,
+    check_layout,
+    is_carried,
+    model_of,
+    padded_rows,
+    pieces,
+)
 from .sections import sections_of
 from .torch_format import FILE, VERSION, rank_folder
 
@@ -48,15 +61,16 @@ def write_torch(
 
     ``get`` is asked for each tensor of ``specs`` once, in their order; two are in memory at most. ``args`` are completed by
     what follows from the layout and the tensors. ``model`` is needed when ``specs`` are only a part of one. ``iteration``
-    None writes a release. The files are made with holes first and filled tensor by tensor, so the memory does not grow
-    with the model. Raises BridgeError before anything is written, OSError with ENOSPC when there is no room for all of
-    it, also before.
+    None writes what the dialect has, as a rule a release. The files are made with holes first and filled tensor by tensor,
+    so the memory does not grow with the model. Raises BridgeError before anything is written, OSError with ENOSPC when
+    there is no room for all of it, also before.
     """
-    check_dialect(dialect)
+    kind = check_dialect(dialect, "torch")
+    iteration = kind.iteration if iteration is None else iteration
     if iteration is not None and iteration < 1:
         raise BridgeError(f"iteration {iteration}: Megatron reads checkpoints from iteration 1 on")
     plan = _Plan(specs, layout, args, dialect, make_vocab_size_divisible_by, model)
-    needed = sum(spec.size for state in plan.states.values() for spec in state.values())
+    needed = sum(spec.size for chunk in plan.chunks.values() for spec in chunk.stored.values())
     if needed > free_bytes(folder):
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: the checkpoint needs {needed:,} bytes", str(folder))
     name = "release" if iteration is None else f"iter_{iteration:07d}"
@@ -66,7 +80,9 @@ def write_torch(
 
     def fill(name: str, tensor: torch.Tensor) -> Path:
         for piece in plan.pieces[name]:
-            _fill(paths[piece.rank], starts[piece.rank][piece.chunk, piece.name], piece, tensor)
+            place = plan.chunks[piece.rank, piece.chunk].places[piece.name]
+            start = starts[piece.rank][piece.chunk, place.name] + place.offset
+            _fill(paths[piece.rank], start, piece, tensor, turned=place.turned)
         return paths[plan.pieces[name][0].rank]
 
     _stream(specs, get, fill)
@@ -98,6 +114,22 @@ def _stream(
         synced.result()
 
 
+class _Place(NamedTuple):
+    """Where a part lies: so many bytes after the begin of what is stored under ``name``, maybe transposed."""
+
+    name: str
+    offset: int
+    turned: bool
+
+
+class _Chunk(NamedTuple):
+    """What a chunk of a rank's file holds by its stored name, and where the parts of tensors lie in it."""
+
+    stored: dict[str, Spec]
+    places: dict[str, _Place]  # by the canonical name in the rank's counting
+    extra: list[str]  # entries without content
+
+
 class _Plan:
     """What every file will hold, from the headers alone. Raises BridgeError when the model cannot be spread so."""
 
@@ -112,27 +144,32 @@ class _Plan:
     ) -> None:
         check_layout(layout, args)
         shapes = {spec.name: spec.shape for spec in specs}
-        model = (model or model_of(shapes))._replace(sections=sections_of(shapes))
+        model, kind = (model or model_of(shapes))._replace(sections=sections_of(shapes)), check_dialect(dialect)
         adapted = {factor.weight for name in shapes if (factor := factor_of(name))}
         if (EMBEDDING not in shapes and not adapted) or not model.layers:
             raise BridgeError(f"the model has no {EMBEDDING} or no layers; it is no model of Megatron-Core")
         self.layout = layout
         vocab = shapes[EMBEDDING][0] if EMBEDDING in shapes else int(args["vocab_size"])
+        divisible_by = divisible_by if kind.padded else 1
         padded = padded_rows(vocab, divisible_by, layout.tp)
+        if padded != vocab and not kind.padded:
+            raise BridgeError(
+                f"--tp {layout.tp}: the vocabulary of {vocab} rows cannot be cut evenly, and --dialect {dialect} does not pad it"
+            )
         self.pieces: dict[str, list[Piece]] = {}
-        self.states: dict[tuple[Rank, int], dict[str, Spec]] = {
-            (rank, chunk): {} for rank in layout.ranks() for chunk in range(layout.chunks)
+        parts: dict[tuple[Rank, int], list[tuple[Slot, Spec]]] = {
+            (rank, chunk): [] for rank in layout.ranks() for chunk in range(layout.chunks)
         }
         for spec in specs:
             shape = (padded, *spec.shape[1:]) if spec.name in (EMBEDDING, OUTPUT) else spec.shape
-            found = pieces(spec.name, shape, layout, model, local_spec=dialect == "mcore-local")
+            found = pieces(spec.name, shape, layout, model, cuts=kind.cuts)
             self.pieces[spec.name] = found
             for piece in found:
-                stored = stored_name(piece.name, dialect)
+                slot = slot_of(piece.name, dialect, mtp=model.mtp > 0)
                 if f"{spec.name.rpartition('.')[0]}.weight" in adapted:
-                    stored = adapted_name(stored)
-                here = Spec(stored, spec.dtype, piece.shape(shape))
-                self.states[piece.rank, piece.chunk][piece.name] = here
+                    slot = slot._replace(name=adapted_name(slot.name))
+                parts[piece.rank, piece.chunk].append((slot, Spec(piece.name, spec.dtype, piece.shape(shape))))
+        self.chunks = {at: _chunk(here, tower=model.tower, extra=kind.extra_states) for at, here in parts.items()}
         even = layout.layer_list is None and layout.chunks > 1
         self.args = dict(args) | {
             "ckpt_format": "torch", "num_layers": model.layers, "vocab_size": vocab, "padded_vocab_size": padded,
@@ -143,26 +180,62 @@ class _Plan:
             "virtual_pipeline_model_parallel_size": layout.vpp if layout.chunks > 1 else None,
             "num_layers_per_virtual_pipeline_stage": model.layers // layout.pp // layout.chunks if even else None,
             "pipeline_model_parallel_layout": layout.megatron_layout(model.layers, model.mtp),
-            "transformer_impl": "transformer_engine" if dialect == "mcore" else "local",
-            "moe_grouped_gemm": dialect == "mcore" and model.experts > 0,
+            "transformer_impl": "local" if kind.local else "transformer_engine",
+            "moe_grouped_gemm": dialect != "mcore-local" and model.experts > 0, **kind.own_args(layout),
         }  # fmt: skip
 
-    def content(self, rank: Rank) -> dict[str, dict[str, Spec]]:
-        """The chunks of a rank's file: key -> canonical name in the rank's counting -> what is stored."""
+    def content(self, rank: Rank) -> dict[str, _Chunk]:
+        """The chunks of a rank's file by their key."""
         keys = [f"model{chunk}" for chunk in range(self.layout.chunks)] if self.layout.chunks > 1 else ["model"]
-        return {key: self.states[rank, chunk] for chunk, key in enumerate(keys)}
+        return {key: self.chunks[rank, chunk] for chunk, key in enumerate(keys)}
 
 
-def _write_holes(
-    path: Path, base: Mapping[str, Any], chunks: Mapping[str, Mapping[str, Spec]]
-) -> dict[tuple[int, str], int]:
-    """Write a rank's file with holes for its tensors; of each (chunk, name) the place where its bytes belong."""
+def _chunk(parts: Sequence[tuple[Slot, Spec]], *, tower: bool, extra: bool) -> _Chunk:
+    """Parts by their canonical names as they are stored; ``tower``: beside them is something that is no language model."""
+    shared: dict[str, list[tuple[Slot, Spec]]] = {}
+    for slot, spec in parts:
+        shared.setdefault(slot.name, []).append((slot, spec))
+    names = {
+        name: f"{LANGUAGE if tower and not is_carried(spec.name) else ''}{name}"
+        for name, [(_, spec), *_] in shared.items()
+    }
+    found = _Chunk({}, {}, [])
+    for name, members in shared.items():
+        offset = 0
+        members.sort(key=lambda member: member[0].order)
+        for slot, spec in members:
+            found.places[spec.name] = _Place(names[name], offset, slot.turned)
+            offset += spec.size
+        found.stored[names[name]] = _joined(names[name], members)
+    if extra:
+        own = [slot.name for slot, spec in parts if not is_carried(spec.name)]
+        last = any(spec.name == "decoder.final_layernorm.weight" for _, spec in parts)
+        found.extra.extend(f"{LANGUAGE if tower else ''}{name}" for name in extra_states(own, last_stage=last))
+    return found
+
+
+def _joined(name: str, members: Sequence[tuple[Slot, Spec]]) -> Spec:
+    """What is stored of the parts that share a name."""
+    (slot, first), *others = members
+    if not others and not slot.turned:
+        return first._replace(name=name)
+    shapes = [spec.shape[::-1] if slot.turned else spec.shape for _, spec in members]
+    if len({spec.dtype for _, spec in members}) > 1:
+        raise BridgeError(
+            f"tensor {name}: its parts have several types: {', '.join(str(spec.dtype) for _, spec in members)}"
+        )
+    shape = list(shapes[0])
+    shape[slot.axis] = sum(shape[slot.axis] for shape in shapes)
+    return Spec(name, first.dtype, tuple(shape))
+
+
+def _write_holes(path: Path, base: Mapping[str, Any], chunks: Mapping[str, _Chunk]) -> dict[tuple[int, str], int]:
+    """Write a rank's file with holes for its tensors; of each (chunk, stored name) the place where its bytes belong."""
     states: dict[str, dict[str, Any]] = {}
-    for key, state in chunks.items():
+    for key, chunk in chunks.items():
         # Memory that is never touched is never taken: torch cannot save tensors without any.
-        tensors = {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in state.values()}
-        last = "decoder.final_layernorm.weight" in state
-        states[key] = tensors | dict.fromkeys(extra_states(tensors, last_stage=last))
+        tensors = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in chunk.stored.items()}
+        states[key] = tensors | dict.fromkeys(chunk.extra)
     path.parent.mkdir(parents=True)
     crc = torch.serialization.get_crc32_options()
     try:
@@ -176,7 +249,7 @@ def _write_holes(
                 raise
     finally:
         torch.serialization.set_crc32_options(crc)
-    order = [(chunk, spec) for chunk, state in enumerate(chunks.values()) for spec in state.items()]
+    order = [(number, item) for number, chunk in enumerate(chunks.values()) for item in chunk.stored.items()]
     places = _records(path)
     starts: dict[tuple[int, str], int] = {}
     for (chunk, (name, spec)), (start, size) in zip(order, places, strict=True):
@@ -219,11 +292,12 @@ def _records(path: Path) -> list[tuple[int, int]]:
     return [(start, size) for _, start, size in sorted(found)]
 
 
-def _fill(path: Path, start: int, piece: Piece, tensor: torch.Tensor) -> None:
+def _fill(path: Path, start: int, piece: Piece, tensor: torch.Tensor, *, turned: bool = False) -> None:
     """Write a piece of a tensor to its place. Rows of a vocabulary beyond the tensor's own stay zero: a hole."""
+    views = [torch.cat(piece.views(tensor)).t()] if turned else piece.views(tensor)
     handle = os.open(path, os.O_WRONLY)
     try:
-        for view in piece.views(tensor):
+        for view in views:
             flat = view if view.dim() else view.reshape(1)
             rows = max(1, PIECE * len(flat) // max(1, flat.nbytes))
             for first in range(0, len(flat), rows):

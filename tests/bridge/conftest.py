@@ -1,5 +1,6 @@
 """Tiny models of every family, as transformers saves them, with random weights of every kind."""
 
+import json
 from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
@@ -112,12 +113,27 @@ def add_further(name: str, values: dict[str, Any]) -> None:
         values[f"{further}shared_head.head.weight"] = values["lm_head.weight"].clone()
 
 
+def with_further_layer(name: str, folder: Path, target: Path) -> Path:
+    """A saved model with such a layer in files of its own."""
+    from safetensors.torch import load_file, save_file
+
+    values = load_file(folder / "model.safetensors")
+    add_further(name, values)
+    target.mkdir()
+    config = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (target / "config.json").write_text(json.dumps(config))
+    save_file(values, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
 @pytest.fixture(scope="session")
 def hf_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Saved models by name."""
+    """Saved models by name; ``deepseek_v3_mtp`` has a layer that predicts further tokens."""
     folder = tmp_path_factory.mktemp("hf")
 
     def get(name: str) -> Path:
+        if not (folder / name).exists() and (plain := name.removesuffix("_mtp")) != name:
+            return with_further_layer(plain, get(plain), folder / name)
         if not (folder / name).exists():
             tiny(name).save_pretrained(folder / name)
         return folder / name

@@ -3,16 +3,19 @@
 import pytest
 import torch
 from canonical_models import tiny_model
+from finebridge.bridge import mindspeed
 from finebridge.bridge.dialects import (
-    DIALECTS,
     canonical_names,
     check_dialect,
+    cuts_of,
+    dialects_of,
     extra_states,
+    slot_of,
     stored_name,
     ungrouped,
-    uses_local_spec,
 )
 from finebridge.bridge.errors import BridgeError
+from finebridge.bridge.parallel import LOCAL_CUTS
 
 AT = "decoder.layers.3."
 MODELS = [
@@ -25,14 +28,14 @@ MODELS = [
 
 
 @pytest.mark.parametrize("model", MODELS, ids=str)
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", ["mcore", "mcore-local", "pai"])
 def test_names_go_there_and_back(dialect: str, model: dict[str, object]) -> None:
     names = list(tiny_model(**model))  # pyright: ignore[reportArgumentType]
     stored = [stored_name(name, dialect) for name in names]
     assert len(set(stored)) == len(names)
     assert canonical_names(stored) == dict(zip(stored, names, strict=True))
     assert canonical_names(names) == dict(zip(names, names, strict=True))
-    assert uses_local_spec(stored) == (dialect == "mcore-local" and bool(model.get("mla")))
+    assert dialect in dialects_of(stored, names)
 
 
 @pytest.mark.parametrize(
@@ -123,12 +126,58 @@ def test_linear_layers_have_an_extra_state() -> None:
     ]
 
 
+def test_other_dialects_are_refused() -> None:
+    for name in ("nemo", "Mcore", ""):
+        with pytest.raises(
+            BridgeError, match=f"--dialect {name}: not known; choose from mcore, mcore-local, mindspeed, pai"
+        ):
+            check_dialect(name)
+    with pytest.raises(BridgeError, match="--dialect mindspeed: its checkpoints have the format torch only"):
+        check_dialect("mindspeed", "torch_dist")
+
+
+@pytest.mark.parametrize("dialect", ["mindspeed", "pai"])
 @pytest.mark.parametrize(
-    ("dialect", "said"),
-    [("mindspeed", "not yet"), ("pai", "not yet"), ("nemo", "not known; choose from mcore, mcore-local")],
+    "name",
+    [
+        "decoder.layers.0.self_attention.in_proj.weight",
+        "mtp.layers.0.transformer_layer.mlp.linear_fc2.bias",
+        "visual.x.weight",
+    ],
 )
-def test_other_dialects_are_refused(dialect: str, said: str) -> None:
-    with pytest.raises(BridgeError, match=f"--dialect {dialect}: {said}"):
-        check_dialect(dialect)
-    with pytest.raises(BridgeError, match=said):
-        stored_name("decoder.layers.0.x", dialect)
+def test_a_tensor_without_a_known_name_is_refused(dialect: str, name: str) -> None:
+    with pytest.raises(BridgeError, match=f"tensor {name}: --dialect {dialect} has no name for it"):
+        slot_of(name, dialect)
+
+
+def test_adapters_of_mindspeed_have_their_canonical_names() -> None:
+    for layer in ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"):
+        name = f"{AT}{layer}.lora_A.default.weight"
+        assert slot_of(name, "mindspeed").name == name
+    with pytest.raises(BridgeError, match="--dialect pai has no name for it"):
+        slot_of(name, "pai")
+
+
+def test_the_dialects_of_a_checkpoint_are_told_by_its_names() -> None:
+    dense, latent = tiny_model(), tiny_model(mla=True, experts=2, mtp=1)
+    for model, dialect, found in [
+        (dense, "mcore", ["mcore", "pai"]),
+        (dense, "mcore-local", ["mcore-local", "mindspeed", "pai"]),
+        (dense, "mindspeed", ["mcore-local", "mindspeed", "pai"]),
+        (latent, "mcore", ["mcore", "pai"]),
+        (latent, "mcore-local", ["mcore-local", "pai"]),
+        (latent, "mindspeed", ["mindspeed"]),
+    ]:
+        stored = {slot_of(name, dialect, mtp=model is latent).name for name in model}
+        assert dialects_of(stored, model) == found
+    stored = {stored_name(name, "mcore-local" if ".0." in name else "mcore") for name in dense}
+    assert dialects_of(stored, dense) == []
+
+
+def test_a_down_projection_is_cut_when_it_has_too_few_rows() -> None:
+    model = {name: tuple(tensor.shape) for name, tensor in tiny_model(mla=True).items()}
+    assert cuts_of(model) == {}
+    half = {name: (shape[0] // 2, *shape[1:]) if "down_proj" in name else shape for name, shape in model.items()}
+    assert cuts_of(half) == LOCAL_CUTS
+    assert cuts_of({stored_name(name, "mcore-local"): shape for name, shape in half.items()}) == LOCAL_CUTS
+    assert cuts_of({slot_of(name, "mindspeed").name: shape for name, shape in model.items()}) == mindspeed.CUTS

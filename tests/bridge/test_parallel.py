@@ -9,6 +9,9 @@ import torch
 from canonical_models import EMBEDDING, tiny_model
 from finebridge.bridge.errors import BridgeError
 from finebridge.bridge.parallel import (
+    LOCAL_CUTS,
+    NO_CUTS,
+    Cuts,
     Layout,
     Model,
     Rank,
@@ -47,29 +50,29 @@ def layouts(draw: st.DrawFn, layers: int = 4) -> Layout:
 @settings(max_examples=60, deadline=None)
 @given(
     layout=layouts(), tied=st.booleans(), experts=st.sampled_from([0, 4]), mla=st.booleans(), mtp=st.integers(0, 2),
-    local_spec=st.booleans(),
+    cuts=st.sampled_from([NO_CUTS, LOCAL_CUTS]),
 )  # fmt: skip
 def test_the_parts_on_all_ranks_join_to_the_same_model(
-    layout: Layout, tied: bool, experts: int, mla: bool, mtp: int, local_spec: bool
+    layout: Layout, tied: bool, experts: int, mla: bool, mtp: int, cuts: Cuts
 ) -> None:
-    whole = tiny_model(vocab=16, tied=tied, bias=True, experts=experts, mla=mla, mtp=mtp, q_lora=not local_spec)
-    whole = {name: tensor for name, tensor in whole.items() if not (local_spec and "linear_kv_down" in name)}
+    whole = tiny_model(vocab=16, tied=tied, bias=True, experts=experts, mla=mla, mtp=mtp, q_lora=not cuts)
+    whole = {name: tensor for name, tensor in whole.items() if not (cuts and "linear_kv_down" in name)}
     model = model_of(whole)
     assert model == Model(4, experts, mtp, tied)
     held: dict[tuple[Rank, int], dict[str, torch.Tensor]] = defaultdict(dict)
     back: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
     for name, tensor in whole.items():
-        for piece in pieces(name, tensor.shape, layout, model, local_spec=local_spec):
+        for piece in pieces(name, tensor.shape, layout, model, cuts=cuts):
             part = torch.cat(piece.views(tensor), piece.axis or 0)
             assert tuple(part.shape) == piece.shape(tensor.shape)
             assert piece.name not in held[piece.rank, piece.chunk]
             held[piece.rank, piece.chunk][piece.name] = part
-            back[name][piece.rank.tp % part_count(name, layout, local_spec=local_spec)] = part
+            back[name][piece.rank.tp % part_count(name, layout, cuts=cuts)] = part
     assert {rank for rank, _ in held} <= set(layout.ranks())
     for name, tensor in whole.items():
-        parts = [back[name][number] for number in range(part_count(name, layout, local_spec=local_spec))]
-        assert torch.equal(join(name, parts, local_spec=local_spec), tensor), name
-        assert joined_shape(name, parts[0].shape, layout, local_spec=local_spec) == tuple(tensor.shape)
+        parts = [back[name][number] for number in range(part_count(name, layout, cuts=cuts))]
+        assert torch.equal(join(name, parts, cuts=cuts), tensor), name
+        assert joined_shape(name, parts[0].shape, layout, cuts=cuts) == tuple(tensor.shape)
     for part in held.values():
         here = model_of(part)  # raises when a rank's own counting has a gap
         assert here.experts in (0, experts // layout.ep)
@@ -140,7 +143,7 @@ def test_rows_columns_and_whole_tensors() -> None:
         assert [piece.ranges for piece in pieces(name, (8, 6), layout, DENSE)] == rows, name
     for name in ("linear_q_down_proj", "linear_kv_down_proj"):  # megatron's own layers have no replicated linear layer
         name = f"{at}self_attention.{name}.weight"  # noqa: PLW2901
-        assert [piece.ranges for piece in pieces(name, (8, 6), layout, DENSE, local_spec=True)] == rows, name
+        assert [piece.ranges for piece in pieces(name, (8, 6), layout, DENSE, cuts=LOCAL_CUTS)] == rows, name
 
 
 def test_copies_of_the_embedding_are_where_megatron_has_them() -> None:

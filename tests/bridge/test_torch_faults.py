@@ -393,7 +393,17 @@ def test_objects_of_megatron_are_kept_as_they_are_told(tmp_path: Path, monkeypat
         (Layout(pp=3), {}, "2 layers cannot be spread evenly over --pp 3"),
         (Layout(ep=3), {}, "--ep 3: 2 experts"),
         (Layout(etp=2), {}, "--etp 2 does not divide --tp 1"),
-        (Layout(), {"dialect": "mindspeed"}, "--dialect mindspeed: not yet"),
+        (Layout(), {"dialect": "nemo"}, "--dialect nemo: not known"),
+        (
+            Layout(tp=8),
+            {"dialect": "mindspeed"},
+            "--tp 8: the vocabulary of 100 rows cannot be cut evenly, and --dialect mind",
+        ),
+        (
+            Layout(tp=8),
+            {"dialect": "pai"},
+            "--tp 8: the vocabulary of 100 rows cannot be cut evenly, and --dialect pai",
+        ),
         (Layout(), {"iteration": 0}, "iteration 0: Megatron reads checkpoints from iteration 1 on"),
     ],
 )

@@ -4,15 +4,15 @@ import io
 import pickle
 import zipfile
 from argparse import Namespace
-from collections import OrderedDict
-from pathlib import PurePosixPath
+from collections import OrderedDict, defaultdict
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from finebridge.storage.safe_load import UnsafeFileError
-from finebridge.storage.safe_pickle import Inert, read_pickle, read_torch, tensor_bytes, typed
+from finebridge.storage.safe_pickle import Inert, load_namespace_file, read_pickle, read_torch, tensor_bytes, typed
 
 TENSORS = {
     "grid": torch.randn(3, 4).bfloat16(),
@@ -149,3 +149,60 @@ def test_what_is_no_plain_tensor_is_refused(value: object) -> None:
 def test_a_name_that_has_no_place_there_is_refused_and_told() -> None:
     with pytest.raises(UnsafeFileError, match=r"^file: names builtins\.print, which has no place"):
         read_pickle(pickle.dumps([print]), "file")
+
+
+# Files of settings and tensors
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_file_of_any_protocol_is_read(protocol: int, tmp_path: Path) -> None:
+    value = {
+        "args": Namespace(a=1, b=[None, 2.5], c=torch.bfloat16),
+        "model": OrderedDict((name, tensor) for name, tensor in TENSORS.items() if name != "narrow"),
+        "iteration": 3,
+    }
+    torch.save(value, tmp_path / "file", pickle_protocol=protocol)
+    found = load_namespace_file(tmp_path / "file")
+    assert (found["args"], found["iteration"]) == (value["args"], 3)
+    for name, tensor in value["model"].items():
+        assert torch.equal(found["model"][name], tensor.detach())
+        assert found["model"][name].dtype == tensor.dtype
+
+
+def test_what_only_newer_protocols_name_is_read_without_running_it(tmp_path: Path) -> None:
+    value = {
+        "model": defaultdict(dict, {"x": torch.ones(3)}), "state": SimpleNamespace(z=3), "place": PurePosixPath("a/b"),
+    }  # fmt: skip
+    torch.save(value, tmp_path / "file", pickle_protocol=4)
+    found = load_namespace_file(tmp_path / "file")
+    assert type(found["model"]) is dict
+    assert torch.equal(found["model"]["x"], torch.ones(3))
+    assert found["state"] == Namespace(z=3)
+    assert isinstance(found["place"], Inert)
+    assert found["place"].args == ("a", "b")
+
+
+class _Runs:
+    def __reduce__(self) -> Any:
+        return print, ("run",)
+
+
+def test_a_hostile_or_broken_file_of_a_newer_protocol_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "file"
+    torch.save({"x": _Runs()}, path, pickle_protocol=4)
+    with pytest.raises(UnsafeFileError, match=r"names builtins\.print, which has no place"):
+        load_namespace_file(path)
+    assert capsys.readouterr().out == ""
+    torch.save([torch.ones(3)], path, pickle_protocol=4)
+    with pytest.raises(UnsafeFileError, match="a dictionary by name is expected"):
+        load_namespace_file(path)
+    torch.save({"x": torch.ones(3000)}, path, pickle_protocol=4)
+    whole = path.read_bytes()
+    for size in (0, 3, 100, len(whole) // 2, len(whole) - 5):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UnsafeFileError, match="broken"):
+            load_namespace_file(path)
+    with pytest.raises(FileNotFoundError):
+        load_namespace_file(tmp_path / "none")
