@@ -11,6 +11,7 @@ Neither Megatron nor a GPU is needed (for ``--forward`` Megatron is). Names of M
 
 import argparse
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -47,14 +48,20 @@ def parser() -> argparse.ArgumentParser:
         choices=SIDES,
         help="what --load is (default: told by its files)",
     )
-    add(
-        "--to", "--save-model-type", dest="target", required=True, type=_side, choices=SIDES, help="what --save will be"
-    )
+    add("--to", "--save-model-type", dest="target", type=_side, choices=SIDES, help="what --save will be")
     add("--load", "--load-dir", type=Path, required=True, help="folder of the checkpoint, or of a LoRA adapter")
     add("--save", "--save-dir", type=Path, help="new folder")
+    add(
+        "--enable_hf2mg_convert", "--enable-hf2mg-convert", action="store_true",
+        help="--to mcore, kept: made once for these files and flags, then found (format torch unless told)",
+    )  # fmt: skip
+    add(
+        "--mg_cache_dir", "--mg-cache-dir", "--mg-save-dir", type=Path,
+        help="where that is kept (default: megatron_cache_tpNppNepN in --load)",
+    )  # fmt: skip
     add("--hf_config", "--hf-cfg-dir", type=Path, help="folder of config.json and tokenizer (default: --load)")
     add("--model_type_hf", "--model-type-hf", help="name of the family (default: by config.json)")
-    add("--ckpt_format", choices=FORMATS, default="torch_dist", help="Megatron's format (default %(default)s)")
+    add("--ckpt_format", choices=FORMATS, help="Megatron's format (default torch_dist)")
     add(
         "--dialect",
         choices=DIALECTS,
@@ -111,20 +118,52 @@ def main(words: Sequence[str]) -> int:
     if words and words[0] in verbs:
         return verbs[words[0]](words[1:])
     args = parser().parse_args(words)
+    if args.enable_hf2mg_convert:
+        _keep(args)
+    elif args.mg_cache_dir:
+        raise ValueError("--mg_cache_dir is for --enable_hf2mg_convert")
+    if not args.target:
+        raise ValueError("--to is missing: hf or mcore")
     if not args.save and not args.dry_run:
         raise ValueError("--save is missing (or give --dry_run)")
     max_bytes = parse_size(args.max_shard_size)
     if not args.load.is_dir():
         raise ValueError(f"--load {args.load}: no such folder")
-    if args.save and args.save.exists() and not args.overwrite and not args.dry_run:
+    kept = args.enable_hf2mg_convert
+    if args.save and args.save.exists() and not (args.overwrite or args.dry_run or kept):
         raise ValueError(f"--save {args.save} exists already; choose another folder or give --overwrite")
 
     target = target_of(args, max_bytes)
+    if kept and not args.dry_run:
+        return _converted_once(args, target)
     gc.freeze()  # what is imported stays: the many objects of large headers are looked through without it
     try:
         return _convert(args, target)
     finally:
         gc.unfreeze()
+
+
+def _keep(args: argparse.Namespace) -> None:
+    """Fill in what ``--enable_hf2mg_convert`` stands for. Raises ValueError for flags that do not go with it."""
+    if args.save or args.adapter or args.lora or args.target == "hf" or args.source == "mcore":
+        raise ValueError(
+            "--enable_hf2mg_convert is from a Hugging Face model into --mg_cache_dir; leave --save and LoRA out"
+        )
+    args.target, args.source = "mcore", "hf"
+    args.ckpt_format = args.ckpt_format or "torch"
+    args.save = args.mg_cache_dir or args.load / f"megatron_cache_tp{args.tp}pp{args.pp}ep{args.ep}"
+    parent = next(folder for folder in args.save.absolute().parents if folder.exists())
+    if not os.access(parent, os.W_OK) and not args.save.exists():
+        raise ValueError(f"{parent}: not writable; name another place with --mg_cache_dir")
+
+
+def _converted_once(args: argparse.Namespace, target: "Target") -> int:
+    from .kept import convert_once, key_of
+
+    memory = args.save.with_name(f".{args.save.name}.sources")
+    made = convert_once(lambda: _open(args), target, args.save, key_of(args.load, args.hf_config, target, memory))
+    print(f"{'wrote' if made else 'reused'} {args.save}")
+    return 0
 
 
 def _convert(args: argparse.Namespace, target: "Target") -> int:
@@ -186,7 +225,7 @@ def target_of(args: argparse.Namespace, max_bytes: int) -> "Target":
     layout = Layout(args.tp, args.pp, args.vpp, args.ep, args.etp, args.num_layer_list)
     if layout != Layout() and args.target == "hf":
         raise ValueError("--tp, --pp, --vpp, --ep, --etp and --num_layer_list are for --to mcore")
-    form = "hf" if args.target == "hf" else args.ckpt_format
+    form = "hf" if args.target == "hf" else args.ckpt_format or "torch_dist"
     return Target(
         form,
         layout,

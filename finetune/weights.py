@@ -4,30 +4,28 @@ The trainer reads and writes Hugging Face folders. What it is to start from is c
 folder whose name is a hash of all that it is made from; what it leaves is merged, if it is an adapter, and converted.
 """
 
-import hashlib
-import json
 import os
 from argparse import ArgumentError, Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..bridge.convert_cli import parser, target_of
-from ..storage.assets import is_asset, is_tokenizer_asset
+from ..storage.assets import is_tokenizer_asset
 from ..storage.manifest import newest_verified
 from ..storage.megatron_folder import is_megatron
-from ..storage.once import build_once
-from ..storage.source_hashes import source_sha256
 from ..train.arguments import Arguments
 from ..train.hf_flags import hf_value
 
-FORMAT = 1  # raise when the same checkpoint would be converted otherwise
 _ADAPTER = "adapter_config.json"
 _MANY = 8  # threads, the disk is the limit before
 _AT_STEP = "iteration=step"
+_EXPORT = ("--to", "mcore", "--load", "")
 # Flags of a conversion that a run answers itself.
-_NO_EXPORT = ("load", "save", "from", "to", "dry_run", "overwrite", "hf_config", "model_type_hf", "max_shard_size")
+_NO_EXPORT = (
+    "load", "save", "source", "target", "hf_config", "model_type_hf", "max_shard_size", "dry_run", "overwrite",
+    "enable_hf2mg_convert", "mg_cache_dir", "adapter", "lora", "lora_alpha", "lora_r", "lora_target_modules",
+)  # fmt: skip
 
 
 class MegatronEnds:
@@ -86,29 +84,18 @@ def from_megatron(model: Path, config: Path | None, cache: Path, say: Callable[[
     ``config`` is the folder of config.json and tokenizer where the checkpoint has none. Safe to call from many
     processes. Raises BridgeError, ManifestError, ValueError, OSError with ENOSPC.
     """
-    from ..bridge.convert import Target, check_target, open_source, plan, write_target
+    from ..bridge.convert import Source, Target, open_source
+    from ..bridge.kept import convert_once, key_of
     from ..bridge.lora_source import LoraFlags, with_lora
-    from ..bridge.torch_format import tracked
 
-    inside = tracked(model)
-    described = {path for folder in (model, config) if folder for path in folder.iterdir() if is_asset(path)}
-    files = sorted({path for path in inside.rglob("*") if path.is_file()} | described)
-    hashes = source_sha256(files, cache, say)
-    settings = {"format": FORMAT, "files": [[file.name, hashes[file]] for file in files]}
-    target = cache / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    written: dict[str, dict[str, Any]] = {}
+    wanted = Target("hf", workers=_workers())
 
-    def build(folder: Path, tell: Callable[[str], None]) -> Mapping[str, Any]:
-        source, _ = with_lora(open_source(model, hf_config=config), Target("hf"), LoraFlags())
-        with source.tensors:
-            made = plan(source, Target("hf", workers=_workers()))
-            for line in made.lines():
-                tell(f"weights: {line}")
-            check_target(made, target)
-            written.update(write_target(folder, made))
-        return {**made.made_from, **settings}
+    def opened() -> Source:
+        return with_lora(open_source(model, hf_config=config), wanted, LoraFlags())[0]
 
-    built = build_once(target, build, kind="hf", say=say, written=written)
+    key = key_of(model, config, wanted, cache, say)
+    target = cache / key
+    built = convert_once(opened, wanted, target, key, lambda line: say(f"weights: {line}"))
     say(f"weights: {model} is a Megatron checkpoint; {'converted to' if built else 'reused'} {target}")
     say("weights: nothing else of its run is taken: not its optimizer, random numbers and iteration")
     return target
@@ -116,12 +103,12 @@ def from_megatron(model: Path, config: Path | None, cache: Path, say: Callable[[
 
 def parse_export(text: str) -> Namespace:
     """``tp=2,pp=2,format=torch`` as flags of ``finebridge convert``; ``iteration=step`` is that of the run. Raises ValueError."""
-    words = ["--to", "mcore", "--load", ""]
+    words = [*_EXPORT]
     for part in text.split(","):
         key, equals, value = part.partition("=")
         if not equals and words[-2] == "--num_layer_list":
             words[-1] += f",{part}"
-        elif not equals or key in _NO_EXPORT:
+        elif not equals:
             raise ValueError(f"--export_mcore {text}: {part!r}; pairs like tp=2,pp=2,format=torch are expected")
         elif part != _AT_STEP:
             words += [f"--{'ckpt_format' if key == 'format' else key}", value]
@@ -133,6 +120,9 @@ def parse_export(text: str) -> Namespace:
         raise ValueError(f"--export_mcore {text}: {error}") from None
     if unknown:
         raise ValueError(f"--export_mcore {text}: {unknown[0].lstrip('-')} is none of the flags of finebridge convert")
+    plain = flags.parse_args(_EXPORT)
+    if given := [name for name in _NO_EXPORT if getattr(known, name) != getattr(plain, name)]:
+        raise ValueError(f"--export_mcore {text}: {given[0]} is not for an export")
     known.at_step = _AT_STEP in text.split(",")
     return known
 

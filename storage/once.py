@@ -172,15 +172,17 @@ def build_once(
     kind: str,
     say: Say = print,
     written: Mapping[str, Mapping[str, Any]] | None = None,
+    key: str | None = None,
 ) -> bool:
     """Make sure that ``target`` stands and verifies; True when this call built it.
 
     ``build(folder, tell)`` fills the folder and returns what the manifest should say of the sources; what it ``tell``s is
     said, here and by those who wait. ``written`` (see ``publish``) it may fill with what it hashed while writing. A target
-    that no longer verifies (a changed or cut file) is built again, and that is said. Raises what ``build`` does;
+    that no longer verifies (a changed or cut file), or was made for another ``key`` where the name of the target does not
+    hold it, is built again, and that is said. Raises what ``build`` does;
     BuildFailedError, or OSError with the same number, when another process built and failed while this one waited.
     """
-    if _stands(target):
+    if _stands(target, key):
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
     watch = _Watch(target.with_name(f".{target.name}.lock"), say, _TOLD)
@@ -192,24 +194,30 @@ def build_once(
             watch.pause()
             continue
         with lock:
-            if _stands(target, say):
+            if _stands(target, key, say):
                 return False  # another process built it while this one waited
             _raise_failure(target, watch.attempts)
-            return _build(target, build, lock, kind, say, written)
+            return _build(target, build, lock, kind, say, written, key)
 
 
 def _build(
-    target: Path, build: Build, lock: _LockFile, kind: str, say: Say, written: Mapping[str, Mapping[str, Any]] | None
+    target: Path,
+    build: Build,
+    lock: _LockFile,
+    kind: str,
+    say: Say,
+    written: Mapping[str, Mapping[str, Any]] | None,
+    key: str | None,
 ) -> bool:
     def tell(text: str) -> None:
         lock.tell(text)
         say(text)
 
-    made_from: dict[str, Any] = {}
+    made_from: dict[str, Any] = {"key": key} if key else {}
     try:
         with publish(target, kind=kind, made_from=made_from, replace=True, written=written) as folder:
             made_from.update(build(folder, tell))
-            if not lock.held and _stands(target):
+            if not lock.held and _stands(target, key):
                 raise _LateError  # noqa: TRY301 - publish drops what was written
     except _LateError:
         return False
@@ -289,13 +297,17 @@ def _memory_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.verified")
 
 
-def _stands(target: Path, say: Say | None = None) -> bool:
+def _stands(target: Path, key: str | None, say: Say | None = None) -> bool:
     if not target.exists():
         return False
     try:
-        verify_once(target)
+        made_from = verify_once(target)["made_from"]
     except (ManifestError, FileNotFoundError) as error:  # or it is being replaced at this moment
         if say:
             say(f"building again: {error}")
+        return False
+    if key and made_from.get("key") != key:
+        if say:
+            say(f"building again: {target} was made from other files or with other flags")
         return False
     return True

@@ -341,3 +341,52 @@ def test_the_users_scripts(hf_models: Models, tmp_path: Path) -> None:
     assert_same(hf_models("qwen2"), tmp_path / "hf")
     script(ROOT / "bridge/hf2mcore.sh", hf_models("qwen2"), "dist")
     assert (tmp_path / "dist/release/.metadata").is_file()
+
+
+def test_a_conversion_is_kept_beside_the_model(
+    hf_models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MindSpeed-LLM's flag: made once for files, flags and layout; a changed file makes it anew."""
+    model = Path(shutil.copytree(hf_models("qwen3_moe"), tmp_path / "model"))
+    words = ["--enable-hf2mg-convert", "--load", model, "--model-type-hf", "qwen3-moe"]
+    words += ["--target-tensor-parallel-size", 2, "--target-expert-parallel-size", 2]
+    place = model / "megatron_cache_tp2pp1ep2"
+
+    def said() -> str:
+        assert run(*words) == 0
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert said() == f"wrote {place}"
+    assert (place / "release" / "mp_rank_01_001" / "model_optim_rng.pt").is_file()
+    assert said() == f"reused {place}"
+    assert run("verify", place, model) == 0
+    capsys.readouterr()
+    with (model / "config.json").open("a") as stream:
+        stream.write(" ")
+    assert said() == f"wrote {place}"
+    assert said() == f"reused {place}"
+    words += ["--pp", 2]
+    assert said() == f"wrote {model / 'megatron_cache_tp2pp2ep2'}"
+    for flag in ("--mg-cache-dir", "--mg-save-dir"):
+        assert run(*words, flag, tmp_path / flag) == 0
+        assert verify(tmp_path / flag)["kind"] == "torch"
+    words += ["--dtype", "bf16"]
+    assert said() == f"wrote {model / 'megatron_cache_tp2pp2ep2'}", "another flag, the same place"
+    assert run("--to", "mcore", "--load", model, "--save", tmp_path / "whole") == 0
+    assert not list((tmp_path / "whole").rglob("*mp_rank*")), "what is kept is no part of the model"
+
+
+def test_a_conversion_to_keep_says_what_does_not_go_with_it(
+    hf_models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep = ["--enable-hf2mg-convert", "--load", hf_models("qwen3")]
+    for words, message in (
+        ([*keep, "--save", tmp_path / "x"], "leave --save and LoRA out"),
+        ([*keep, "--to", "hf"], "is from a Hugging Face model"),
+        (["--to", "mcore", "--load", hf_models("qwen3"), "--mg-cache-dir", tmp_path / "x"], "--mg_cache_dir is for"),
+        ([*keep, "--tp", 3, "--mg-cache-dir", tmp_path / "x"], "--tp 3: 4 attention heads"),
+        (["--load", hf_models("qwen3"), "--save", tmp_path / "x"], "--to is missing"),
+    ):
+        assert run(*words) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

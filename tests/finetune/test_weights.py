@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finebridge.bridge import convert as bridge
+from finebridge.bridge import kept
+from finebridge.bridge.convert_cli import target_of
 from finebridge.finetune.cli import main
 from finebridge.finetune.recipe import gather
 from finebridge.finetune.weights import MegatronEnds, from_megatron, parse_export
@@ -41,7 +42,7 @@ def test_flags_of_an_export() -> None:
     flags = parse_export("tp=2,pp=2,num_layer_list=1,3,format=torch,dtype=bf16,iteration=step")
     assert (flags.tp, flags.pp, flags.num_layer_list, flags.ckpt_format) == (2, 2, (1, 3), "torch")
     assert (flags.dtype, flags.at_step, flags.iteration) == ("bf16", True, None)
-    assert parse_export("tp=1").ckpt_format == "torch_dist"
+    assert target_of(parse_export("tp=1"), 0).form == "torch_dist"
     assert parse_export("iteration=7").iteration == 7
 
 
@@ -49,7 +50,8 @@ def test_flags_of_an_export() -> None:
     ("text", "message"),
     [
         ("2", "'2'; pairs like tp=2"), ("tp=2,3", "'3'; pairs"), ("tp=0", "at least 1"), ("format=zip", "invalid choice"),
-        ("colour=red", "colour is none of the flags"), ("save=x", "'save=x'; pairs"), ("", "''; pairs"), ("tp=", "invalid"),
+        ("colour=red", "colour is none of the flags"), ("save-dir=x", "save is not for an export"), ("lora=merge", "lora is not for"),
+        ("", "''; pairs"), ("tp=", "invalid"),
     ],
 )  # fmt: skip
 def test_an_export_that_is_not_understood(text: str, message: str) -> None:
@@ -63,8 +65,8 @@ def test_a_checkpoint_is_converted_once(
 ) -> None:
     """Again only when a byte of it changes, wherever it lies; what was converted is the model it was made from."""
     made: list[Path] = []
-    honest = bridge.write_target
-    monkeypatch.setattr(bridge, "write_target", lambda folder, plan: (made.append(folder), honest(folder, plan))[1])
+    honest = kept.write_target
+    monkeypatch.setattr(kept, "write_target", lambda folder, plan: (made.append(folder), honest(folder, plan))[1])
     first = from_megatron(mcore, None, tmp_path / "cache", quiet)
     assert from_megatron(mcore, None, tmp_path / "cache", quiet) == first
     assert from_megatron(copy, None, tmp_path / "cache", quiet) == first

@@ -1,0 +1,57 @@
+"""Conversions that are kept: made once for the bytes of their sources and the flags that shape them, and found again."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..storage.assets import is_asset
+from ..storage.once import build_once
+from ..storage.source_hashes import source_sha256
+from .convert import Source, Target, check_target, form_of, plan, write_target
+from .torch_format import tracked
+
+FORMAT = 1  # raise when the same source would be converted otherwise
+_WEIGHTS = (".safetensors", ".bin")
+
+
+def key_of(load: Path, config: Path | None, target: Target, memory: Path, say: Callable[[str], None] = print) -> str:
+    """A hash of all that shapes the conversion of ``load``: its files, those of ``config``, and the target.
+
+    ``memory`` is the folder that keeps the hashes of files, so that one that has not changed is not read again. Raises
+    BridgeError, OSError.
+    """
+    if form_of(load) == "hf":
+        weights = {path for path in load.iterdir() if path.name.endswith((*_WEIGHTS, ".index.json"))}
+    else:
+        weights = {path for path in tracked(load).rglob("*") if path.is_file()}
+    described = {path for folder in (load, config) if folder for path in folder.iterdir() if is_asset(path)}
+    files = sorted(weights | described)
+    hashes = source_sha256(files, memory, say)
+    settings = [FORMAT, str(replace(target, workers=1)), [[file.name, hashes[file]] for file in files]]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+
+
+def convert_once(
+    opened: Callable[[], Source], target: Target, save: Path, key: str, say: Callable[[str], None] = print
+) -> bool:
+    """Make sure that ``save`` holds the conversion with this key; True when this call made it.
+
+    Safe to call from many processes: one converts, the others wait. Raises BridgeError, ManifestError, ValueError, OSError
+    with ENOSPC.
+    """
+    written: dict[str, dict[str, Any]] = {}
+
+    def build(folder: Path, tell: Callable[[str], None]) -> Mapping[str, Any]:
+        source = opened()
+        with source.tensors:
+            made = plan(source, target)
+            for line in made.lines():
+                tell(line)
+            check_target(made, save)
+            written.update(write_target(folder, made))
+        return made.made_from
+
+    return build_once(save, build, kind=target.form, say=say, written=written, key=key)
