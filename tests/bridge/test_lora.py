@@ -321,6 +321,8 @@ def test_mindspeeds_grouped_experts(adapters: Adapters, hf_models: Models, tmp_p
     (tmp_path / "mcore/manifest.json").unlink()
     assert run("--to", "hf", "--load", tmp_path / "mcore", "--save", tmp_path / "only", "--save-lora-to-hf") == 0
     assert_same(tensors(adapters(model, **changes)), tensors(tmp_path / "only"))
+    words = ["--load", tmp_path / "mcore", "--lora", "only", "--dry_run", "--dialect"]
+    assert [run("--to", "hf", *words, dialect) for dialect in ("mindspeed", "mcore-local")] == [0, 2]
 
 
 # ---- what is wrong
