@@ -23,6 +23,7 @@ _LINEAR = re.compile(r"^(.*\.(?:linear_\w+|eh_proj|in_proj|out_proj)(?:\.base_la
 _ADAPTED = ".base_layer."  # PEFT's LoRA wraps a linear layer: what the layer holds is one level deeper
 _IN_LINEAR = re.compile(r"(\.linear_\w+)\.((?:layer_norm_)?(?:weight|bias))$")
 _GROUPS = re.compile(r"weight([12])(?:_lora_([ab]))?")
+_GROUPED_LORA = re.compile(r"\.experts\.weight[12]_lora_[ab]$")
 FUSED = {  # the norm is a part of the linear layer behind it -> it is a module of its own
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "self_attention.in_proj.layer_norm_": "input_layernorm.",
@@ -119,9 +120,13 @@ def dialects_of(stored: Collection[str], canonical: Collection[str]) -> list[str
     names = {unwrapped(name.removeprefix(LANGUAGE)) for name in stored}
     mtp = any(name.startswith("mtp.") for name in canonical)
     latent = any(name.endswith(".linear_kv_down_proj.weight") for name in canonical)
+    grouped = {name for name in names if _GROUPED_LORA.search(name)}
+    if grouped:  # only MindSpeed-LLM has it, and it is read only
+        names -= grouped
+        canonical = [name for name in canonical if not (".experts.local_experts." in name and ".lora_" in name)]
     fits = [
         dialect
-        for dialect in ("mcore", "mcore-local", "mindspeed")
+        for dialect in (("mindspeed",) if grouped else ("mcore", "mcore-local", "mindspeed"))
         if all(is_known(name, dialect) for name in canonical)
         and names <= {other for name in canonical for other in _variants(name, dialect, mtp=mtp, latent=latent)}
     ]

@@ -321,6 +321,8 @@ def test_mindspeeds_grouped_experts(adapters: Adapters, hf_models: Models, tmp_p
     (tmp_path / "mcore/manifest.json").unlink()
     assert run("--to", "hf", "--load", tmp_path / "mcore", "--save", tmp_path / "only", "--save-lora-to-hf") == 0
     assert_same(tensors(adapters(model, **changes)), tensors(tmp_path / "only"))
+    words = ["--load", tmp_path / "mcore", "--lora", "only", "--dry_run", "--dialect"]
+    assert [run("--to", "hf", *words, dialect) for dialect in ("mindspeed", "mcore-local")] == [0, 2]
 
 
 # ---- what is wrong
@@ -500,3 +502,22 @@ def test_ms_swifts_split_factors_are_refused(
     assert "ms-swift stores gate and up of it by rank" in error
     assert run("--save", tmp_path / "out", *words, tmp_path / "1") == 0
     assert len(tensors(tmp_path / "out")) == 16
+
+
+def test_mindspeed_has_it_on_dense_layers(
+    adapters: Adapters, hf_models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, changes = CASES["all linear"]
+    adapter = adapters(model, **changes)
+    words = ["--ckpt_format", "torch", "--tp", 2, "--dialect", "mindspeed"]
+    for name, load in (("only", []), ("keep", ["--adapter", adapter, "--lora", "keep"])):
+        mcore, back = tmp_path / name, tmp_path / f"{name} back"
+        source = hf_models(model) if load else adapter
+        assert run("--to", "mcore", "--load", source, *load, "--save", mcore, *words) == 0
+        assert run("--to", "hf", "--load", mcore, "--save", back, "--lora", "only", "--dialect", "mindspeed") == 0
+        assert_same(tensors(adapter), tensors(back))
+    latent, changes = CASES["latent attention"]
+    assert run("--to", "mcore", "--load", adapters(latent, **changes), "--save", tmp_path / "no", *words) == 2
+    assert "--dialect mindspeed has no name for it that is known" in capsys.readouterr().err
+    assert run("--to", "hf", "--load", adapter, "--save", tmp_path / "no", "--dialect", "pai") == 2
+    assert "a LoRA adapter of Hugging Face, which has no dialects" in capsys.readouterr().err

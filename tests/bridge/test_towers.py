@@ -202,3 +202,30 @@ def test_a_dialect_with_another_tower_is_refused(
     words = ["--ckpt_format", "torch", "--dialect", dialect, "--save", tmp_path / "out"]
     assert run("--to", "mcore", "--load", towers("qwen2_5_vl+untied"), *words) == 2
     assert f"tensor visual.patch_embed.proj.weight: --dialect {dialect} has no name for it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["", "--ckpt_format torch --tp 2 --pp 2"])
+def test_lora_lies_below_the_language_model_too(words: str, towers: Models, tmp_path: Path) -> None:
+    base, adapter = towers("qwen2_5_vl+untied"), tmp_path / "adapter"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["o_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
+    names = [name for name in load_file(base / "model.safetensors") if name.endswith("o_proj.weight")]
+    factors = {
+        f"base_model.model.{name.removesuffix('.weight')}.lora_{kind}.weight": torch.randn(*shape)
+        for name in names
+        for kind, shape in (("A", (2, 32)), ("B", (32, 2)))
+    }
+    save_file(factors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert run("--to", "mcore", "--load", adapter, "--save", tmp_path / "mcore", *words.split()) == 0
+    if words:
+        file = tmp_path / "mcore/release/mp_rank_00_000" / FILE
+        stored = {name for name, value in torch.load(file, weights_only=False)["model"].items() if value is not None}
+    else:
+        stored = set(read_metadata(tmp_path / "mcore/release", lambda _: True).tensors)
+    assert stored
+    assert all(name.startswith("language_model.decoder.") for name in stored)
+    assert run("--to", "hf", "--load", tmp_path / "mcore", "--save", tmp_path / "back") == 0
+    back = load_file(tmp_path / "back/adapter_model.safetensors")
+    assert back.keys() == factors.keys()
+    assert all(torch.equal(value, back[name]) for name, value in factors.items())
