@@ -50,8 +50,8 @@ def test_flags_of_an_export() -> None:
     ("text", "message"),
     [
         ("2", "'2'; pairs like tp=2"), ("tp=2,3", "'3'; pairs"), ("tp=0", "at least 1"), ("format=zip", "invalid choice"),
-        ("colour=red", "colour is none of the flags"), ("save-dir=x", "save is not for an export"), ("lora=merge", "lora is not for"),
-        ("", "''; pairs"), ("tp=", "invalid"),
+        ("colour=red", "colour is none of the flags"), ("save-dir=x", "save is not for an export"),
+        ("lora=merge", "lora is not for"), ("", "''; pairs"), ("tp=", "invalid"),
     ],
 )  # fmt: skip
 def test_an_export_that_is_not_understood(text: str, message: str) -> None:
