@@ -24,15 +24,18 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # what is meant where a config does not say
 
 
-def to_args(config: Config, family: Family | None = None, *, tp: int = 1, divisible_by: int = 128) -> Args:
+def to_args(
+    config: Config, family: Family | None = None, *, tp: int = 1, divisible_by: int = 128, names: set[str] | None = None
+) -> Args:
     """The content of Megatron's Namespace for a model of this config.json; layout and dtype of a run are not in it.
 
-    ``tp`` and ``divisible_by`` only shape ``padded_vocab_size``. Raises BridgeError for a key that is missing and for a
+    ``tp`` and ``divisible_by`` only shape ``padded_vocab_size``; ``names`` are the model's canonical ones, where the table
+    was asked for them before. Raises BridgeError for a key that is missing and for a
     model that Megatron-Core cannot compute.
     """
     family = family or family_of(config)
     config = family.plain(config)
-    names = {row.mcore for row in family.rows(config)}
+    names = names or {row.mcore for row in family.rows(config)}
     rows, step = int(_need(config, "vocab_size")), tp * divisible_by
     return {
         "vocab_size": rows,

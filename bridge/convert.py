@@ -7,7 +7,7 @@ Nothing is converted in silence: a tensor without a place, a name too many or a 
 import ctypes
 import json
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -109,10 +109,19 @@ class Source:
     family: Family
     only: Sequence[Row] | None = None
     args: dict[str, Any] = field(default_factory=dict[str, Any])
+    known: tuple[Row, ...] | None = None  # see whole()
 
     def rows(self) -> list[Row]:
         """What is to be converted."""
-        return list(self.family.rows(self.config) if self.only is None else self.only)
+        return list(self.whole() if self.only is None else self.only)
+
+    def whole(self) -> Collection[Row]:
+        """What the whole model has; the table of a large one takes a quarter of a second."""
+        if self.known is None:
+            stored = self.stored
+            known = stored.rows.values() if isinstance(stored, HFCheckpoint) else self.family.rows(self.config)
+            self.known = tuple(known)
+        return self.known
 
     @property
     def names(self) -> str:
@@ -188,7 +197,8 @@ class Plan:
         """Megatron's arguments of the model. Raises BridgeError when Megatron-Core cannot compute it, or spread it so."""
         source, target = self.source, self.target
         main = max(self.specs, key=lambda spec: spec.size).dtype
-        args = to_args(source.config, source.family, tp=target.layout.tp, divisible_by=target.step())
+        names = {row.mcore for row in source.whole()}
+        args = to_args(source.config, source.family, tp=target.layout.tp, divisible_by=target.step(), names=names)
         check_layout(target.layout, args)
         support = _support(source, target)
         patched = {"patched_attention": support.reason} if support.kind == "needs_patch" else {}  # read by to_config
@@ -395,7 +405,7 @@ def check_weights(folder: Path, workers: int = 2) -> None:
 def _write_mcore(folder: Path, made: Plan, get: Callable[[str], torch.Tensor]) -> dict[str, dict[str, Any]]:
     target, args = made.target, made.args
     # Of the whole model: maybe more than is written.
-    names = [row.mcore for row in made.source.family.rows(made.source.config)]
+    names = [row.mcore for row in made.source.whole()]
     if target.form == "torch":
         return write_torch(
             folder, made.specs, get, target.layout, args=args, iteration=target.iteration, dialect=target.dialect,

@@ -46,7 +46,7 @@ class HFCheckpoint:
             self.said.append(
                 "config.json and the files differ in layers that predict further tokens: what the files hold counts"
             )
-        self._rows = {row.mcore: row for row in family.rows(self.config)}
+        self.rows = {row.mcore: row for row in family.rows(self.config)}
         self._parts: dict[str, _Stored] = {}
         for name, place in self._stored():
             own = family.spelled(name)
@@ -56,7 +56,7 @@ class HFCheckpoint:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._check_names(family)
-        for name, row in self._rows.items():
+        for name, row in self.rows.items():
             try:
                 self.shapes[name] = mcore_shape(row.rule, tuple(self._parts[part].shape for part in row.hf))
             except BridgeError as error:
@@ -76,7 +76,7 @@ class HFCheckpoint:
 
     def get(self, name: str) -> torch.Tensor:
         """One canonical tensor. Raises BridgeError when a part of it is not finite."""
-        row = self._rows[name]
+        row = self.rows[name]
         parts = [self._part(part) for part in row.hf]
         try:
             return row.rule.to_mcore(parts)
@@ -120,7 +120,7 @@ class HFCheckpoint:
 
     def _check_names(self, family: Family) -> None:
         """Every tensor on disk has one place, and every place a tensor."""
-        wanted = {part for row in self._rows.values() for part in row.hf}
+        wanted = {part for row in self.rows.values() for part in row.hf}
         if missing := sorted(wanted - self._parts.keys()):
             raise BridgeError(f"{self.folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
         self._copies = family.copies(self.config) | family.tied(self.config)
