@@ -102,7 +102,7 @@ import sys, time
 from finebridge.finetune.cli import main
 from finebridge.merge import stream
 merged = stream._merged
-stream._merged = lambda *block: time.sleep(0.2) or merged(*block)
+stream._merged = lambda *block: time.sleep(2) or merged(*block)
 sys.exit(main())
 """
 
