@@ -6,7 +6,7 @@ Blocks are computed ahead by threads and written in order. A block is read, adde
 import contextlib
 import ctypes
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +62,7 @@ def write_plan(
     by_name = {output.spec.name: output for output in outputs}
     blocks = (block for specs in shards.values() for spec in specs for block in _blocks(by_name[spec.name]))
     _keep_freed_memory()
-    with ThreadPoolExecutor(workers) as pool:
+    with _workers(workers) as pool:
         done = _in_order(
             pool, lambda block: (block, *_merged(base, block, proof)), blocks,
             ahead=workers + _AHEAD, alike=lambda block: base.loaded_with(block.output.source),
@@ -79,6 +79,16 @@ def write_plan(
         for name, specs in shards.items():
             ledger.write(folder / name, lambda stream, specs=specs: fill(stream, specs))
         write_index(folder, shards, ledger)
+
+
+@contextlib.contextmanager
+def _workers(count: int) -> Generator[ThreadPoolExecutor]:
+    """Threads that drop what waits for them when the merge is stopped."""
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _keep_freed_memory() -> None:
