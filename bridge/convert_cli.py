@@ -145,9 +145,9 @@ def main(words: Sequence[str]) -> int:
 
 def _keep(args: argparse.Namespace) -> None:
     """Fill in what ``--enable_hf2mg_convert`` stands for. Raises ValueError for flags that do not go with it."""
-    if args.save or args.adapter or args.lora or args.target == "hf" or args.source == "mcore":
+    if args.save or args.overwrite or args.adapter or args.lora or args.target == "hf" or args.source == "mcore":
         raise ValueError(
-            "--enable_hf2mg_convert is from a Hugging Face model into --mg_cache_dir; leave --save and LoRA out"
+            "--enable_hf2mg_convert is from a Hugging Face model into --mg_cache_dir; leave --save, --overwrite and LoRA out"
         )
     args.target, args.source = "mcore", "hf"
     args.ckpt_format = args.ckpt_format or "torch"

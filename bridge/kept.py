@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.assets import is_asset
+from ..storage.manifest import ManifestError, read
 from ..storage.once import build_once
 from ..storage.source_hashes import source_sha256
 from .convert import Source, Target, check_target, form_of, plan, write_target
+from .errors import BridgeError
 from .torch_format import tracked
 
 FORMAT = 1  # raise when the same source would be converted otherwise
@@ -39,9 +41,10 @@ def convert_once(
 ) -> bool:
     """Make sure that ``save`` holds the conversion with this key; True when this call made it.
 
-    Safe to call from many processes: one converts, the others wait. Raises BridgeError, ManifestError, ValueError, OSError
-    with ENOSPC.
+    Safe to call from many processes: one converts, the others wait. Only what an earlier call left there is replaced. Raises
+    BridgeError, ManifestError, ValueError, OSError with ENOSPC.
     """
+    _check_place(save)
     written: dict[str, dict[str, Any]] = {}
 
     def build(folder: Path, tell: Callable[[str], None]) -> Mapping[str, Any]:
@@ -55,3 +58,15 @@ def convert_once(
         return made.made_from
 
     return build_once(save, build, kind=target.form, say=say, written=written, key=key)
+
+
+def _check_place(save: Path) -> None:
+    """Raise BridgeError when ``save`` holds anything but a kept conversion, for that would be lost."""
+    if not save.exists() or (save.is_dir() and not any(save.iterdir())):
+        return
+    try:
+        kept = "key" in read(save)["made_from"]
+    except (ManifestError, NotADirectoryError):
+        kept = False
+    if not kept:
+        raise BridgeError(f"{save}: holds something else than a conversion that is kept there; name another folder")

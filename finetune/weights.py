@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..bridge.convert_cli import parser, target_of
-from ..storage.assets import is_tokenizer_asset
-from ..storage.manifest import newest_verified
+from ..storage.assets import is_tokenizer_asset, read_json
+from ..storage.manifest import verify
 from ..storage.megatron_folder import is_megatron
 from ..train.arguments import Arguments
 from ..train.hf_flags import hf_value
@@ -70,6 +70,8 @@ class MegatronEnds:
             self.model = from_megatron(self.model, self.config, self.cache)
         if self.flags and self.model and self.model.is_dir():
             _check_export(self.flags, self.model)
+        elif self.flags:
+            print("export: no folder holds the model yet, so the export is planned when it is trained", flush=True)
         return self.model if self.comes else None
 
     def after(self) -> None:
@@ -139,22 +141,20 @@ def _check_export(flags: Namespace, model: Path) -> None:
 
 
 def export(flags: Namespace, base: Path | None, output_dir: Path, say: Callable[[str], None] = print) -> Path:
-    """Convert a run's newest checkpoint, merged into ``base`` when it is an adapter, to ``output_dir/mcore-STEP``.
+    """Convert the last checkpoint of the run, merged into ``base`` when it is an adapter, to ``output_dir/mcore-STEP``.
 
     Raises BridgeError, AdapterError, ManifestError, ValueError, OSError with ENOSPC.
     """
-    from ..bridge.convert import convert, open_source, plan
+    from ..bridge.convert import check_weights, convert, open_source, plan
 
-    model, _ = newest_verified(output_dir)
-    if model is None:
-        raise ValueError(f"--export_mcore: {output_dir} holds no checkpoint that is whole")
-    step = model.name.rpartition("-")[2]
+    model, step = _last(output_dir)
     if base and (model / _ADAPTER).is_file():
+        check_weights(model)
         model = _merged(model, base, output_dir / f"merged-{step}", flags.dtype, say)
     save = output_dir / f"mcore-{step}"
     target = target_of(flags, 0)
     if flags.at_step:
-        target = replace(target, iteration=int(step))
+        target = replace(target, iteration=step)
     source = open_source(model)
     with source.tensors:
         convert(plan(source, target), save, overwrite=True, say=lambda line: say(f"export: {line}"))
@@ -163,6 +163,19 @@ def export(flags: Namespace, base: Path | None, output_dir: Path, say: Callable[
         + ("a release" if target.iteration is None else "which Megatron loads with --no-load-optim --no-load-rng")
     )
     return save
+
+
+def _last(output_dir: Path) -> tuple[Path, int]:
+    """The checkpoint with which the run ended and its step, as its own record tells: an older run may have left later ones.
+
+    Its weights are compared with their checksums when they are read. Raises ManifestError, ValueError.
+    """
+    state = output_dir / "trainer_state.json"
+    if not state.is_file():
+        raise ValueError(f"--export_mcore: {state} is missing, which tells the step at which the run ended")
+    step = int(read_json(state)["global_step"])
+    verify(output_dir / f"checkpoint-{step}", hashes=False)
+    return output_dir / f"checkpoint-{step}", step
 
 
 def _merged(adapter: Path, base: Path, output: Path, dtype: str | None, say: Callable[[str], None]) -> Path:

@@ -29,7 +29,7 @@ Build = Callable[[Path, Say], Mapping[str, Any]]
 _BEAT = 2.0  # seconds between heartbeats
 _DEAD = 20.0  # seconds without one after which the lock is nobody's
 _TOLD = 10.0  # seconds between two words of a waiter
-_RECORD = 1000  # bytes of a lock file: one write each
+_RECORD = 4000  # bytes of a lock file, one write each: 300 characters of any script fit beside the rest
 
 
 class BuildFailedError(ValueError):

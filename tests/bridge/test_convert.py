@@ -381,8 +381,9 @@ def test_a_conversion_to_keep_says_what_does_not_go_with_it(
 ) -> None:
     keep = ["--enable-hf2mg-convert", "--load", hf_models("qwen3")]
     for words, message in (
-        ([*keep, "--save", tmp_path / "x"], "leave --save and LoRA out"),
+        ([*keep, "--save", tmp_path / "x"], "leave --save, --overwrite and LoRA out"),
         ([*keep, "--to", "hf"], "is from a Hugging Face model"),
+        ([*keep, "--overwrite"], "leave --save, --overwrite and LoRA out"),
         (["--to", "mcore", "--load", hf_models("qwen3"), "--mg-cache-dir", tmp_path / "x"], "--mg_cache_dir is for"),
         ([*keep, "--tp", 3, "--mg-cache-dir", tmp_path / "x"], "--tp 3: 4 attention heads"),
         (["--load", hf_models("qwen3"), "--save", tmp_path / "x"], "--to is missing"),
@@ -390,3 +391,21 @@ def test_a_conversion_to_keep_says_what_does_not_go_with_it(
         assert run(*words) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_conversion_to_keep_replaces_nothing_else(
+    hf_models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep = ["--enable-hf2mg-convert", "--load", hf_models("qwen3"), "--mg-cache-dir"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("years of work")
+    assert run("--to", "mcore", "--load", hf_models("qwen3"), "--save", tmp_path / "published") == 0
+    (tmp_path / "file").touch()
+    for name in ("mine", "published", "file"):
+        before = sorted((tmp_path / name).rglob("*"))
+        assert run(*keep, tmp_path / name) == 2
+        assert "holds something else than a conversion that is kept there" in capsys.readouterr().err
+        assert sorted((tmp_path / name).rglob("*")) == before
+    (tmp_path / "empty").mkdir()
+    assert run(*keep, tmp_path / "empty") == 0
+    assert verify(tmp_path / "empty")["kind"] == "torch"

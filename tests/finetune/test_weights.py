@@ -11,9 +11,10 @@ from finebridge.bridge import kept
 from finebridge.bridge.convert_cli import target_of
 from finebridge.finetune.cli import main
 from finebridge.finetune.recipe import gather
-from finebridge.finetune.weights import MegatronEnds, from_megatron, parse_export
+from finebridge.finetune.weights import MegatronEnds, export, from_megatron, parse_export
 from finebridge.storage.assets import is_tokenizer_asset
 from finebridge.storage.manifest import verify
+from finebridge.storage.publish import publish
 from finebridge.train.arguments import ArgumentsError, build, parse
 
 Models = Callable[[str], Path]
@@ -142,7 +143,19 @@ def test_a_checkpoint_without_tokenizer(copy: Path, train_file: Path, models: Mo
 
 
 def test_no_export_without_a_checkpoint(tmp_path: Path) -> None:
-    from finebridge.finetune.weights import export
-
-    with pytest.raises(ValueError, match="holds no checkpoint that is whole"):
+    with pytest.raises(ValueError, match="trainer_state.json is missing"):
         export(Namespace(), None, tmp_path, quiet)
+
+
+def test_the_run_that_ended_is_exported_and_none_before_it(models: Models, tmp_path: Path) -> None:
+    """A later step may be of an older run; a checkpoint that is not whole is no reason to take another one."""
+    for step, name in ((3, "qwen3"), (9, "qwen3_moe")):
+        with publish(tmp_path / f"checkpoint-{step}", kind="checkpoint", made_from={}) as folder:
+            shutil.copytree(models(name), folder, dirs_exist_ok=True)
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 3}')
+    made = export(parse_export("iteration=step"), None, tmp_path, quiet)
+    assert made == tmp_path / "mcore-3"
+    assert main(["convert", "verify", str(made), str(models("qwen3"))]) == 0
+    (tmp_path / "checkpoint-3" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-3/model.safetensors: missing"):
+        export(parse_export("iteration=step"), None, tmp_path, quiet)

@@ -259,7 +259,7 @@ def test_a_waiter_tells_who_builds_since_when_and_how_far(tmp_path: Path) -> Non
     inside, done = threading.Event(), threading.Event()
 
     def slow(folder: Path, tell: Callable[[str], None]) -> Mapping[str, Any]:
-        tell("34 % of it")
+        tell("进" * 400 + "34 % of it")
         inside.set()
         done.wait()
         return build(folder)
@@ -276,7 +276,7 @@ def test_a_waiter_tells_who_builds_since_when_and_how_far(tmp_path: Path) -> Non
         builder.join()
     me = rf"process {os.getpid()} on {re.escape(socket.gethostname())}"
     assert re.search(
-        rf"waiting for {me}, which holds .*/.x.lock since \d{{4}}-.* \(waited \d+ s\): 34 % of it", said[-1]
+        rf"waiting for {me}, which holds .*/.x.lock since \d{{4}}-.* \(waited \d+ s\): 进+34 % of it", said[-1]
     )
 
 
