@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -41,6 +41,54 @@ _SHOWN = 10
 _LOOKED_AT = 10_000  # rows of a file in which a column of --map_keys must show itself
 
 
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What is to be prepared from which files, and the folder that holds it when it is done.
+
+    ``named`` says that the folder itself was named in place of raw files.
+    """
+
+    target: Path
+    kind: Kind
+    files: Sequence[Path] = ()
+    forms: Sequence[RowForm] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    hashes: Mapping[Path, str] = field(default_factory=dict[Path, str])
+    args: DataArguments = field(default_factory=DataArguments)
+    named: bool = False
+
+
+def plan(
+    patterns: Sequence[str],
+    tokenizer: TokenizerSource,
+    args: DataArguments,
+    cache: Path,
+    say: Callable[[str], None] = print,
+    wanted: Kind | None = None,
+) -> Preparation:
+    """What ``prepare`` would do. Reads the files for their hashes, once. Raises DataError, ManifestError."""
+    if folder := prepared_folder(patterns):
+        open_prepared(folder, tokenizer, args)
+        kind: Kind = json.loads((folder / "report.json").read_text(encoding="utf-8"))["kind"]
+        check_kind(kind, wanted, patterns)
+        return Preparation(folder, kind, named=True)
+    files, forms, kind = check_sources(patterns, args, wanted)
+    told = sorted({form.form for form in forms} - {"messages"})
+    if told and args.data_format == "auto" and not args.handler_name:
+        say(f"data: by their columns the rows are read as {', '.join(told)} (--data_format says otherwise)")
+    args = _effective(args, kind, say)
+    hashes = source_sha256(files, cache, say)
+    settings = {
+        "format": FORMAT,
+        "sources": [hashes[file] for file in files],  # a file that is named twice counts twice
+        "forms": [asdict(form) for form in forms],
+        "tokenizer": tokenizer_sha256(tokenizer.path, tokenizer.load),
+        **shaping(args),
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return Preparation(cache / key, kind, files, forms, settings, hashes, args)
+
+
 def prepare(
     patterns: Sequence[str],
     tokenizer: TokenizerSource,
@@ -57,41 +105,21 @@ def prepare(
     its rows are not of the ``wanted`` kind, when no row can be trained on, or when more rows are rejected than
     ``args.max_rejects`` allows.
     """
-    if folder := prepared_folder(patterns):
-        open_prepared(folder, tokenizer, args)
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        check_kind(report["kind"], wanted, patterns)
-        say(f"data: {describe(report)}; reused {folder}")
-        check_rejects(report, folder, args.max_rejects)
-        return folder
-    files, forms, kind = check_sources(patterns, args, wanted)
-    told = sorted({form.form for form in forms} - {"messages"})
-    if told and args.data_format == "auto" and not args.handler_name:
-        say(f"data: by their columns the rows are read as {', '.join(told)} (--data_format says otherwise)")
-    args = _effective(args, kind, say)
-    hashes = source_sha256(files, cache, say)
-    settings = {
-        "format": FORMAT,
-        "sources": [hashes[file] for file in files],  # a file that is named twice counts twice
-        "forms": [asdict(form) for form in forms],
-        "tokenizer": tokenizer_sha256(tokenizer.path, tokenizer.load),
-        **shaping(args),
-    }
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    target = cache / key
+    planned = plan(patterns, tokenizer, args, cache, say, wanted)
+    target, files = planned.target, planned.files
 
     def build(folder: Path, tell: Callable[[str], None]) -> Mapping[str, Any]:
-        _build(folder, files, forms, kind, tokenizer.load(), args, tell, start_method)
-        return {**settings, "files": {str(file): hashes[file] for file in files}}
+        _build(folder, files, planned.forms, planned.kind, tokenizer.load(), planned.args, tell, start_method)
+        return {**planned.settings, "files": {str(file): planned.hashes[file] for file in files}}
 
-    built = build_once(target, build, kind="dataset", say=say)
+    built = not planned.named and build_once(target, build, kind="dataset", say=say)
     report = json.loads((target / "report.json").read_text(encoding="utf-8"))
     say(f"data: {describe(report)}; {'prepared' if built else 'reused'} {target}")
-    if not built and report["files"] != [str(file) for file in files]:
+    if not planned.named and not built and report["files"] != [str(file) for file in files]:
         say(
             f"data: the same bytes were prepared as {', '.join(report['files'])}; messages and rejects.jsonl name these"
         )
-    if report["rejects"]:
+    if report["rejects"] and not planned.named:
         say(f"data: rejected rows are listed in {target / 'rejects.jsonl'}")
     check_rejects(report, target, args.max_rejects)
     return target

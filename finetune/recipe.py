@@ -11,9 +11,9 @@ import yaml
 
 from ..train.arguments import as_word, known_flags, read_flags
 from ..train.hf_flags import nearest
+from .arguments import OTHER_NAMES, RUN_FLAGS
 
-# For the launcher; ranks never see them.
-LAUNCH_FLAGS = ("nproc_per_node", "stop_grace", "hf_config", "converted_weights_dir", "export_mcore")
+SHIPPED = Path(__file__).parent / "recipes"
 
 
 class RecipeError(ValueError):
@@ -42,7 +42,11 @@ def gather(words: Sequence[str]) -> dict[str, Any]:
             raise RecipeError(f"{word!r}: a recipe (.yaml), key=value or --flag is expected here")
         _check_key(key, f"{word!r}")
         _give(values, {key: value})
-    _give(values, read_flags(rest))
+    flags = read_flags(rest)
+    for key in flags:
+        if key not in _known() and key.removeprefix("no_") not in _known():
+            raise RecipeError(f"unknown flag --{key}{nearest(key, _known())}")
+    _give(values, flags)
     return values
 
 
@@ -53,8 +57,18 @@ def _give(values: dict[str, Any], more: Mapping[str, Any]) -> None:
         values[key] = value
 
 
+def find_recipe(path: Path) -> Path:
+    """The file that a recipe's name means: one that is there, else the shipped one of this name. Raises RecipeError."""
+    shipped = SHIPPED / path.name
+    if path.exists() or (len(path.parts) == 1 and shipped.is_file()):
+        return path if path.exists() else shipped
+    names = ", ".join(sorted(file.name for file in SHIPPED.glob("*.yaml")))
+    raise RecipeError(f"{path}: No such file (the current folder is {Path.cwd()}; shipped are {names})")
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The flags that a recipe sets. Raises RecipeError naming file and line."""
+    path = find_recipe(path)
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -79,5 +93,9 @@ def to_argv(values: dict[str, Any]) -> list[str]:
 
 
 def _check_key(key: str, where: str) -> None:
-    if key not in known_flags() and key not in LAUNCH_FLAGS:
-        raise RecipeError(f"{where}: unknown key {key!r}{nearest(key, known_flags()).replace('--', '')}")
+    if key not in _known():
+        raise RecipeError(f"{where}: unknown key {key!r}{nearest(key, _known()).replace('--', '')}")
+
+
+def _known() -> list[str]:
+    return [*known_flags(), *RUN_FLAGS, *OTHER_NAMES]

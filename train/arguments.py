@@ -120,7 +120,7 @@ def build(values: Mapping[str, Any], kind: Kind = "chat") -> Arguments:
     for name, raw in values.items():
         if name in own:
             cls, spec = own[name]
-            parsed[cls][name] = _own_value(name, raw, spec.type)
+            parsed[cls][name] = own_value(name, raw, spec.type)
         elif name.startswith("no_") and name[3:] in own and str(raw).lower() == "true":
             cls, _ = own[name[3:]]
             parsed[cls][name[3:]] = False
@@ -216,8 +216,8 @@ def own_flags() -> dict[str, tuple[str, Any, str]]:
     }
 
 
-def _own_value(name: str, raw: str | bool, kind: Any) -> Any:
-    """A raw value as the type of an own field."""
+def own_value(name: str, raw: str | bool, kind: Any) -> Any:
+    """A raw value as the type of an own field (its annotation). Raises ArgumentsError."""
     if isinstance(raw, bool) and any("true" in get_args(part) for part in (kind, *get_args(kind))):
         raw = str(raw).lower()  # a choice of words; YAML made a truth value of it
     if get_origin(kind) is Literal or any(get_origin(part) is Literal for part in get_args(kind)):

@@ -3,6 +3,7 @@
 To add one: a line in ``RENAMED`` when only the name changed, else a function in ``OBSOLETE``.
 """
 
+import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,9 @@ RENAMED = {
     "workers": "preprocessing_num_workers",
     "pack": "packing",
     "neat_pack": "packing",
+    "load": "model_name_or_path",
+    "save": "output_dir",
+    "seq_length": "max_seq_length",
 }
 
 
@@ -51,6 +55,19 @@ def _logging_dir(_values: Values, raw: Any) -> str:
     return f"--logging_dir is now the environment variable TENSORBOARD_LOGGING_DIR, set to {raw}"
 
 
+def _json_keys(values: Values, raw: Any) -> str:
+    columns = json.dumps({"text": raw})
+    if values.setdefault("map_keys", columns) != columns:
+        return f"--json_keys {raw} is ignored, --map_keys {values['map_keys']} is given too"
+    if "handler_name" not in values:
+        values.setdefault("data_format", "text")
+    return f"--json_keys is now --map_keys '{columns}'"
+
+
+def _n_subs(_values: Values, _raw: Any) -> str:
+    return "--n_subs is not needed: memory is bounded, whatever the size of the data"
+
+
 def _local_rank(_values: Values, _raw: Any) -> None:
     """Launchers pass it; the environment says the same."""
 
@@ -62,6 +79,8 @@ OBSOLETE: dict[str, Callable[[Values, Any], str | None]] = {
     "logging_dir": _logging_dir,
     "group_by_length": _group_by_length,
     "local_rank": _local_rank,
+    "json_keys": _json_keys,
+    "n_subs": _n_subs,
 }
 
 
