@@ -13,11 +13,13 @@ import argparse
 import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..storage.manifest import ManifestError, verify
 from ..storage.space import EXIT_DISK_FULL, free_bytes, is_disk_full, parse_size
 from .errors import BridgeError
 
@@ -135,7 +137,8 @@ def main(words: Sequence[str]) -> int:
 
     target = target_of(args, max_bytes)
     if kept and not args.dry_run:
-        return _converted_once(args, target)
+        KeptConversion(args, target, args.save).make()
+        return 0
     gc.freeze()  # what is imported stays: the many objects of large headers are looked through without it
     try:
         return _convert(args, target)
@@ -157,13 +160,41 @@ def _keep(args: argparse.Namespace) -> None:
         raise ValueError(f"{parent}: not writable; name another place with --mg_cache_dir")
 
 
-def _converted_once(args: argparse.Namespace, target: "Target") -> int:
-    from .kept import convert_once, key_of
+@dataclass(frozen=True, slots=True)
+class KeptConversion:
+    """A conversion of ``--enable_hf2mg_convert`` and the folder ``save`` that keeps it."""
 
-    memory = args.save.with_name(f".{args.save.name}.sources")
-    made = convert_once(lambda: _open(args), target, args.save, key_of(args.load, args.hf_config, target, memory))
-    print(f"{'wrote' if made else 'reused'} {args.save}")
-    return 0
+    args: argparse.Namespace
+    target: "Target"
+    save: Path
+
+    def _key(self, say: Callable[[str], None]) -> str:
+        from .kept import key_of
+
+        memory = self.save.with_name(f".{self.save.name}.sources")
+        return key_of(self.args.load, self.args.hf_config, self.target, memory, say)
+
+    def stands(self, say: Callable[[str], None] = print) -> bool:
+        """Whether it was made for these files and flags already; its files are looked at, not read. Raises BridgeError."""
+        try:
+            return self.save.exists() and verify(self.save, hashes=False)["made_from"].get("key") == self._key(say)
+        except ManifestError:
+            return False
+
+    def make(self, say: Callable[[str], None] = print) -> bool:
+        """Convert when it does not stand; True when this call did. Raises what ``kept.convert_once`` does."""
+        from .kept import convert_once
+
+        made = convert_once(lambda: _open(self.args), self.target, self.save, self._key(say), say)
+        say(f"{'wrote' if made else 'reused'} {self.save}")
+        return made
+
+
+def kept_conversion(words: Sequence[str]) -> KeptConversion:
+    """The conversion that a command line with ``--enable_hf2mg_convert`` means. Raises ValueError."""
+    args = parser().parse_args(words)
+    _keep(args)
+    return KeptConversion(args, target_of(args, parse_size(args.max_shard_size)), args.save)
 
 
 def _convert(args: argparse.Namespace, target: "Target") -> int:

@@ -4,14 +4,15 @@ finebridge data build data.jsonl --tokenizer_name_or_path MODEL --output_dir pre
 """
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from .arguments import DataArguments
 from .fitting import BUILD_TIME
 from .flags import add, data_parser, read_arguments
-from .layouts_cli import export_main
+from .layouts_cli import export
 from .preprocess import prepare
 from .schema import DataError, Kind
 from .tokenizer_files import TokenizerSource
@@ -48,7 +49,10 @@ def main(argv: Sequence[str]) -> int:
     folder = prepare(files, tokenizer, args, output, start_method="fork")
     kind: Kind = json.loads((folder / "report.json").read_text(encoding="utf-8"))["kind"]
     if values.output_prefix:
-        _export(folder, kind, values, tokenizer, args, limited=bool(given))
+        export_tokens(
+            folder, values.output_prefix, tokenizer, args, limited=bool(given), replace=values.replace,
+            pack="neat" if values.neat_pack else "pack" if values.pack else "none", json_key=values.json_keys,
+        )  # fmt: skip
     elif kind == "chat":
         from .dataset import PreparedDataset  # late: it brings a compiler
 
@@ -57,22 +61,35 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _export(
-    folder: Path, kind: Kind, values: Namespace, tokenizer: TokenizerSource, args: DataArguments, *, limited: bool
-) -> None:
-    """Write the files of ``--output_prefix``; ``limited``: a length, or what to do with longer samples, was asked for."""
-    words = [str(folder), "--output_prefix", values.output_prefix, *["--replace"] * values.replace]
+def export_tokens(
+    folder: Path,
+    prefix: str,
+    tokenizer: TokenizerSource,
+    args: DataArguments,
+    *,
+    pack: Literal["none", "pack", "neat"] = "none",
+    limited: bool = False,
+    replace: bool = False,
+    json_key: str | None = None,
+) -> list[Path]:
+    """Write the files that MindSpeed-LLM and Megatron-LM read from a prepared folder; the files.
+
+    ``limited``: a length, or what to do with longer samples, was asked for. ``json_key`` is a part of the names of plain
+    text. Raises DataError.
+    """
+    kind: Kind = json.loads((folder / "report.json").read_text(encoding="utf-8"))["kind"]
+    words = [str(folder), "--output_prefix", prefix, *["--replace"] * replace]
     words += ["--layout", "megatron" if kind == "document" else "mindspeed"]
     words += ["--pairs"] * (kind == "preference")
-    if kind == "document" and values.json_keys:
-        words += [f"--json_key={values.json_keys}"]
-    packed = values.pack or values.neat_pack
+    if kind == "document" and json_key:
+        words += [f"--json_key={json_key}"]
+    packed = pack != "none"
     if packed:  # MindSpeed-LLM wants both flags for a neat pack
         loaded = tokenizer.load()
         pad_id = loaded.eos_token_id if loaded.pad_token_id is None else loaded.pad_token_id
-        words += ["--neat_pack" if values.neat_pack else "--pack", "--pad_id", str(pad_id)]
+        words += ["--neat_pack" if pack == "neat" else "--pack", "--pad_id", str(pad_id)]
     if packed or (limited and kind != "document"):
         words += ["--seq_length", str(args.max_seq_length)]
         # What is cut at its turns may have just as many tokens, and MindSpeed-LLM takes one less.
         words += ["--over_long", "drop"] * (args.over_long in ("drop", *BUILD_TIME))
-    export_main(words)
+    return export(words)

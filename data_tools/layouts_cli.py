@@ -51,7 +51,13 @@ def import_parser() -> ArgumentParser:
 
 
 def export_main(argv: Sequence[str] | None = None) -> int:
-    """Write the files and say what is in them; exit code 0. Raises ValueError for bad input."""
+    """Run ``export``; exit code 0."""
+    export(argv)
+    return 0
+
+
+def export(argv: Sequence[str] | None = None) -> list[Path]:
+    """Write the files and say what is in them; the files. Raises ValueError for bad input."""
     args = export_parser().parse_args(argv)
     layout = LAYOUTS[args.layout]
     if not is_prepared(args.source):
@@ -64,7 +70,7 @@ def export_main(argv: Sequence[str] | None = None) -> int:
     options = LayoutOptions(**values)
     done = layout.export(args.source, args.output_prefix, options=options)
     _say(layout, done, args.source, options)
-    return 0
+    return list(done.files)
 
 
 def import_main(argv: Sequence[str] | None = None) -> int:

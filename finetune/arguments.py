@@ -19,11 +19,11 @@ def _arg(default: Any, text: str, verb: str = _RUN_ONLY) -> Any:
 class RunArguments:
     """The flags of ``finebridge run`` that are the launcher's own; ranks never see them. Raises ArgumentsError."""
 
-    stage: Literal["sft", "pretrain"] = _arg("sft", "what is trained on: conversations, or plain text")  # noqa: RUF009
+    stage: Literal["sft", "pretrain"] = _arg("sft", "what is trained on: conversations, or plain text")
     dry_run: bool = _arg(False, "check everything and print the plan; nothing is made but hashes of the sources")
     overwrite_output_dir: bool = _arg(False, "remove the checkpoints that another run left in --output_dir")
     export_hf: bool = _arg(True, "leave the trained model alone in OUTPUT_DIR/hf-STEP, with LoRA merged into its base")
-    save_dtype: Literal["bf16", "fp16", "fp32"] | None = _arg(  # noqa: RUF009
+    save_dtype: Literal["bf16", "fp16", "fp32"] | None = _arg(
         None, "of the weights in hf-STEP with LoRA; default: that of the base"
     )
     output_prefix: str | None = _arg(
@@ -40,10 +40,8 @@ class RunArguments:
     ep: int = _arg(1, "its expert parallel size")
     etp: int | None = _arg(None, "its tensor parallel size of experts; default: --tp")
     num_layer_list: str | None = _arg(None, "its layers in each pipeline stage, for example 3,4,4,3")
-    ckpt_format: Literal["torch", "torch_dist"] = _arg("torch", "its format")  # noqa: RUF009
-    dialect: Literal["mcore", "mcore-local", "mindspeed", "pai"] = _arg(  # noqa: RUF009
-        "mcore", "whose names its tensors have"
-    )
+    ckpt_format: Literal["torch", "torch_dist"] = _arg("torch", "its format")
+    dialect: Literal["mcore", "mcore-local", "mindspeed", "pai"] = _arg("mcore", "whose names its tensors have")
     nproc_per_node: int | None = _arg(
         None, "processes on this machine; default: one a GPU, or NODE_IP_LIST / HOST_GPU_NUM", _TRAINING
     )
@@ -69,7 +67,9 @@ class RunArguments:
         if not 0 <= self.stop_grace < float("inf"):
             raise ArgumentsError(f"--stop_grace {self.stop_grace:g}: a number of seconds is expected")
         if not self.enable_hf2mg_convert and (given := [name for name in _MCORE if self.given(name)]):
-            raise ArgumentsError(f"--{given[0]} is for --enable_hf2mg_convert; a trained model's layout: --export_mcore")
+            raise ArgumentsError(
+                f"--{given[0]} is for --enable_hf2mg_convert; a trained model's layout: --export_mcore"
+            )
 
     def given(self, name: str) -> bool:
         """Whether a flag differs from its default."""
@@ -109,7 +109,13 @@ def take(values: dict[str, Any], verb: str) -> RunArguments:
             values[name] = values.pop(other)
     if verb != _RUN_ONLY:
         only = [name for name in values if name in RUN_FLAGS and RUN_FLAGS[name].metadata["verb"] == _RUN_ONLY]
-        if refused := [name for name in only if name != "overwrite_output_dir"]:  # which the Hunyuan scripts always give
+        if refused := [
+            name for name in only if name != "overwrite_output_dir"
+        ]:  # which the Hunyuan scripts always give
             raise ArgumentsError(f"--{refused[0]} is for finebridge run; finebridge {verb} is the training alone")
-    given = [name for name in RUN_FLAGS if name in values and not (verb != _RUN_ONLY and name == "overwrite_output_dir")]
-    return RunArguments(**{name: own_value(name, as_word(name, values.pop(name)), RUN_FLAGS[name].type) for name in given})
+    given = [
+        name for name in RUN_FLAGS if name in values and not (verb != _RUN_ONLY and name == "overwrite_output_dir")
+    ]
+    return RunArguments(
+        **{name: own_value(name, as_word(name, values.pop(name)), RUN_FLAGS[name].type) for name in given}
+    )

@@ -1,7 +1,6 @@
 """The command ``finebridge``, a verb a stage. Importing it is light: each verb imports what it needs when it runs."""
 
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -17,8 +16,11 @@ _HELP = f"""finebridge {__version__}: fine-tune Hugging Face language models, HF
 
 usage: finebridge VERB ...          finebridge VERB --help tells more
 
+  run [recipe.yaml] [key=value] [--flag value]
+                      the whole way: raw data and any weights to a trained, merged, exported model; what stands is reused,
+                      --dry_run shows the plan. The word may be left out
   sft [recipe.yaml] [key=value] [--flag value]
-                      supervised fine-tuning, full or LoRA, on this machine's GPUs or its CPU
+                      the training alone: supervised, full or LoRA, on this machine's GPUs or its CPU
   pretrain [recipe.yaml] [key=value] [--flag value]
                       the same on plain text or Megatron's .bin/.idx, for new models (--config_name) or trained ones
   report OUTPUT_DIR   write report.html and loss.png of a run anew
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in _VERBS and (
         words[0].startswith("--") or words[0].endswith((".yaml", ".yml")) or "=" in words[0]
     ):
-        words.insert(0, "sft")
+        words.insert(0, "run")
     verb = _VERBS.get(words[0])
     if verb is None:
         print(f"error: unknown verb {words[0]!r}; known are {', '.join(_VERBS)}", file=sys.stderr)
@@ -71,6 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_DISK_FULL if is_disk_full(error) else EXIT_BAD_INPUT
 
 
+def _run(words: list[str]) -> int:
+    if words and words[0] in ("-h", "--help"):
+        return _train_help("run")
+    from .run import run
+
+    _stop_like_ctrl_c()
+    return run(words)
+
+
 def _sft(words: list[str]) -> int:
     return _train("sft", words)
 
@@ -81,46 +92,23 @@ def _pretrain(words: list[str]) -> int:
 
 def _train(verb: str, words: list[str]) -> int:
     """Check everything that can be checked without torch, then start the ranks."""
-    from ..train.arguments import build
-    from .launch import STOP_GRACE, gpu_count, run_ranks
-    from .nodes import local_processes
-    from .recipe import gather, to_argv
-    from .weights import MegatronEnds
-
     if words and words[0] in ("-h", "--help"):
         return _train_help(verb)
-    values = gather(words)
-    asked = values.pop("nproc_per_node", None)
-    if asked is not None and not re.fullmatch(r"[1-9][0-9]*", str(asked)):
-        raise ValueError(f"--nproc_per_node {asked}: a positive number is expected")
-    grace = str(values.pop("stop_grace", STOP_GRACE))
-    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", grace):
-        raise ValueError(f"--stop_grace {grace}: a number of seconds is expected")
-    asked_ends = {name: values.pop(name, None) for name in ("hf_config", "converted_weights_dir", "export_mcore")}
-    ends = MegatronEnds(build(values, "document" if verb == "pretrain" else "chat"), **asked_ends)
+    from .run import train
+
     _stop_like_ctrl_c()
-    if converted := ends.before():
-        values["model_name_or_path"] = str(converted)
-    processes = int(asked) if asked else local_processes(os.environ) or gpu_count() or 1
-    code = run_ranks(f"finebridge.train.{verb}", to_argv(values), processes, float(grace))
-    if code == 0:
-        ends.after()
-    return code
+    return train(verb, words)
 
 
 def _train_help(verb: str) -> int:
     from ..train.arguments import HF_DEFAULTS, own_flags
     from ..train.hf_flags import hf_flags
+    from .arguments import RUN_FLAGS
 
     print(f"finebridge {verb} [recipe.yaml ...] [key=value ...] [--flag value ...]\n")
-    print("  --nproc_per_node N\n      processes on this machine (default: one a GPU, or NODE_IP_LIST / HOST_GPU_NUM)")
-    print("  --stop_grace S\n      seconds after SIGTERM in which the ranks save a checkpoint and end (default 600)")
-    print("  --hf_config DIR\n      config.json and tokenizer of a Megatron checkpoint that has none beside it")
-    print(
-        "  --converted_weights_dir DIR\n      where its conversion is kept (default: converted_weights in --output_dir)"
-    )
-    print("  --export_mcore tp=2,pp=2,format=torch")
-    print("      leave a Megatron checkpoint too, OUTPUT_DIR/mcore-STEP; keys are the flags of finebridge convert")
+    for name, entry in RUN_FLAGS.items():
+        if verb == "run" or entry.metadata["verb"] != "run":
+            print(f"  --{name} (default {entry.default})\n      {entry.metadata['help']}")
     for name, (kind, default, text) in own_flags().items():
         plain = kind.removeprefix("<class '").removesuffix("'>").replace("typing.", "")
         print(f"  --{name} ({plain}, default {default})\n      {text}")
@@ -193,6 +181,7 @@ _DATA_VERBS = {
     "import": ("layouts_cli", "import_main"),
 }
 _VERBS: dict[str, Callable[[list[str]], int]] = {
+    "run": _run,
     "sft": _sft,
     "pretrain": _pretrain,
     "report": _report,

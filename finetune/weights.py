@@ -1,96 +1,120 @@
-"""Megatron checkpoints at both ends of a run: the one that it starts from, and the one that it leaves.
+"""The weights that a run starts from: a Hugging Face folder as it is, or a Megatron checkpoint, converted once.
 
-The trainer reads and writes Hugging Face folders. What it is to start from is converted once, ahead of the ranks, into a
-folder whose name is a hash of all that it is made from; what it leaves is merged, if it is an adapter, and converted.
+The trainer reads Hugging Face folders. A Megatron checkpoint is converted ahead of the ranks into a folder whose name is a
+hash of all that it is made from.
 """
 
+import hashlib
+import json
 import os
-from argparse import ArgumentError, Namespace
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..bridge.convert_cli import parser, target_of
-from ..storage.assets import is_tokenizer_asset, read_json
-from ..storage.manifest import verify
+from ..storage.assets import is_asset, is_tokenizer_asset
 from ..storage.megatron_folder import is_megatron
+from ..storage.source_hashes import source_sha256
 from ..train.arguments import Arguments
-from ..train.hf_flags import hf_value
+from .arguments import RunArguments
 
-_ADAPTER = "adapter_config.json"
+if TYPE_CHECKING:
+    from ..bridge.convert import Target
+
+Say = Callable[[str], None]
+_WEIGHTS = (".safetensors", ".bin", ".index.json")
+_STATES = ("training_args.bin",)
 _MANY = 8  # threads, the disk is the limit before
-_AT_STEP = "iteration=step"
-_EXPORT = ("--to", "mcore", "--load", "")
-# Flags of a conversion that a run answers itself.
-_NO_EXPORT = (
-    "load", "save", "source", "target", "hf_config", "model_type_hf", "max_shard_size", "dry_run", "overwrite",
-    "enable_hf2mg_convert", "mg_cache_dir", "adapter", "lora", "lora_alpha", "lora_r", "lora_target_modules",
-)  # fmt: skip
 
 
-class MegatronEnds:
-    """What a run's launcher does before and after the ranks. Raises ValueError for flags that do not go together."""
+def cores() -> int:
+    """Threads for work on files."""
+    return min(_MANY, len(os.sched_getaffinity(0)))
 
-    def __init__(
-        self, args: Arguments, hf_config: str | None, converted_weights_dir: str | None, export_mcore: str | None
-    ) -> None:
-        self.model = Path(args.model.model_name_or_path) if args.model.model_name_or_path else None
-        self.output_dir = Path(args.hf["output_dir"])
-        self.config = Path(hf_config) if hf_config else None
-        self.cache = Path(converted_weights_dir or self.output_dir / "converted_weights")
-        self.flags = parse_export(export_mcore) if export_mcore else None
-        self.adapter = args.model.use_lora
-        self.comes = self.model is not None and is_megatron(self.model)
-        if self.comes and not args.model.tokenizer_name_or_path:
-            self._check_tokenizer()
-        for name, given in (("hf_config", hf_config), ("converted_weights_dir", converted_weights_dir)):
-            if given and not self.comes:
-                raise ValueError(f"--{name} is for a Megatron checkpoint as --model_name_or_path")
-        if self.config and not (self.config / "config.json").is_file():
-            raise ValueError(f"--hf_config {self.config}: no config.json there")
-        if self.flags and str(hf_value(args.hf, "save_strategy")) == "no":
-            raise ValueError("--export_mcore needs a checkpoint; leave --save_strategy no out")
-        if self.flags and self.adapter and not (self.model and self.model.is_dir()):
-            raise ValueError(f"--export_mcore with --use_lora needs a folder as --model_name_or_path, not {self.model}")
 
-    def _check_tokenizer(self) -> None:
-        places = [folder for folder in (self.model, self.config) if folder and folder.is_dir()]
-        if not any(is_tokenizer_asset(path.name) for folder in places for path in folder.iterdir()):
-            raise ValueError(
-                f"--model_name_or_path {self.model}: a Megatron checkpoint without tokenizer; name one with "
-                "--tokenizer_name_or_path, or the Hugging Face folder of the model with --hf_config"
-            )
+def identity(folder: Path, memory: Path, say: Say = print) -> str:
+    """A hash of the model in a Hugging Face folder, or of the adapter in a PEFT folder: weights, configs, tokenizer, code.
 
-    def before(self) -> Path | None:
-        """Convert the weights to start from, where they are Megatron's; then the new folder.
+    ``memory`` keeps the hashes of files, so that one that has not changed is not read again. Raises OSError.
+    """
+    weights = {path for path in folder.iterdir() if path.name.endswith(_WEIGHTS) and path.name not in _STATES}
+    files = sorted(weights | {path for path in folder.iterdir() if is_asset(path)})
+    hashes = source_sha256(files, memory, say)
+    return hashlib.sha256(json.dumps([[file.name, hashes[file]] for file in files]).encode()).hexdigest()[:16]
 
-        The export is planned here, so that its layout cannot fail after the training. Raises what ``from_megatron`` does.
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a run starts from. ``model`` is None for a new model and for a name on the Hub, which the ranks load.
+
+    ``config`` is the folder of config.json and tokenizer of a Megatron checkpoint that has none beside it, ``cache`` where its
+    conversion is kept.
+    """
+
+    model: Path | None
+    config: Path | None
+    cache: Path
+
+    @property
+    def megatron(self) -> bool:
+        """Whether it must be converted first."""
+        return self.model is not None and is_megatron(self.model)
+
+    def key(self, say: Say = print) -> str:
+        """A hash of all that shapes the conversion. Raises BridgeError, OSError."""
+        from ..bridge.kept import key_of
+
+        assert self.model is not None
+        return key_of(self.model, self.config, _target(), self.cache, say)
+
+    def folder(self, say: Say = print) -> Path | None:
+        """The Hugging Face folder that the ranks load, whether it stands already or not."""
+        return self.cache / self.key(say) if self.megatron else self.model
+
+    def make(self, say: Say = print) -> Path | None:
+        """Convert what must be, when it does not stand yet; the folder that the ranks load.
+
+        Safe to call from many processes. Raises BridgeError, ManifestError, ValueError, OSError with ENOSPC.
         """
-        if self.model and self.comes:
-            self.model = from_megatron(self.model, self.config, self.cache)
-        if self.flags and self.model and self.model.is_dir():
-            _check_export(self.flags, self.model)
-        elif self.flags:
-            print("export: no folder holds the model yet, so the export is planned when it is trained", flush=True)
-        return self.model if self.comes else None
-
-    def after(self) -> None:
-        """Export what the run left. Raises what ``export`` does."""
-        if self.flags:
-            export(self.flags, self.model if self.adapter else None, self.output_dir)
+        return from_megatron(self.model, self.config, self.cache, say) if self.model and self.megatron else self.model
 
 
-def from_megatron(model: Path, config: Path | None, cache: Path, say: Callable[[str], None] = print) -> Path:
+def start_of(args: Arguments, run: RunArguments) -> Start:
+    """What a run starts from. Raises ValueError for flags that do not go together."""
+    named = args.model.model_name_or_path
+    model = Path(named) if named and Path(named).is_dir() else None
+    cache = Path(run.converted_weights_dir or Path(args.hf["output_dir"]) / "converted_weights")
+    start = Start(model, Path(run.hf_config) if run.hf_config else None, cache)
+    if run.converted_weights_dir and not start.megatron:
+        raise ValueError("--converted_weights_dir is for a Megatron checkpoint as --model_name_or_path")
+    if start.config and not (start.megatron or run.enable_hf2mg_convert):
+        raise ValueError("--hf_config is for a Megatron checkpoint as --model_name_or_path")
+    if start.config and not (start.config / "config.json").is_file():
+        raise ValueError(f"--hf_config {start.config}: no config.json there")
+    if start.megatron and not args.model.tokenizer_name_or_path and not tokenizer_folder(start):
+        raise ValueError(
+            f"--model_name_or_path {model}: a Megatron checkpoint without tokenizer; name one with "
+            "--tokenizer_name_or_path, or the Hugging Face folder of the model with --hf_config"
+        )
+    return start
+
+
+def tokenizer_folder(start: Start) -> Path | None:
+    """The folder beside the weights that holds a tokenizer: what comes with a conversion."""
+    places = [folder for folder in (start.model, start.config) if folder and folder.is_dir()]
+    return next((place for place in places if any(is_tokenizer_asset(path.name) for path in place.iterdir())), None)
+
+
+def from_megatron(model: Path, config: Path | None, cache: Path, say: Say = print) -> Path:
     """A Hugging Face folder with the weights of a Megatron checkpoint, converted when it does not stand in ``cache`` yet.
 
-    ``config`` is the folder of config.json and tokenizer where the checkpoint has none. Safe to call from many
-    processes. Raises BridgeError, ManifestError, ValueError, OSError with ENOSPC.
+    Raises what ``Start.make`` does.
     """
-    from ..bridge.convert import Source, Target, open_source
+    from ..bridge.convert import Source, open_source
     from ..bridge.kept import convert_once, key_of
     from ..bridge.lora_source import LoraFlags, with_lora
 
-    wanted = Target("hf", workers=_workers())
+    wanted = _target()
 
     def opened() -> Source:
         return with_lora(open_source(model, hf_config=config), wanted, LoraFlags())[0]
@@ -103,98 +127,7 @@ def from_megatron(model: Path, config: Path | None, cache: Path, say: Callable[[
     return target
 
 
-def parse_export(text: str) -> Namespace:
-    """``tp=2,pp=2,format=torch`` as flags of ``finebridge convert``; ``iteration=step`` is that of the run. Raises ValueError."""
-    words = [*_EXPORT]
-    for part in text.split(","):
-        key, equals, value = part.partition("=")
-        if not equals and words[-2] == "--num_layer_list":
-            words[-1] += f",{part}"
-        elif not equals:
-            raise ValueError(f"--export_mcore {text}: {part!r}; pairs like tp=2,pp=2,format=torch are expected")
-        elif part != _AT_STEP:
-            words += [f"--{'ckpt_format' if key == 'format' else key}", value]
-    flags = parser()
-    flags.exit_on_error = False
-    try:
-        known, unknown = flags.parse_known_args(words)
-    except ArgumentError as error:
-        raise ValueError(f"--export_mcore {text}: {error}") from None
-    if unknown:
-        raise ValueError(f"--export_mcore {text}: {unknown[0].lstrip('-')} is none of the flags of finebridge convert")
-    plain = flags.parse_args(_EXPORT)
-    if given := [name for name in _NO_EXPORT if getattr(known, name) != getattr(plain, name)]:
-        raise ValueError(f"--export_mcore {text}: {given[0]} is not for an export")
-    known.at_step = _AT_STEP in text.split(",")
-    return known
+def _target() -> "Target":
+    from ..bridge.convert import Target
 
-
-def _check_export(flags: Namespace, model: Path) -> None:
-    from ..bridge.convert import open_source, plan
-
-    try:
-        source = open_source(model)
-        with source.tensors:
-            plan(source, target_of(flags, 0)).lines()
-    except ValueError as error:
-        raise ValueError(f"--export_mcore: {error}") from None
-
-
-def export(flags: Namespace, base: Path | None, output_dir: Path, say: Callable[[str], None] = print) -> Path:
-    """Convert the last checkpoint of the run, merged into ``base`` when it is an adapter, to ``output_dir/mcore-STEP``.
-
-    Raises BridgeError, AdapterError, ManifestError, ValueError, OSError with ENOSPC.
-    """
-    from ..bridge.convert import check_weights, convert, open_source, plan
-
-    model, step = _last(output_dir)
-    if base and (model / _ADAPTER).is_file():
-        check_weights(model)
-        model = _merged(model, base, output_dir / f"merged-{step}", flags.dtype, say)
-    save = output_dir / f"mcore-{step}"
-    target = target_of(flags, 0)
-    if flags.at_step:
-        target = replace(target, iteration=step)
-    source = open_source(model)
-    with source.tensors:
-        convert(plan(source, target), save, overwrite=True, say=lambda line: say(f"export: {line}"))
-    say(
-        f"export: wrote {save}: the weights alone, "
-        + ("a release" if target.iteration is None else "which Megatron loads with --no-load-optim --no-load-rng")
-    )
-    return save
-
-
-def _last(output_dir: Path) -> tuple[Path, int]:
-    """The checkpoint with which the run ended and its step, as its own record tells: an older run may have left later ones.
-
-    Its weights are compared with their checksums when they are read. Raises ManifestError, ValueError.
-    """
-    state = output_dir / "trainer_state.json"
-    if not state.is_file():
-        raise ValueError(f"--export_mcore: {state} is missing, which tells the step at which the run ended")
-    step = int(read_json(state)["global_step"])
-    verify(output_dir / f"checkpoint-{step}", hashes=False)
-    return output_dir / f"checkpoint-{step}", step
-
-
-def _merged(adapter: Path, base: Path, output: Path, dtype: str | None, say: Callable[[str], None]) -> Path:
-    """Base and adapter in one, in the dtype of the base unless told."""
-    from ..bridge.convert import DTYPES
-    from ..merge.merge_lora import merge
-    from ..storage.safe_load import open_weights
-    from ..storage.safetensors_io import main_dtype
-
-    if dtype is None:
-        with open_weights(base) as weights:
-            stored = main_dtype(weights.shapes, weights.dtypes)
-        dtype = next((name for name, known in DTYPES.items() if known == stored), "fp32")
-    proof = merge(base, [adapter], output, dtype, workers=_workers(), overwrite=True, say=say)
-    for line in proof.lines(dtype):
-        say(f"export: {line}")
-    say(f"export: merged {adapter} into {output} ({dtype})")
-    return output
-
-
-def _workers() -> int:
-    return min(_MANY, len(os.sched_getaffinity(0)))
+    return Target("hf", workers=cores())

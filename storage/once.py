@@ -150,8 +150,11 @@ class _Watch:
 
 
 @contextmanager
-def locked(path: Path, say: Say = print, every: float = _TOLD) -> Generator[None]:
-    """Hold an exclusive lock, the file ``path``, telling every ``every`` seconds what is waited for."""
+def locked(path: Path, say: Say = print, every: float = _TOLD) -> Generator[Say]:
+    """Hold an exclusive lock, the file ``path``, telling every ``every`` seconds what is waited for.
+
+    Yields a function that sets what those who wait are told.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     watch = _Watch(path, say, every)
     while True:
@@ -162,7 +165,7 @@ def locked(path: Path, say: Say = print, every: float = _TOLD) -> Generator[None
             watch.look()
             watch.pause()
     with lock:
-        yield
+        yield lock.tell
 
 
 def build_once(
@@ -271,6 +274,11 @@ def verify_once(folder: Path) -> dict[str, Any]:
     manifest = verify(folder)
     _remember(folder)
     return manifest
+
+
+def forget(folder: Path) -> None:
+    """Drop what is remembered of a folder that was removed."""
+    _memory_of(folder).unlink(missing_ok=True)
 
 
 def _marks(folder: Path) -> dict[str, list[int]]:

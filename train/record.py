@@ -43,8 +43,8 @@ def masked(name: str, value: str) -> str:
     return value
 
 
-def command_line(argv: Sequence[str]) -> str:
-    """The flags as ``finebridge sft`` takes them, for as many ranks of a machine, quoted, secrets masked."""
+def command_line(argv: Sequence[str], verb: str = "sft") -> str:
+    """The flags as ``finebridge sft`` (or another verb) takes them, for as many ranks of a machine, quoted, secrets masked."""
     words: list[str] = []
     if (ranks := os.environ.get("LOCAL_WORLD_SIZE", "1")) != "1":
         words = ["--nproc_per_node", ranks]
@@ -55,7 +55,7 @@ def command_line(argv: Sequence[str]) -> str:
             words.append(f"{flag}{equals}{masked(flag.lstrip('-'), value)}" if equals else word)
         else:
             words.append(masked(flag.lstrip("-"), word))
-    return shlex.join(["finebridge", "sft", *words])
+    return shlex.join(["finebridge", verb, *words])
 
 
 def changed_arguments(args: Arguments) -> dict[str, str]:
@@ -105,7 +105,7 @@ class RunRecord:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "outcome": "running, or ended without a word",
             "seconds": None,
-            "command": command_line(argv),
+            "command": command_line(argv, "pretrain" if args.kind == "document" else "sft"),
             "folder": str(Path.cwd()),
             "host": f"{socket.gethostname()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             **about,

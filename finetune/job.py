@@ -1,0 +1,99 @@
+"""One run as its flags describe it: what all stages need to know, and what a stage of the plan is."""
+
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..storage.publish import write_text
+from ..train.arguments import build
+from ..train.hf_flags import hf_value
+from .arguments import take
+from .export import parse_export
+from .launch import gpu_count
+from .ledger import Ledger
+from .nodes import local_processes
+from .weights import start_of
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A stage of the plan: what it makes of what, whether that stands, the command that does it alone, and how it is done.
+
+    ``do`` returns the exit code of a command that failed, else None or 0.
+    """
+
+    stage: str
+    what: str
+    stands: bool
+    do: Callable[[], int | None]
+    command: str = ""
+
+    def __str__(self) -> str:
+        told = f"plan: {self.stage:<8}{'reuse' if self.stands else 'make '}  {self.what}"
+        return f"{told}\n{'':<21}{self.command}" if self.command and not self.stands else told
+
+
+class Job:
+    """The checked flags of a run, the weights it starts from and the export it ends with. Raises ValueError for bad input.
+
+    ``values`` are raw values by flag name, those of the launcher are taken out; ``verb`` is ``run``, ``sft`` or ``pretrain``.
+    """
+
+    def __init__(self, values: dict[str, Any], verb: str) -> None:
+        self.run = take(values, verb)
+        self.verb = self.run.stage if verb == "run" else verb
+        self.values = values
+        self.args = build(values, "document" if self.verb == "pretrain" else "chat")
+        self.output_dir = Path(self.args.hf["output_dir"])
+        data = self.args.data
+        self.cache = Path(data.prepared_data_dir) if data.prepared_data_dir else self.output_dir / "prepared_data"
+        self.start = start_of(self.args, self.run)
+        self.saves = str(hf_value(self.args.hf, "save_strategy")) != "no"
+        self.export = parse_export(self.run.export_mcore) if self.run.export_mcore else None
+        self.ranks = self.run.nproc_per_node or local_processes(os.environ) or gpu_count() or 1
+        self.ledger = Ledger(self.output_dir, self.cache)
+        self._check()
+
+    def _check(self) -> None:
+        model = self.args.model
+        named = model.model_name_or_path or model.config_name
+        if self.run.enable_hf2mg_convert and (self.start.model is None or self.start.megatron):
+            raise ValueError(f"--enable_hf2mg_convert is from a Hugging Face folder, which {named} is not")
+        if self.run.save_dtype and not model.use_lora:
+            raise ValueError("--save_dtype is for LoRA; weights that were trained keep the dtype of the checkpoint")
+        if self.run.output_prefix and self.args.data.use_dummy_data:
+            raise ValueError("--output_prefix needs data; --use_dummy_data has none")
+        if self.export and not self.saves:
+            raise ValueError("--export_mcore needs a checkpoint; leave --save_strategy no out")
+        if self.export and model.use_lora and self.start.model is None:
+            raise ValueError(f"--export_mcore with --use_lora needs a folder as --model_name_or_path, not {named}")
+
+    @property
+    def step(self) -> int | str:
+        """The step at which the run ends, where its flags tell."""
+        steps = self.args.hf.get("max_steps", 0)
+        return steps if steps > 0 and not self.args.model.early_stopping_patience else "STEP"
+
+    def say(self, text: str) -> None:
+        """A line for the user, at once."""
+        print(text, flush=True)
+
+    def note_done(self, artifact: Path, recipe: str) -> None:
+        """Leave the resolved recipe beside an artifact; hidden, for the folder of a model is read as a whole."""
+        write_text(artifact.with_name(f".{artifact.name}.recipe.yaml"), recipe)
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def command(verb: str, words: Sequence[str]) -> str:
+    """A command line that can be pasted."""
+    return f"finebridge {verb} {shlex.join(words)}"

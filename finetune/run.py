@@ -1,0 +1,73 @@
+"""The whole way in one command: weights and raw data to a trained and exported model, each stage once.
+
+    finebridge run recipe.yaml [key=value ...] [--flag value ...]
+
+Stages: ``weights`` (a Megatron checkpoint becomes Hugging Face's) or ``mcore`` (``--enable_hf2mg_convert``: the other way,
+for Megatron's own jobs), ``data`` (raw rows to tokens), ``tokens`` (``--output_prefix``), ``train``, ``model`` (the trained
+model alone, LoRA merged) and ``export`` (as a Megatron checkpoint). All are planned, and bad input is told, before the first
+one begins. A stage whose artifact stands for exactly these inputs is not done again.
+"""
+
+from collections.abc import Sequence
+
+from ..storage.once import locked
+from ..storage.space import free_bytes
+from .export import check_export, export, last_checkpoint, leave_model
+from .job import Job, Step, size
+from .launch import run_ranks
+from .recipe import gather, to_argv
+from .stage_train import TrainStage
+from .stages_after import AfterStages
+from .stages_before import DataStages, WeightStages, asked_pack
+
+
+def run(words: Sequence[str]) -> int:
+    """Say the plan of all stages and do what does not stand; the exit code is that of the stage that failed."""
+    values = gather(words)
+    pack = asked_pack(values)
+    job = Job(values, "run")
+    weights = WeightStages(job)
+    data = DataStages(job, pack)
+    training = TrainStage(job, weights, data)
+    before = [*weights.plan(), *data.plan()]
+    after = [training.plan(), *AfterStages(job, weights, training).plan()]
+    for step in (*before, *after):
+        job.say(str(step))
+    if job.run.dry_run:
+        job.say(f"plan: {size(free_bytes(job.output_dir))} are free where {job.output_dir} lies")
+        return 0
+    return _work(job, before, after)
+
+
+def _work(job: Job, before: Sequence[Step], after: Sequence[Step]) -> int:
+    """Do the stages; an output folder is one launcher's at a time, the others wait and find the work done."""
+    for step in before:
+        if not step.stands and (code := step.do()):
+            return code
+    with locked(job.output_dir / ".run.lock", job.say) as tell:
+        for step in after:
+            tell(f"{step.stage}, {step.what}")
+            if code := step.do():
+                return code
+    return 0
+
+
+def train(verb: str, words: Sequence[str]) -> int:
+    """The training alone, with the Megatron checkpoints at its ends that its flags name; the exit code of the ranks."""
+    job = Job(gather(words), verb)
+    folder = job.start.make(job.say)
+    if job.start.megatron:
+        job.values.pop("load", None)
+        job.values["model_name_or_path"] = str(folder)
+    if job.export and folder:
+        check_export(job.export, folder)
+    elif job.export:
+        job.say("export: no folder holds the model yet, so the export is planned when it is trained")
+    code = run_ranks(f"finebridge.train.{verb}", to_argv(job.values), job.ranks, job.run.stop_grace)
+    if code == 0 and job.export:
+        model, step = last_checkpoint(job.output_dir)
+        if job.args.model.use_lora:
+            leave_model(model, folder, job.output_dir / f"hf-{step}", job.export.dtype, job.say)
+            model = job.output_dir / f"hf-{step}"
+        export(job.export, model, job.output_dir / f"mcore-{step}", step, job.say)
+    return code
