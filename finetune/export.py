@@ -162,3 +162,16 @@ def export(flags: Namespace, model: Path, output: Path, step: int, say: Say = pr
         f"export: wrote {output}: the weights alone, "
         + ("a release" if target.iteration is None else "which Megatron loads with --no-load-optim --no-load-rng")
     )
+
+
+def export_last(flags: Namespace, base: Path | None, output_dir: Path, say: Say = print) -> Path:
+    """Export the checkpoint with which a run ended, an adapter merged into ``base`` first; the Megatron checkpoint.
+
+    Raises what ``last_checkpoint``, ``leave_model`` and ``export`` do.
+    """
+    model, step = last_checkpoint(output_dir)
+    if (model / _ADAPTER).is_file():
+        leave_model(model, base, output_dir / f"hf-{step}", flags.dtype, say)
+        model = output_dir / f"hf-{step}"
+    export(flags, model, output_dir / f"mcore-{step}", step, say)
+    return output_dir / f"mcore-{step}"

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from ..storage.once import locked
 from ..storage.space import free_bytes
-from .export import check_export, export, last_checkpoint, leave_model
+from . import launch
+from .export import check_export, export_last
 from .job import Job, Step, size
-from .launch import run_ranks
 from .recipe import gather, to_argv
 from .stage_train import TrainStage
 from .stages_after import AfterStages
@@ -63,11 +63,7 @@ def train(verb: str, words: Sequence[str]) -> int:
         check_export(job.export, folder)
     elif job.export:
         job.say("export: no folder holds the model yet, so the export is planned when it is trained")
-    code = run_ranks(f"finebridge.train.{verb}", to_argv(job.values), job.ranks, job.run.stop_grace)
+    code = launch.run_ranks(f"finebridge.train.{verb}", to_argv(job.values), job.ranks, job.run.stop_grace)
     if code == 0 and job.export:
-        model, step = last_checkpoint(job.output_dir)
-        if job.args.model.use_lora:
-            leave_model(model, folder, job.output_dir / f"hf-{step}", job.export.dtype, job.say)
-            model = job.output_dir / f"hf-{step}"
-        export(job.export, model, job.output_dir / f"mcore-{step}", step, job.say)
+        export_last(job.export, folder, job.output_dir, job.say)
     return code

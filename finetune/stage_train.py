@@ -8,9 +8,9 @@ from ..storage.manifest import steps
 from ..storage.once import forget
 from ..storage.publish import remove, write_text
 from ..train.record import command_line
+from . import launch
 from .export import last_checkpoint
 from .job import Job, Step
-from .launch import run_ranks
 from .ledger import Standing
 from .recipe import to_argv
 from .resolved import recipe_text
@@ -95,7 +95,7 @@ class TrainStage:
             self._clear()
         write_text(job.output_dir / "recipe.yaml", recipe_text(job.run, job.args))
         job.ledger.begin(_STAGE, self.inputs)
-        code = run_ranks(f"finebridge.train.{job.verb}", self._argv(standing), job.ranks, job.run.stop_grace)
+        code = launch.run_ranks(f"finebridge.train.{job.verb}", self._argv(standing), job.ranks, job.run.stop_grace)
         if code == 0 and job.saves:
             job.ledger.done(_STAGE, self.inputs, last_checkpoint(job.output_dir)[0])
         return code

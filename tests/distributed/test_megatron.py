@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from finebridge.finetune.cli import main
-from finebridge.finetune.weights import export, parse_export
+from finebridge.finetune.export import export_last, parse_export
 from rank_runner import RankRunner
 
 pytestmark = pytest.mark.distributed
@@ -45,7 +45,7 @@ def test_a_run_from_megatron_to_megatron_is_the_run_from_hugging_face(
     assert run("convert", "verify", out / "mcore-3", plain / "checkpoint-3") == 0
     assert run("convert", "verify", out / "mcore-3", base) == 1, "it learned nothing"
 
-    made = export(parse_export("tp=2,format=torch"), base, lora)
+    made = export_last(parse_export("tp=2,format=torch"), base, lora)
     words = [
         "--base_model_path",
         base,

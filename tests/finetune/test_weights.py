@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from finebridge.bridge import kept
 from finebridge.bridge.convert_cli import target_of
+from finebridge.finetune.arguments import RunArguments
 from finebridge.finetune.cli import main
+from finebridge.finetune.export import export_last, parse_export
 from finebridge.finetune.recipe import gather
-from finebridge.finetune.weights import MegatronEnds, export, from_megatron, parse_export
+from finebridge.finetune.weights import from_megatron, start_of
 from finebridge.storage.assets import is_tokenizer_asset
 from finebridge.storage.manifest import verify
 from finebridge.storage.publish import publish
@@ -138,13 +140,13 @@ def test_a_checkpoint_without_tokenizer(copy: Path, train_file: Path, models: Mo
             path.unlink()
     args = build({"model_name_or_path": str(copy), "train_data_file": str(train_file)})
     with pytest.raises(ValueError, match="without tokenizer; name one with --tokenizer_name_or_path"):
-        MegatronEnds(args, None, None, None)
-    assert MegatronEnds(args, str(models("qwen3")), None, None).comes
+        start_of(args, RunArguments())
+    assert start_of(args, RunArguments(hf_config=str(models("qwen3")))).megatron
 
 
 def test_no_export_without_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="trainer_state.json is missing"):
-        export(Namespace(), None, tmp_path, quiet)
+        export_last(Namespace(), None, tmp_path, quiet)
 
 
 def test_the_run_that_ended_is_exported_and_none_before_it(models: Models, tmp_path: Path) -> None:
@@ -153,9 +155,9 @@ def test_the_run_that_ended_is_exported_and_none_before_it(models: Models, tmp_p
         with publish(tmp_path / f"checkpoint-{step}", kind="checkpoint", made_from={}) as folder:
             shutil.copytree(models(name), folder, dirs_exist_ok=True)
     (tmp_path / "trainer_state.json").write_text('{"global_step": 3}')
-    made = export(parse_export("iteration=step"), None, tmp_path, quiet)
+    made = export_last(parse_export("iteration=step"), None, tmp_path, quiet)
     assert made == tmp_path / "mcore-3"
     assert main(["convert", "verify", str(made), str(models("qwen3"))]) == 0
     (tmp_path / "checkpoint-3" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"checkpoint-3/model.safetensors: missing"):
-        export(parse_export("iteration=step"), None, tmp_path, quiet)
+        export_last(parse_export("iteration=step"), None, tmp_path, quiet)
