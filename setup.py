@@ -44,6 +44,7 @@ setup(
         "finebridge.train": ["*.sh"],
         "finebridge.finetune": [
             "*.sh",
+            "recipes/*.yaml",
             "example_data/*.json",
             "example_data/*.jsonl",
             "example_data/*.jinja",

@@ -2,12 +2,13 @@
 
     bash finetune/finetune.sh            (or: finebridge example [--output_dir DIR])
 
-It runs the real thing on a small scale: full fine-tuning with ZeRO-2, a LoRA stage that teaches a new habit, the offline
-merge, and held-out questions put to the merged model. Recipes and data lie in ``example_data/``.
+It runs the real thing on a small scale: ``finebridge run`` for full fine-tuning with ZeRO-2, then for LoRA that teaches a new
+habit and is merged, and held-out questions put to what came out. Recipes and data lie in ``example_data/``.
 """
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -20,8 +21,9 @@ import orjson
 
 from ..data_tools.thinking import NO_THINK, parse
 from ..storage.publish import publish
-from .launch import gpu_count, run_ranks
-from .recipe import read_recipe, to_argv
+from .launch import gpu_count
+from .recipe import read_recipe
+from .run import run
 
 FOLDER = Path(__file__).parent / "example_data"
 POLITE = "Answer politely."  # the system prompt that the LoRA stage teaches the model to follow
@@ -51,34 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # silences a warning of DeepSpeed's
     questions = [orjson.loads(line) for line in (FOLDER / "heldout.jsonl").read_bytes().splitlines()]
 
-    print("example 1/5: a new tiny hunyuan_v1_dense model, untrained", flush=True)
+    print("example 1/4: a new tiny hunyuan_v1_dense model, untrained", flush=True)
     base = make_base(out / "base")
     scores = {"untrained": ask(base, questions).score}
-    print("example 2/5: full fine-tuning, ZeRO-2", flush=True)
-    full = _train("full.yaml", base, out / "full")
+    print("example 2/4: full fine-tuning, ZeRO-2", flush=True)
+    full = _run("full.yaml", base, out / "full")
     scores["full fine-tuning"] = ask(full, questions).score
-    print("example 3/5: LoRA on top of it (a new habit: be polite when the system prompt says so)", flush=True)
-    adapter = _train("lora.yaml", full, out / "lora")
-    print("example 4/5: merging the adapter", flush=True)
-    merged = out / "merged"
-    from ..merge.merge_lora import main as merge
-
-    command = [
-        "--base_model_path",
-        full,
-        "--adapter_model_path",
-        adapter,
-        "--output_path",
-        merged,
-        "--save_dtype",
-        "bf16",
-    ]
-    if merge([str(word) for word in command]):
-        raise RuntimeError("the merge failed")
-    print("example 5/5: held-out questions to the merged model", flush=True)
+    print("example 3/4: LoRA on top of it (a new habit: be polite when the system prompt says so), merged", flush=True)
+    merged = _run("lora.yaml", full, out / "lora")
+    print("example 4/4: held-out questions to the merged model", flush=True)
     answers = ask(merged, questions)
     scores["LoRA, merged"] = answers.score
-    _report(scores, answers.shown, out, time.monotonic() - began)
+    _report(scores, answers.shown, merged, time.monotonic() - began)
     return 0 if min(answers.score.slow, answers.score.fast) >= GOAL else 1
 
 
@@ -149,18 +135,21 @@ def _answer(text: str) -> str | None:
     return value.answer if value else None
 
 
-def _train(recipe: str, model: Path, output_dir: Path) -> Path:
-    """Train by a shipped recipe; the last checkpoint. Ends with the run's exit code when it fails: it has said why."""
+def _run(recipe: str, model: Path, output_dir: Path) -> Path:
+    """``finebridge run`` of a recipe; the model that it leaves. Ends with its exit code when it fails: it has said why."""
     values = read_recipe(FOLDER / recipe)
-    values |= {
-        "model_name_or_path": str(model),
-        "train_data_file": str(FOLDER / values["train_data_file"]),
-        "output_dir": str(output_dir),
+    given = {
+        "model_name_or_path": model,
+        "train_data_file": FOLDER / values["train_data_file"],
+        "output_dir": output_dir,
+        "nproc_per_node": _RANKS,
     }
-    if code := run_ranks("finebridge.train.sft", to_argv(values), _RANKS):
-        print(f"error: training by {recipe} ended with exit code {code}; its messages stand above", file=sys.stderr)
+    words = [str(FOLDER / recipe), *(f"{name}={value}" for name, value in given.items())]
+    print(f"$ {shlex.join(['finebridge', 'run', *words])}", flush=True)
+    if code := run(words):
+        print(f"error: {recipe} ended with exit code {code}; its messages stand above", file=sys.stderr)
         raise SystemExit(code)
-    return output_dir / f"checkpoint-{values['max_steps']}"
+    return output_dir / f"hf-{values['max_steps']}"
 
 
 def _clear(out: Path) -> None:
@@ -172,7 +161,7 @@ def _clear(out: Path) -> None:
     (out / _MARK).touch()
 
 
-def _report(scores: dict[str, Score], shown: Sequence[tuple[str, str]], out: Path, seconds: float) -> None:
+def _report(scores: dict[str, Score], shown: Sequence[tuple[str, str]], merged: Path, seconds: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -185,12 +174,10 @@ def _report(scores: dict[str, Score], shown: Sequence[tuple[str, str]], out: Pat
     for name, score in scores.items():
         table.add_row(name, f"{score.slow:.2f}", f"{score.fast:.2f}", f"{score.polite:.2f}")
     console.print(table)
+    console.print(f"took {seconds:.0f} s; the merged model: {merged} (AutoModelForCausalLM loads it)", soft_wrap=True)
     console.print(
-        f"took {seconds:.0f} s; the merged model: {out / 'merged'} (AutoModelForCausalLM loads it)", soft_wrap=True
-    )
-    console.print(
-        "your own data:  bash finetune/finetune.sh --model_name_or_path MODEL --train_data_file data.jsonl \\\n"
-        "                --output_dir out --deepspeed ds_zero2_no_offload --bf16 --max_steps 200",
+        "your own data:  bash finetune/finetune.sh run lora.yaml model_name_or_path=MODEL train_data_file=data.jsonl "
+        "output_dir=out",
         soft_wrap=True,
     )
 
