@@ -82,7 +82,7 @@ def prepare(
 
     def build(folder: Path, tell: Callable[[str], None]) -> Mapping[str, Any]:
         _build(folder, files, forms, kind, tokenizer.load(), args, tell, start_method)
-        return {**settings, "files": {str(file): hashes[file] for file in files}}
+        return {**settings, "files": {str(file.absolute()): hashes[file] for file in files}}
 
     built = build_once(target, build, kind="dataset", say=say)
     report = json.loads((target / "report.json").read_text(encoding="utf-8"))
