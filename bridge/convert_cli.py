@@ -14,10 +14,12 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..storage.manifest import ManifestError, read
 from ..storage.space import EXIT_DISK_FULL, free_bytes, is_disk_full, parse_size
 from .errors import BridgeError
 
@@ -155,6 +157,12 @@ def _keep(args: argparse.Namespace) -> None:
     parent = next(folder for folder in args.save.absolute().parents if folder.exists())
     if not os.access(parent, os.W_OK) and not args.save.exists():
         raise ValueError(f"{parent}: not writable; name another place with --mg_cache_dir")
+    for folder in args.save.absolute().parents:
+        with suppress(ManifestError, OSError):
+            read(folder)
+            raise ValueError(
+                f"{folder}: its manifest lists its files, so one more would be damage; name another place with --mg_cache_dir"
+            )
 
 
 def _converted_once(args: argparse.Namespace, target: "Target") -> int:

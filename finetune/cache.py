@@ -211,7 +211,8 @@ def _prune(words: Sequence[str]) -> int:
     add("--all", action="store_true", help="everything")
     add("--dry_run", "--dry-run", action="store_true", help="only say what would be removed")
     args = parser.parse_args(words)
-    freed = kept = failed = 0
+    done = "would remove" if args.dry_run else "removed"
+    freed, gone, kept, failed = 0, 0, 0, 0
     for found in _found(args.folder):
         try:
             reason = _reason(found, args)
@@ -228,9 +229,9 @@ def _prune(words: Sequence[str]) -> int:
             kept += 1
             _warn(f"kept: {found.path}: {stays}")
         elif reason:
-            freed += found.size
-            print(f"{'would remove' if args.dry_run else 'removed'} {found.path} ({_size(found.size)}): {reason}")
-    print(f"{_size(freed)} {'would be' if args.dry_run else 'are'} free{f', {kept} kept' if kept else ''}")
+            freed, gone = freed + found.size, gone + 1
+            print(f"{done} {found.path} ({_size(found.size)}): {reason}")
+    print(f"{done} {gone}, {_size(freed)}; selected and kept: {kept + failed}")
     return int(failed > 0)
 
 

@@ -19,16 +19,25 @@ _held: dict[Path, int] = {}  # open manifests, the one held longest first
 def hold(folder: Path) -> None:
     """Let nobody prune a published folder while this process lives. Where no locks are to be had, nothing happens."""
     with suppress(OSError):
-        handle = os.open(folder / MANIFEST_NAME, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH)
-        except OSError:
-            os.close(handle)
-            raise
+        handle = _locked(folder / MANIFEST_NAME)
         release(folder)
         _held[folder.absolute()] = handle
         if len(_held) > _MOST:
             release(next(iter(_held)))
+
+
+def _locked(file: Path) -> int:
+    """A shared lock on the file that has this name now: another may have come while this process waited. Raises OSError."""
+    while True:
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+            if os.path.samestat(os.fstat(handle), file.stat()):
+                return handle
+        except OSError:
+            os.close(handle)
+            raise
+        os.close(handle)
 
 
 def release(folder: Path) -> None:

@@ -10,6 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -193,7 +194,7 @@ def _work(path: Path, made: set[Path]) -> Found | None:
     target = writer[0] if writer else path.with_name(str(match and match["name"]))
     if target not in made and not target.is_dir() and (builder := builder_of(target)):
         made.add(target)
-        size = sum(_size(part) for part in target.parent.glob(f".{target.name}.tmp-*"))
+        size = sum(_size(part) for part in target.parent.iterdir() if (writer_of(part) or (None,))[0] == target)
         return Found(target, target, "-", "being made", _told(builder), size, last_change(path))
     left = _left_staging(path, target, writer[1]) if writer else _left_note(path, target)
     if left is None:
@@ -285,7 +286,8 @@ def discard(found: Found, say: Callable[[str], None]) -> str:
 
 
 def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):  # the next writer of this target was faster
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

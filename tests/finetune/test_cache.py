@@ -168,7 +168,7 @@ def test_use_is_noted(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verify_once(prepared)
     forget_holds()
     assert main(["cache", "prune", "--older_than", "30d", str(output)]) == 0
-    assert capsys.readouterr().out == "0 B are free\n"
+    assert capsys.readouterr().out == "removed 0, 0 B; selected and kept: 0\n"
     assert prepared.exists()
 
 
@@ -246,7 +246,7 @@ def test_a_source_that_has_changed_or_gone(models: Models, tmp_path: Path, capsy
     assert state() == ("stale", f"{chats} has gone", 1)
     assert main(["cache", "prune", str(output)]) == 0
     assert main(["cache", "prune", "--stale", "--older_than", "1h", str(output)]) == 0
-    assert capsys.readouterr().out.endswith("0 B are free\n" * 2)
+    assert capsys.readouterr().out.endswith("removed 0, 0 B; selected and kept: 0\n" * 2)
     assert main(["cache", "prune", "--stale", str(output)]) == 0
     assert f"stale: {chats} has gone" in capsys.readouterr().out
     assert listed(capsys, output) == {}
@@ -304,6 +304,58 @@ def test_what_a_living_process_uses_stays(
     assert main(["cache", "prune", "--all", str(output)]) == 0
     assert listed(capsys, output) == {}
     assert (output / "mcore-3").is_dir()
+
+
+def test_a_prune_that_is_killed_leaves_leftovers(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place, name = output / "prepared_data", prepared_in(output).name
+    verify_once(place / name)
+    forget_holds()
+    code = (
+        "import os, sys; from finebridge.finetune.cli import main; from finebridge.storage import publish; "
+        "publish.shutil.rmtree = lambda *_, **__: os._exit(9); main(['cache', 'prune', '--all', sys.argv[1]])"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(place)], check=False).returncode == 9
+    found = listed(capsys, place)
+    assert {entry["state"] for entry in found.values()} == {"leftover"}
+    assert {name.partition(".tmp-")[0] for name in found} == {f".{name}{end}" for end in ("", ".lock", ".verified")}
+    assert main(["cache", "prune", str(place)]) == 0
+    assert names(place) == ["source_hashes.json"]
+
+
+# argv: target. Builds it or finds it built, uses it, lets it go; twenty times.
+USER = """
+import sys, time
+from pathlib import Path
+from finebridge.storage import holds
+from finebridge.storage.manifest import verify
+from finebridge.storage.once import build_once
+target, built = Path(sys.argv[1]), 0
+def build(folder, tell):
+    (folder / "data").write_bytes(bytes(1000))
+    return {"sources": [], "tokenizer": ""}
+for _ in range(20):
+    built += build_once(target, build, kind="dataset", say=lambda text: None)
+    for _ in range(3):
+        verify(target)
+        time.sleep(0.002)
+    holds.release(target)
+    time.sleep(0.01)
+print(built)
+"""
+
+
+def test_who_uses_what_is_pruned_meanwhile_always_finds_it_whole(tmp_path: Path) -> None:
+    target = tmp_path / "cache" / "k"
+    target.parent.mkdir()
+    users = [
+        subprocess.Popen([sys.executable, "-c", USER, str(target)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]  # fmt: skip
+    while any(user.poll() is None for user in users):
+        assert main(["cache", "prune", "--all", str(tmp_path)]) == 0
+    said = [user.communicate() for user in users]
+    assert [err for _, err in said] == ["", ""]
+    assert sum(int(out) for out, _ in said) > 2, "it was pruned and built again"
 
 
 def test_leftovers_of_other_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
