@@ -26,11 +26,14 @@ Models = Callable[[str], Path]
 PROCESS = """
 import sys, time
 from pathlib import Path
+from finebridge.storage import once
 from finebridge.storage.once import build_once, verify_once
+once._BEAT = 0.05
 def build(folder, tell):
     (folder / "text_document.bin").write_bytes(bytes(5000))
     tell("half of it")
-    time.sleep(2.5)  # a heartbeat carries the word
+    while "half" not in (target.parent / f".{target.name}.lock").read_text():
+        time.sleep(0.01)
     print("inside", flush=True)
     time.sleep(600)
 target = Path(sys.argv[1])
