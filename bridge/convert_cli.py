@@ -14,17 +14,19 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..storage.manifest import ManifestError, verify
+from ..storage.manifest import ManifestError, read, verify
 from ..storage.space import EXIT_DISK_FULL, free_bytes, is_disk_full, parse_size
 from .errors import BridgeError
 
 if TYPE_CHECKING:
     from .convert import Source, Target
+    from .kept import Key
     from .lora_source import LoraFlags
 
 SIDES = ("hf", "mcore")
@@ -158,6 +160,12 @@ def _keep(args: argparse.Namespace) -> None:
     parent = next(folder for folder in args.save.absolute().parents if folder.exists())
     if not os.access(parent, os.W_OK) and not args.save.exists():
         raise ValueError(f"{parent}: not writable; name another place with --mg_cache_dir")
+    for folder in args.save.absolute().parents:
+        with suppress(ManifestError, OSError):
+            read(folder)
+            raise ValueError(
+                f"{folder}: its manifest lists its files, so one more would be damage; name another place with --mg_cache_dir"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +176,7 @@ class KeptConversion:
     target: "Target"
     save: Path
 
-    def _key(self, say: Callable[[str], None]) -> str:
+    def _key(self, say: Callable[[str], None]) -> "Key":
         from .kept import key_of
 
         memory = self.save.with_name(f".{self.save.name}.sources")

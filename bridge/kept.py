@@ -19,7 +19,14 @@ FORMAT = 1  # raise when the same source would be converted otherwise
 _WEIGHTS = (".safetensors", ".bin")
 
 
-def key_of(load: Path, config: Path | None, target: Target, memory: Path, say: Callable[[str], None] = print) -> str:
+class Key(str):
+    """A key that tells from which files it is made: their paths and SHA-256."""
+
+    __slots__ = ("files",)
+    files: Mapping[str, str]
+
+
+def key_of(load: Path, config: Path | None, target: Target, memory: Path, say: Callable[[str], None] = print) -> Key:
     """A hash of all that shapes the conversion of ``load``: its files, those of ``config``, and the target.
 
     ``memory`` is the folder that keeps the hashes of files, so that one that has not changed is not read again. Raises
@@ -33,11 +40,13 @@ def key_of(load: Path, config: Path | None, target: Target, memory: Path, say: C
     files = sorted(weights | described)
     hashes = source_sha256(files, memory, say)
     settings = [FORMAT, str(replace(target, workers=1)), [[file.name, hashes[file]] for file in files]]
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    key = Key(hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
+    key.files = {str(file.absolute()): hashes[file] for file in files}
+    return key
 
 
 def convert_once(
-    opened: Callable[[], Source], target: Target, save: Path, key: str, say: Callable[[str], None] = print
+    opened: Callable[[], Source], target: Target, save: Path, key: Key, say: Callable[[str], None] = print
 ) -> bool:
     """Make sure that ``save`` holds the conversion with this key; True when this call made it.
 
@@ -55,7 +64,7 @@ def convert_once(
                 tell(line)
             check_target(made, save)
             written.update(write_target(folder, made))
-        return made.made_from
+        return {**made.made_from, "files": key.files}
 
     return build_once(save, build, kind=target.form, say=say, written=written, key=key)
 

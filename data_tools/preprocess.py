@@ -110,7 +110,7 @@ def prepare(
 
     def build(folder: Path, tell: Callable[[str], None]) -> Mapping[str, Any]:
         _build(folder, files, planned.forms, planned.kind, tokenizer.load(), planned.args, tell, start_method)
-        return {**planned.settings, "files": {str(file): planned.hashes[file] for file in files}}
+        return {**planned.settings, "files": {str(file.absolute()): planned.hashes[file] for file in files}}
 
     built = not planned.named and build_once(target, build, kind="dataset", say=say)
     report = json.loads((target / "report.json").read_text(encoding="utf-8"))

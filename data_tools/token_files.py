@@ -84,7 +84,7 @@ def check_tokens(
         except IndexedError as error:
             raise DataError(f"{error}; is {tokenizer.path} the tokenizer that it was made with?") from None
         (folder / "report.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
-        return {**settings, "files": {str(file): known for file, known in hashes.items()}}
+        return {**settings, "files": {str(file.absolute()): known for file, known in hashes.items()}}
 
     build_once(cache / key, build, kind="checked_tokens", say=say)
     return key

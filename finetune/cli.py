@@ -34,6 +34,8 @@ usage: finebridge VERB ...          finebridge VERB --help tells more
   data check FILE     prove the masks and show statistics, before any GPU is used
   data preview FILE   show what of each row is trained, token by token
   data export|import  files of MindSpeed-LLM, Pai-Megatron-Patch, AutoAlign and Megatron-LM
+  cache list|verify|prune
+                      prepared data, converted weights and leftovers: look at them, prove them, remove them
   example             the built-in example: a tiny model learns arithmetic, then answers
 
 bash finetune/finetune.sh without arguments runs the example, with arguments: finebridge ARGUMENTS
@@ -161,6 +163,13 @@ def _data(words: list[str]) -> int:
     return import_module(f"..data_tools.{module}", __package__).__dict__[name](words[1:])
 
 
+def _cache(words: list[str]) -> int:
+    from .cache import main as cache
+
+    _stop_like_ctrl_c()
+    return cache(words)
+
+
 def _stop_like_ctrl_c() -> None:
     """From now on SIGTERM does what Ctrl-C does: nothing half-written stays."""
     with suppress(ValueError):  # not in a thread that is not the first one
@@ -189,6 +198,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "convert": _convert,
     "checkpoint": _checkpoint,
     "data": _data,
+    "cache": _cache,
     "example": _example,
 }
 

@@ -160,22 +160,25 @@ def verify(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
     missing, cut, changed or not listed.
     """
     manifest = read(folder)
+    for fault in faults(folder, manifest, hashes=hashes):
+        raise ManifestError(fault)
+    return manifest
+
+
+def faults(folder: Path, manifest: Mapping[str, Any], *, hashes: bool = True) -> Iterator[str]:
+    """A sentence for each file of ``folder`` that is not what its manifest says. Raises ManifestError on a symbolic link."""
     present = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
     for name, entry in manifest["files"].items():
         path = present.pop(name, None)
-        if path is None:
-            raise ManifestError(f"{folder / name}: missing")
-        size = path.stat().st_size
-        if size != entry["size"]:
-            raise ManifestError(f"{path}: {size} bytes, the manifest says {entry['size']}")
         algorithm = str(algorithm_of(entry))
-        if hashes and file_digest(path, algorithm) != entry[algorithm]:
-            raise ManifestError(
-                f"{path}: its checksum ({algorithm}) is not the manifest's; the file was changed or is damaged"
-            )
-    if present:
-        raise ManifestError(f"{next(iter(present.values()))}: not listed in the manifest; it was added later")
-    return manifest
+        if path is None:
+            yield f"{folder / name}: missing"
+        elif (size := path.stat().st_size) != entry["size"]:
+            yield f"{path}: {size} bytes, the manifest says {entry['size']}"
+        elif hashes and file_digest(path, algorithm) != entry[algorithm]:
+            yield f"{path}: its checksum ({algorithm}) is not the manifest's; the file was changed or is damaged"
+    for path in present.values():
+        yield f"{path}: not listed in the manifest; it was added later"
 
 
 def steps(parent: Path, prefix: str = "checkpoint-") -> list[tuple[int, Path]]:

@@ -9,6 +9,7 @@ is needed. Should two build at once all the same, both publish whole artifacts, 
 """
 
 import json
+import math
 import os
 import time
 import uuid
@@ -20,7 +21,8 @@ from threading import Event, Thread
 from types import TracebackType
 from typing import Any, Self
 
-from .manifest import ManifestError, verify
+from .holds import hold
+from .manifest import MANIFEST_NAME, ManifestError, verify
 from .owner import host_of, lives, me
 from .publish import publish, write_text
 
@@ -28,6 +30,7 @@ Say = Callable[[str], None]
 Build = Callable[[Path, Say], Mapping[str, Any]]
 _BEAT = 2.0  # seconds between heartbeats
 _DEAD = 20.0  # seconds without one after which the lock is nobody's
+_STILL = 600.0  # seconds without one for those who look but once, at times that another machine's clock set
 _TOLD = 10.0  # seconds between two words of a waiter
 _RECORD = 4000  # bytes of a lock file, one write each: 300 characters of any script fit beside the rest
 
@@ -106,8 +109,11 @@ class _Watch:
         self._changed = time.monotonic()
         self._began = self._said = time.monotonic()
 
-    def look(self) -> None:
-        """Read the lock, tell now and then what is waited for, and take the lock away when its owner is dead."""
+    def look(self, *, once: bool = False) -> None:
+        """Read the lock, tell now and then what is waited for, and take the lock away when its owner is dead.
+
+        Who looks but ``once`` goes by the lock's time to see whether it stands still.
+        """
         try:
             content = self.path.read_bytes()
         except OSError:  # gone: the next attempt to create it may succeed
@@ -120,13 +126,13 @@ class _Watch:
                 self.record = dict(json.loads(content))
                 self.attempts.add(self.record.get("attempt"))
         owner = str(self.record.get("owner", ""))
-        if now - self._changed > _DEAD or lives(owner) is False:
+        if now - self._changed > _DEAD or lives(owner) is False or (once and _stands_still(self.path)):
             self._take_away(owner)
         elif now - self._said > self._every:
             self._said = now
             told = self.record.get("told", "at work")
             self._say(
-                f"waiting for process {_named(owner)}, which holds {self.path} since {self.record.get('since', '?')} "
+                f"waiting for process {named(owner)}, which holds {self.path} since {self.record.get('since', '?')} "
                 f"(waited {now - self._began:.0f} s): {told}"
             )
 
@@ -136,7 +142,7 @@ class _Watch:
             self.path.rename(grave)
             if grave.read_bytes() == self._content:
                 self._say(
-                    f"{self.path}: its owner, process {_named(owner)}, is dead or stands still; going on without it"
+                    f"{self.path}: its owner, process {named(owner)}, is dead or stands still; going on without it"
                 )
             else:  # another waiter was faster, and this is its lock
                 with suppress(OSError):
@@ -168,6 +174,49 @@ def locked(path: Path, say: Say = print, every: float = _TOLD) -> Generator[Say]
         yield lock.tell
 
 
+@contextmanager
+def claimed(target: Path, say: Say = print) -> Generator[bool]:
+    """Keep everyone from building ``target``; false, without waiting, when somebody is at it. Raises OSError."""
+    watch = _Watch(_lock_of(target), say, math.inf)
+    lock = None
+    for _ in range(2):
+        try:
+            lock = _LockFile(watch.path)
+            break
+        except FileExistsError:
+            watch.look(once=True)
+    if lock is None:
+        yield False
+        return
+    with lock:
+        yield True
+
+
+def note_of(path: Path) -> dict[str, Any] | None:
+    """What a lock or a note of failure says: owner, attempt, since, and told or error. None for any other file."""
+    try:
+        note = json.loads(path.read_bytes())
+        return note if {"owner", "attempt", "since"} <= note.keys() else None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+
+
+def builder_of(target: Path) -> dict[str, Any] | None:
+    """What the lock of a target says when a live process holds it, or one of another machine that was heard of lately."""
+    note = note_of(_lock_of(target))
+    if note is None or lives(str(note["owner"])) is False or _stands_still(_lock_of(target)):
+        return None
+    return note
+
+
+def _stands_still(lock: Path) -> bool:
+    """Whether a lock's owner, wherever it is, has given no sign for so long that no difference of clocks explains it."""
+    try:
+        return time.time() - lock.stat().st_mtime > _STILL
+    except OSError:
+        return False
+
+
 def build_once(
     target: Path,
     build: Build,
@@ -188,7 +237,7 @@ def build_once(
     if _stands(target, key):
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
-    watch = _Watch(target.with_name(f".{target.name}.lock"), say, _TOLD)
+    watch = _Watch(_lock_of(target), say, _TOLD)
     while True:
         try:
             lock = _LockFile(watch.path)
@@ -229,6 +278,7 @@ def _build(
         raise
     _failure_of(target).unlink(missing_ok=True)
     _remember(target)  # all was hashed when it was published
+    hold(target)
     return True
 
 
@@ -248,17 +298,21 @@ def _raise_failure(target: Path, attempts: Collection[object]) -> None:
         return
     if attempt not in attempts:
         return
-    said = f"{error} (met by process {_named(owner)}, which built {target} while this one waited)"
+    said = f"{error} (met by process {named(owner)}, which built {target} while this one waited)"
     if number is not None:
         raise OSError(int(number), said, str(target))
     raise BuildFailedError(said)
+
+
+def _lock_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock")
 
 
 def _failure_of(target: Path) -> Path:
     return target.with_name(f".{target.name}.failed")
 
 
-def _named(owner: str) -> str:
+def named(owner: str) -> str:
     """A process for people: its number and host."""
     return f"{owner.split('-')[-2]} on {host_of(owner)}" if owner.count("-") > 2 else "that has not told its name"  # noqa: PLR2004
 
@@ -267,9 +321,13 @@ def verify_once(folder: Path) -> dict[str, Any]:
     """The manifest of a published folder, whose files are hashed once: later only their size, times and inode are looked at.
 
     The memory lies beside the folder (``.NAME.verified``). A program cannot set the change time of a file, so one that
-    was written to is always hashed again. Raises ManifestError.
+    was written to is always hashed again. Its time is when the folder was last used. As long as this process lives, nobody
+    prunes the folder. Raises ManifestError.
     """
-    if _memory(folder) == _marks(folder):
+    hold(folder)
+    if remembered(folder):
+        with suppress(OSError):  # a place that is only read
+            os.utime(memory_of(folder))
         return verify(folder, hashes=False)
     manifest = verify(folder)
     _remember(folder)
@@ -278,7 +336,26 @@ def verify_once(folder: Path) -> dict[str, Any]:
 
 def forget(folder: Path) -> None:
     """Drop what is remembered of a folder that was removed."""
-    _memory_of(folder).unlink(missing_ok=True)
+    memory_of(folder).unlink(missing_ok=True)
+
+
+def remembered(folder: Path) -> bool:
+    """Whether the files of a published folder were hashed and found whole, and not written to since."""
+    return _memory(folder) == _marks(folder)
+
+
+def note_verified(folder: Path, whole: bool) -> None:
+    """Remember what hashing all files of a published folder has shown; when it was last used stays as it is."""
+    memory = memory_of(folder)
+    try:
+        used = (memory if memory.exists() else folder / MANIFEST_NAME).stat()
+        if whole:
+            _remember(folder)
+            os.utime(memory, ns=(used.st_atime_ns, used.st_mtime_ns))
+        else:
+            memory.unlink(missing_ok=True)
+    except OSError:
+        return  # a place that is only read
 
 
 def _marks(folder: Path) -> dict[str, list[int]]:
@@ -291,17 +368,18 @@ def _marks(folder: Path) -> dict[str, list[int]]:
 
 def _memory(folder: Path) -> object:
     try:
-        return json.loads(_memory_of(folder).read_text(encoding="utf-8"))
+        return json.loads(memory_of(folder).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None  # it only saves time
 
 
 def _remember(folder: Path) -> None:
     with suppress(OSError):  # a place that is only read: then every start hashes
-        write_text(_memory_of(folder), json.dumps(_marks(folder)))
+        write_text(memory_of(folder), json.dumps(_marks(folder)))
 
 
-def _memory_of(folder: Path) -> Path:
+def memory_of(folder: Path) -> Path:
+    """The file beside a published folder that remembers its files; its time is when the folder was last used."""
     return folder.with_name(f".{folder.name}.verified")
 
 

@@ -121,16 +121,43 @@ def clear_leftovers(parent: Path, name: str) -> None:
     An old artifact that a writer had moved aside when it was killed is put back.
     """
     for path in list(parent.iterdir()):
-        found = path.name.startswith(".") and path.name[1:].partition(_MARK)
-        if not found or not found[1] or not _is_dead(path, found[2].rpartition("-")[0]):
+        found = writer_of(path)
+        if not found or not is_dead(path, found[1]):
             continue
-        target = parent / found[0]
+        target = found[0]
         if target.name != name and not (name.endswith("*") and target.name.startswith(name[:-1])):
             continue
-        if path.name.endswith(_OLD) and not target.exists():
+        if is_moved_aside(path) and not target.exists():
             path.rename(target)
         else:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def writer_of(path: Path) -> tuple[Path, str] | None:
+    """The target and the owner of a temporary sibling, told by its name; None for anything else."""
+    name, mark, rest = path.name[1:].partition(_MARK)
+    return (path.with_name(name), rest.rpartition("-")[0]) if mark and path.name.startswith(".") else None
+
+
+def is_moved_aside(path: Path) -> bool:
+    """Whether a temporary sibling is an artifact that stood until a new one was to take its place."""
+    return path.name.endswith(_OLD)
+
+
+def is_dead(path: Path, owner: str) -> bool:
+    """Whether the writer of a temporary folder is gone: seen to be dead, or of this host's name and still for long.
+
+    The second is this machine before it was started again; or a container of the same name, which would write.
+    """
+    known = lives(owner)
+    if known is not None or host_of(owner) != socket.gethostname():
+        return known is False
+    return time.time() - last_change(path) > _STILL
+
+
+def last_change(path: Path) -> float:
+    """When a file or anything below a folder changed last, seconds since 1970."""
+    return max(part.lstat().st_ctime for part in (path, *path.rglob("*")))
 
 
 @contextmanager
@@ -163,18 +190,6 @@ def _umask() -> int:
     value = os.umask(0)
     os.umask(value)
     return value
-
-
-def _is_dead(path: Path, owner: str) -> bool:
-    """Whether the writer of a temporary folder is gone: seen to be dead, or of this host's name and still for long.
-
-    The second is this machine before it was started again; or a container of the same name, which would write.
-    """
-    known = lives(owner)
-    if known is not None or host_of(owner) != socket.gethostname():
-        return known is False
-    newest = max(part.lstat().st_ctime for part in (path, *path.rglob("*")))
-    return time.time() - newest > _STILL
 
 
 def _temporary(target: Path, ending: str = "") -> Path:

@@ -26,8 +26,7 @@ def source_sha256(files: Sequence[Path], cache: Path, say: Callable[[str], None]
     ):  # the ranks of a machine come at once; one reads, the others find it done
         memo = _read_memo(memo_file)
         for file in dict.fromkeys(files):
-            state = file.stat()
-            mark = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev]
+            mark = _mark(file)
             match memo.get(str(file.resolve())):
                 case [earlier, str(known)] if earlier == mark:
                     hashes[file] = known
@@ -37,6 +36,26 @@ def source_sha256(files: Sequence[Path], cache: Path, say: Callable[[str], None]
         if any(memo.get(name) != value for name, value in new.items()):
             write_text(memo_file, json.dumps({**memo, **new}))
     return hashes
+
+
+def has_hash(file: Path, digest: str, cache: Path) -> bool | None:
+    """Whether a file still has this SHA-256, told by the memory in ``cache`` without reading it; None when that cannot tell.
+
+    Raises FileNotFoundError.
+    """
+    mark = _mark(file)
+    match _read_memo(cache / _MEMO).get(str(file.resolve())):
+        case [earlier, str(known)] if earlier == mark:
+            return known == digest
+        case [[size, *_], str(known)] if known == digest and size != mark[0]:
+            return False
+        case _:
+            return None
+
+
+def _mark(file: Path) -> list[int]:
+    state = file.stat()
+    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev]
 
 
 def _read_memo(file: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def reshaped(checkpoint: Path, output_dir: Path, say: Callable[[str], None]) -> 
         _run_tool(checkpoint, folder)
         for name in _TRAINER_FILES:
             shutil.copyfile(checkpoint / name, folder / name)
-        return {"checkpoint": str(checkpoint)}
+        return {"checkpoint": str(checkpoint.absolute())}
 
     build_once(target, build, kind="reshaped", say=say)
     say(f"resume: {target} holds the state for any number of ranks; remove it when the next checkpoint is saved")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from finebridge.finetune.cli import main
 from finebridge.storage.manifest import verify
+from finebridge.storage.publish import publish
 from finebridge.storage.safetensors_io import Checkpoint
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -406,6 +407,15 @@ def test_a_conversion_to_keep_replaces_nothing_else(
         assert run(*keep, tmp_path / name) == 2
         assert "holds something else than a conversion that is kept there" in capsys.readouterr().err
         assert sorted((tmp_path / name).rglob("*")) == before
+    with publish(tmp_path / "merged", kind="merged", made_from={}) as folder:
+        shutil.copytree(hf_models("qwen3"), folder, dirs_exist_ok=True)
+    for words in (
+        ["--enable-hf2mg-convert", "--load", tmp_path / "merged"],
+        [*keep, tmp_path / "merged" / "deep" / "x"],
+    ):
+        assert run(*words) == 2, "a published model would no longer be what its manifest says"
+        assert f"{tmp_path / 'merged'}: its manifest lists its files" in capsys.readouterr().err
+    assert verify(tmp_path / "merged")["kind"] == "merged"
     (tmp_path / "empty").mkdir()
     assert run(*keep, tmp_path / "empty") == 0
     assert verify(tmp_path / "empty")["kind"] == "torch"

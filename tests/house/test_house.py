@@ -76,6 +76,7 @@ LIGHT = [
     "import finebridge.finetune.cli as c; assert c.main(['sft', '--lerning_rate', '1']) == 2",
     "import finebridge.finetune.cli as c; assert c.main(['sft', '--model_name_or_path', '/no/where']) == 2",
     "import finebridge.finetune.cli as c; assert c.main(['report', '/no/where']) == 2",
+    "import finebridge.finetune.cli as c; assert c.main(['cache', 'list', '/usr/include']) == 0",
     "import finebridge.merge.merge_lora as m; m.parser().format_help()",
     "import finebridge.finetune.cli as c; c.main('merge --base_model_path /no --adapter_model_path a --output_path o'.split())",
 ]
