@@ -22,7 +22,7 @@ from .weights import start_of
 class Step:
     """A stage of the plan: what it makes of what, whether that stands, the command that does it alone, and how it is done.
 
-    ``do`` returns the exit code of a command that failed, else None or 0.
+    ``do`` verifies what stands and makes what does not; it returns the exit code of a command that failed, else None or 0.
     """
 
     stage: str

@@ -22,7 +22,7 @@ from .stages_before import DataStages, WeightStages, asked_pack
 
 
 def run(words: Sequence[str]) -> int:
-    """Say the plan of all stages and do what does not stand; the exit code is that of the stage that failed."""
+    """Say the plan of all stages and do them; the exit code is that of the stage that failed."""
     values = gather(words)
     pack = asked_pack(values)
     job = Job(values, "run")
@@ -42,7 +42,7 @@ def run(words: Sequence[str]) -> int:
 def _work(job: Job, before: Sequence[Step], after: Sequence[Step]) -> int:
     """Do the stages; an output folder is one launcher's at a time, the others wait and find the work done."""
     for step in before:
-        if not step.stands and (code := step.do()):
+        if code := step.do():  # also where it stands: then it is verified
             return code
     with locked(job.output_dir / ".run.lock", job.say) as tell:
         for step in after:

@@ -186,6 +186,8 @@ class DataStages:
         }
 
         def write() -> None:
+            if job.ledger.look("tokens", inputs).artifact:
+                return
             ours = Path(prefix).absolute() in [path.absolute() for path in job.ledger.artifacts()]
             files = export_tokens(
                 planned.target, prefix, self._tokenizer, job.args.data, pack=self._pack, limited=limited, replace=ours
