@@ -1,0 +1,168 @@
+"""What is built once, on several nodes: one builder a disk, whoever shares it, dies, or fails; and training over nodes."""
+
+import json
+import re
+import socket
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from finebridge.storage.manifest import verify
+from finebridge.storage.owner import me
+from nodes import nodes, together
+from rank_runner import RankRunner
+
+Models = Callable[[str], Path]
+Words = list[object]
+MAIN = "finebridge.finetune.cli:main"
+FAULTS = "build_faults:main"
+slow = pytest.mark.slow
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """A folder that is on each node what a test says."""
+    return tmp_path / "disk"
+
+
+@pytest.fixture
+def commands(models: Models, train_file: Path, disk: Path) -> dict[str, Words]:
+    """What is built once, into ``disk``: the data and the weights."""
+    model = models("qwen3")
+    return {
+        "data": ["data", "build", train_file, "--tokenizer_name_or_path", model, "--output_dir", disk / "prepared"],
+        "weights": ["convert", "--enable-hf2mg-convert", "--load", model, "--mg-cache-dir", disk / "mcore", "--tp", 2],
+    }
+
+
+def outcome(text: str) -> str:
+    """What a command says that it did; one that fails says neither."""
+    said = re.findall(r"(?:^|; )(prepared|wrote|reused) /", text, re.MULTILINE)
+    return said[0] if len(said) == 1 else f"{said}: {text}"
+
+
+def artifact(disk: Path, what: str) -> Path:
+    """The one artifact that a disk holds, whole and with nothing half-made beside it."""
+    if what == "weights":
+        (made,) = disk.glob("mcore")
+    else:
+        (made,) = (path for path in (disk / "prepared").iterdir() if path.is_dir())
+    verify(made)
+    beside = {path.name for path in made.parent.iterdir()} - {made.name, "prepared"}
+    assert beside <= {f".{made.name}.verified", "source_hashes.json", f".{made.name}.sources"}
+    return made
+
+
+def test_nodes_are_apart(tmp_path: Path) -> None:
+    """What the tests below stand on: names, networks, processes, boots and disks of their own."""
+    disk = tmp_path / "disk"
+    with nodes(3, tmp_path, names=["one", "same", "same"], disks={disk: "aab"}) as made:
+        ids = {node.run(["cat", "/proc/sys/kernel/random/boot_id"]) for node in made}
+        assert len(ids) == 3
+        assert [node.run(["hostname"]) for node in made] == ["one\n", "same\n", "same\n"]
+        assert [node.run(["hostname", "-I"]).strip() for node in made] == ["10.77.0.1", "10.77.0.2", "10.77.0.3"]
+        assert [node.run(["getent", "hosts", "same"]).split()[0] for node in made[1:]] == ["10.77.0.2", "10.77.0.3"]
+        made[0].run(["touch", disk / "here"])
+        assert [node.run(["ls", disk]) for node in made] == ["here\n", "here\n", ""]
+        assert [path.name for path in (tmp_path / "disk.a").iterdir()] == ["here"]
+        sleeper = made[1].popen(["sleep", "600"])
+        assert all(int(node.run(["sh", "-c", "echo $$"])) < 50 for node in made), "numbers of their own"
+        for number in ("1", "2", "3"):
+            greet = f"exec 3<>/dev/tcp/10.77.0.{number}/9"  # nobody listens, but someone is there to say so
+            with pytest.raises(Exception) as caught:
+                made[0].run(["timeout", "5", "bash", "-c", greet])
+            assert "refused" in caught.value.output
+    assert sleeper.wait(10) == -9, "a node's processes end with it"
+    assert socket.gethostname() not in ("one", "same")
+
+
+LAYOUTS = {"shared": "aa", "private": "ab", "mixed": "aab"}
+
+
+@pytest.mark.parametrize("names", ["one two three", "same same same"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_disk_is_built_once(
+    layout: str, names: str, ranks: RankRunner, commands: dict[str, Words], disk: Path, tmp_path: Path
+) -> None:
+    letters = LAYOUTS[layout]
+    with nodes(len(letters), tmp_path, names=names.split()[: len(letters)], disks={disk: letters}) as made:
+        jobs = [(node, words) for node in made for words in commands.values()]
+        done = together(ranks, jobs, tmp_path / "logs", MAIN).check()
+    said = {what: Counter(zip(letters, map(outcome, done.texts[at::2]), strict=True)) for at, what in enumerate(commands)}
+    for what, word in (("data", "prepared"), ("weights", "wrote")):
+        found = {letter: letters.count(letter) - 1 for letter in letters}
+        wanted = Counter({(letter, word): 1 for letter in found} | {(letter, "reused"): n for letter, n in found.items() if n})
+        assert said[what] == wanted
+        files = [verify(artifact(tmp_path / f"disk.{letter}", what))["files"] for letter in sorted(set(letters))]
+        assert all(entry == files[0] for entry in files)
+
+
+@pytest.mark.parametrize("what", ["data", "weights"])
+@pytest.mark.parametrize("dead", ["2", pytest.param("", marks=slow)])
+@pytest.mark.parametrize("names", [["one", "two"], pytest.param(["same", "same"], marks=slow)])
+def test_a_builder_that_is_killed_is_replaced_on_another_node(
+    what: str, dead: str, names: list[str], ranks: RankRunner, commands: dict[str, Words], disk: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    """Nobody there can see that it is dead; its lock stands still."""
+    logs = tmp_path / "logs"
+    with nodes(2, tmp_path, names=names, disks={disk: "aa"}) as made:
+        jobs = [(node, commands[what]) for node in made]
+        done = together(ranks, jobs, logs, FAULTS, KILL="1", DEAD=dead, MEET=str(logs), limit=60)
+    assert done.codes == [-9, 0], done.texts
+    assert f"on {names[0]}, is dead or stands still; going on without it" in done.texts[1]
+    waited = [int(seconds) for seconds in re.findall(r"\(waited (\d+) s\)", done.texts[1])]
+    assert (5 if dead else 30) > max(waited) >= (0 if dead else 18)
+    assert outcome(done.texts[1]) in ("prepared", "wrote")
+    artifact(tmp_path / "disk.a", what)
+
+
+@pytest.mark.parametrize("dead", ["1", pytest.param("", marks=slow)])
+def test_what_a_dead_machine_left_is_taken_away(
+    dead: str, ranks: RankRunner, commands: dict[str, Words], disk: Path, tmp_path: Path
+) -> None:
+    """Locks and an unfinished artifact of a machine that is gone; of this host's name, but another boot."""
+    host, _, pid, start = me().rsplit("-", 3)
+    gone = f"{host}-{'0' * 16}n1-{pid}-{start}"
+    for place in ("prepared/.source_hashes.json", ".mcore.sources/.source_hashes.json", ".mcore"):
+        lock = tmp_path / "disk.a" / f"{place}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.write_text(json.dumps({"owner": gone, "attempt": "x", "beat": 7}).ljust(4000))
+    with nodes(2, tmp_path, disks={disk: "aa"}) as made:
+        jobs = [(node, words) for node in made for words in commands.values()]
+        done = together(ranks, jobs, tmp_path / "logs", "build_faults:patient", DEAD=dead, limit=90).check()
+    assert Counter(map(outcome, done.texts)) == {"prepared": 1, "wrote": 1, "reused": 2}
+    assert "is dead or stands still; going on without it" in "".join(done.texts)
+    for what in commands:
+        artifact(tmp_path / "disk.a", what)
+
+
+WRONG: dict[str, tuple[str, Words, str]] = {
+    "unreadable rows": ("data", ["--max_rejects", 0.01], "1 of 3 rows are rejected"),
+    "handler": ("data", ["--handler_name", "AlpacaStyleInstructionHandler2"], "AlpacaStyleInstructionHandler2"),
+    "template": ("data", ["--chat_template", "TEMPLATE"], "TEMPLATE"),
+    "layout": ("weights", ["--tp", 3], "--tp 3: 4 attention heads"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_error_reaches_who_waits_on_another_node(
+    name: str, ranks: RankRunner, commands: dict[str, Words], disk: Path, tmp_path: Path
+) -> None:
+    """Each ends with its own exit code 2 and the cause; nothing of what failed is used by the next start."""
+    what, more, cause = WRONG[name]
+    template = tmp_path / "wrong.jinja"
+    template.write_text("{{ messages[0].nothing.at_all }}")
+    words = [str(word).replace("TEMPLATE", str(template)) for word in (*commands[what], *more)]
+    if name == "unreadable rows":
+        rows = Path(words[2]).read_text().splitlines()[:2]
+        words[2] = str(tmp_path / "rows.jsonl")
+        Path(words[2]).write_text("\n".join([*rows, "{broken"]))
+    logs = tmp_path / "logs"
+    with nodes(2, tmp_path, disks={disk: "aa"}) as made:
+        met = "build_faults:patient" if name == "handler" else FAULTS  # the handler is looked up before anything is built
+        done = together(ranks, [(node, words) for node in made], logs, met, MEET=str(logs), limit=30)
+    assert done.codes == [2, 2], done.texts
+    for text in done.texts:
+        assert re.search(rf"^error: .*{re.escape(cause.replace('TEMPLATE', str(template)))}", text, re.MULTILINE), text
+        assert "Traceback" not in text
