@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 from .manifest import file_sha256
-from .once import locked
-from .publish import write_text
+from .once import locked, mark
+from .publish import clear_leftovers, write_text
 
 _MEMO = "source_hashes.json"
 
@@ -15,8 +16,7 @@ _MEMO = "source_hashes.json"
 def source_sha256(files: Sequence[Path], cache: Path, say: Callable[[str], None] = print) -> dict[Path, str]:
     """SHA-256 of every file; one that has not changed since (size, times, inode) is not read again.
 
-    The memory of earlier hashes is ``cache/source_hashes.json``. The change time cannot be set by programs, so a file
-    that was written to is always read.
+    The memory of earlier hashes is ``cache/source_hashes.json``, and ``mark`` tells that a file was written to.
     """
     memo_file = cache / _MEMO
     hashes: dict[Path, str] = {}
@@ -26,16 +26,17 @@ def source_sha256(files: Sequence[Path], cache: Path, say: Callable[[str], None]
     ):  # the ranks of a machine come at once; one reads, the others find it done
         memo = _read_memo(memo_file)
         for file in dict.fromkeys(files):
-            state = file.stat()
-            mark = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev]
+            now = mark(file.stat())
             match memo.get(str(file.resolve())):
-                case [earlier, str(known)] if earlier == mark:
+                case [earlier, str(known)] if earlier == now:
                     hashes[file] = known
                 case _:
                     hashes[file] = file_sha256(file)
-            new[str(file.resolve())] = [mark, hashes[file]]
+            new[str(file.resolve())] = [now, hashes[file]]
         if any(memo.get(name) != value for name, value in new.items()):
-            write_text(memo_file, json.dumps({**memo, **new}))
+            clear_leftovers(cache, _MEMO, alone=True)
+            with suppress(FileNotFoundError):  # this process stood still, and another one has the lock now
+                write_text(memo_file, json.dumps({**memo, **new}))
     return hashes
 
 

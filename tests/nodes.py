@@ -49,7 +49,8 @@ class Node:
         """Start a process on the node: a child of this one, with a number of the node's own for the processes there."""
         _join(self.pid, "pid_for_children")  # where the children of this thread are born
         try:
-            return subprocess.Popen([str(word) for word in words], text=True, preexec_fn=self.move, **options)
+            words = [str(word) for word in words]
+            return subprocess.Popen(words, text=True, preexec_fn=self.move, **options)  # noqa: PLW1509 - only system calls
         finally:
             _join(os.getpid(), "pid_for_children", of="pid")
 

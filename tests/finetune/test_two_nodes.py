@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_nodes_are_apart(tmp_path: Path) -> None:
         assert all(int(node.run(["sh", "-c", "echo $$"])) < 50 for node in made), "numbers of their own"
         for number in ("1", "2", "3"):
             greet = f"exec 3<>/dev/tcp/10.77.0.{number}/9"  # nobody listens, but someone is there to say so
-            with pytest.raises(Exception) as caught:
+            with pytest.raises(subprocess.CalledProcessError) as caught:
                 made[0].run(["timeout", "5", "bash", "-c", greet])
             assert "refused" in caught.value.output
     assert sleeper.wait(10) == -9, "a node's processes end with it"
@@ -89,10 +90,14 @@ def test_each_disk_is_built_once(
     with nodes(len(letters), tmp_path, names=names.split()[: len(letters)], disks={disk: letters}) as made:
         jobs = [(node, words) for node in made for words in commands.values()]
         done = together(ranks, jobs, tmp_path / "logs", MAIN).check()
-    said = {what: Counter(zip(letters, map(outcome, done.texts[at::2]), strict=True)) for at, what in enumerate(commands)}
+    said = {
+        what: Counter(zip(letters, map(outcome, done.texts[at::2]), strict=True)) for at, what in enumerate(commands)
+    }
     for what, word in (("data", "prepared"), ("weights", "wrote")):
         found = {letter: letters.count(letter) - 1 for letter in letters}
-        wanted = Counter({(letter, word): 1 for letter in found} | {(letter, "reused"): n for letter, n in found.items() if n})
+        wanted = Counter(
+            {(letter, word): 1 for letter in found} | {(letter, "reused"): n for letter, n in found.items() if n}
+        )
         assert said[what] == wanted
         files = [verify(artifact(tmp_path / f"disk.{letter}", what))["files"] for letter in sorted(set(letters))]
         assert all(entry == files[0] for entry in files)
@@ -160,7 +165,9 @@ def test_an_error_reaches_who_waits_on_another_node(
         Path(words[2]).write_text("\n".join([*rows, "{broken"]))
     logs = tmp_path / "logs"
     with nodes(2, tmp_path, disks={disk: "aa"}) as made:
-        met = "build_faults:patient" if name == "handler" else FAULTS  # the handler is looked up before anything is built
+        met = (
+            "build_faults:patient" if name == "handler" else FAULTS
+        )  # the handler is looked up before anything is built
         done = together(ranks, [(node, words) for node in made], logs, met, MEET=str(logs), limit=30)
     assert done.codes == [2, 2], done.texts
     for text in done.texts:
