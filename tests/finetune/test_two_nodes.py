@@ -4,9 +4,11 @@ import json
 import re
 import socket
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from finebridge.storage.manifest import verify
@@ -16,6 +18,7 @@ from rank_runner import RankRunner
 
 Models = Callable[[str], Path]
 Words = list[object]
+History = Callable[[Path], list[dict[str, Any]]]
 MAIN = "finebridge.finetune.cli:main"
 FAULTS = "build_faults:main"
 slow = pytest.mark.slow
@@ -81,8 +84,10 @@ def test_nodes_are_apart(tmp_path: Path) -> None:
 LAYOUTS = {"shared": "aa", "private": "ab", "mixed": "aab"}
 
 
-@pytest.mark.parametrize("names", ["one two three", "same same same"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "names"),
+    [("mixed", "same same same"), *(pytest.param(layout, "one two three", marks=slow) for layout in LAYOUTS)],
+)
 def test_each_disk_is_built_once(
     layout: str, names: str, ranks: RankRunner, commands: dict[str, Words], disk: Path, tmp_path: Path
 ) -> None:
@@ -103,9 +108,10 @@ def test_each_disk_is_built_once(
         assert all(entry == files[0] for entry in files)
 
 
-@pytest.mark.parametrize("what", ["data", "weights"])
-@pytest.mark.parametrize("dead", ["2", pytest.param("", marks=slow)])
-@pytest.mark.parametrize("names", [["one", "two"], pytest.param(["same", "same"], marks=slow)])
+@pytest.mark.parametrize("names", [["one", "two"], ["same", "same"]], ids=["names", "one name"])
+@pytest.mark.parametrize(("what", "dead"), [
+    ("data", "2"), pytest.param("data", "", marks=slow), pytest.param("weights", "", marks=slow),
+])  # fmt: skip
 def test_a_builder_that_is_killed_is_replaced_on_another_node(
     what: str, dead: str, names: list[str], ranks: RankRunner, commands: dict[str, Words], disk: Path, tmp_path: Path
 ) -> None:  # fmt: skip
@@ -122,7 +128,7 @@ def test_a_builder_that_is_killed_is_replaced_on_another_node(
     artifact(tmp_path / "disk.a", what)
 
 
-@pytest.mark.parametrize("dead", ["1", pytest.param("", marks=slow)])
+@pytest.mark.parametrize("dead", ["2", pytest.param("", marks=slow)])
 def test_what_a_dead_machine_left_is_taken_away(
     dead: str, ranks: RankRunner, commands: dict[str, Words], disk: Path, tmp_path: Path
 ) -> None:
@@ -173,3 +179,65 @@ def test_an_error_reaches_who_waits_on_another_node(
     for text in done.texts:
         assert re.search(rf"^error: .*{re.escape(cause.replace('TEMPLATE', str(template)))}", text, re.MULTILINE), text
         assert "Traceback" not in text
+
+
+@pytest.fixture
+def training(models: Models, train_file: Path, zero: Callable[..., Path]) -> Callable[..., Words]:
+    """The words of a short training by ZeRO stage, output folder and folder of prepared data."""
+
+    def words(stage: int, output: Path, prepared: Path) -> Words:
+        return [
+            "--model_name_or_path", models("hunyuan_v1_dense"), "--train_data_file", train_file, "--deepspeed", zero(stage),
+            "--output_dir", output, "--prepared_data_dir", prepared, "--max_steps", 3, "--per_device_train_batch_size", 2,
+            "--logging_steps", 1, "--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true",
+        ]  # fmt: skip
+
+    return words
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("stage", "each", "layout"), [
+    (2, 1, "private"), pytest.param(3, 1, "shared", marks=slow), pytest.param(2, 2, "shared", marks=slow),
+    pytest.param(3, 2, "private", marks=slow),
+])  # fmt: skip
+def test_training_over_two_nodes(
+    stage: int, each: int, layout: str, ranks: RankRunner, training: Callable[..., Words], history: History, disk: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """The same losses as on one node; the data is prepared once a disk, ahead of the process group."""
+    letters = LAYOUTS[layout]
+    output = tmp_path / "out"
+    with nodes(2, tmp_path, disks={disk: letters}) as made:
+        jobs = [(node, training(stage, output, disk / "prepared")) for node in made for _ in range(each)]
+        done = together(ranks, jobs, tmp_path / "logs", "build_faults:train").check()
+    built = Counter(letters[number // each] for number, text in enumerate(done.texts) if "this rank prepares" in text)
+    assert built == Counter(set(letters))
+    for letter in set(letters):
+        artifact(tmp_path / f"disk.{letter}", "data")
+    ranks.run(training(stage, tmp_path / "one", tmp_path / "prepared"), tmp_path / "logs1", ranks=2 * each).check()
+    losses = [entry["loss"] for entry in history(output)]
+    assert len(losses) == 3
+    assert losses == [entry["loss"] for entry in history(tmp_path / "one")]
+
+
+@slow
+@pytest.mark.distributed
+def test_torchrun_over_two_nodes(
+    training: Callable[..., Words], history: History, disk: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    """As a user starts it: one torchrun a node, two ranks each; node 2 prepares data of its own disk meanwhile."""
+    output = tmp_path / "out"
+    with nodes(2, tmp_path, disks={disk: "ab"}) as made:
+        started: list[subprocess.Popen[str]] = []
+        for number, node in enumerate(made):
+            words: Words = [
+                sys.executable, "-P", "-m", "torch.distributed.run", "--nnodes", 2, "--node_rank", number, "--nproc_per_node", 2,
+                "--master_addr", made[0].address, "--master_port", 29500, "-m", "finebridge.train.sft",
+                *training(3, output, disk / "prepared"),
+            ]  # fmt: skip
+            started.append(node.popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        said = [process.communicate(timeout=180)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
+    assert len(history(output)) == 3
+    for letter in "ab":
+        artifact(tmp_path / f"disk.{letter}", "data")
