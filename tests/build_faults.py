@@ -6,6 +6,7 @@ nothing published; ``DEAD`` is a shorter time after which a lock that stands sti
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -66,8 +67,13 @@ def train(words: Sequence[str]) -> int:
     honest = preprocess._build
 
     def _build(*args: Any) -> None:
-        print("this rank prepares")
+        print("this rank prepares", flush=True)
+        time.sleep(float(os.environ.get("SLOW", "0")))
         honest(*args)
 
     preprocess._build = _build
     return sft.main(words)
+
+
+if __name__ == "__main__":
+    sys.exit(train(sys.argv[1:]))

@@ -1,6 +1,7 @@
 """What is built once, on several nodes: one builder a disk, whoever shares it, dies, or fails; and training over nodes."""
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from finebridge.storage.manifest import verify
 from finebridge.storage.owner import me
 from nodes import nodes, together
@@ -222,22 +224,26 @@ def test_training_over_two_nodes(
 
 @slow
 @pytest.mark.distributed
+@pytest.mark.parametrize("seconds", [0, 80])
 def test_torchrun_over_two_nodes(
-    training: Callable[..., Words], history: History, disk: Path, tmp_path: Path
+    seconds: int, training: Callable[..., Words], history: History, disk: Path, tmp_path: Path
 ) -> None:  # fmt: skip
-    """As a user starts it: one torchrun a node, two ranks each; node 2 prepares data of its own disk meanwhile."""
+    """As a user starts it: one torchrun a node, two ranks each; node 2 may prepare data for longer than any time-out."""
     output = tmp_path / "out"
     with nodes(2, tmp_path, disks={disk: "ab"}) as made:
         started: list[subprocess.Popen[str]] = []
         for number, node in enumerate(made):
             words: Words = [
                 sys.executable, "-P", "-m", "torch.distributed.run", "--nnodes", 2, "--node_rank", number, "--nproc_per_node", 2,
-                "--master_addr", made[0].address, "--master_port", 29500, "-m", "finebridge.train.sft",
+                "--master_addr", made[0].address, "--master_port", 29500, "-m", "build_faults",
                 *training(3, output, disk / "prepared"),
             ]  # fmt: skip
-            started.append(node.popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-        said = [process.communicate(timeout=180)[0] for process in started]
+            env = {**os.environ, "DEEPSPEED_TIMEOUT": "1", "SLOW": str(seconds * number)}  # minutes, seconds
+            env["PYTHONPATH"] = f"{ROOT / 'tests'}:{env.get('PYTHONPATH', '')}"
+            started.append(node.popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        said = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(said)
     assert len(history(output)) == 3
+    assert [text.count("this rank prepares") for text in said] == [1, 1]
     for letter in "ab":
         artifact(tmp_path / f"disk.{letter}", "data")
