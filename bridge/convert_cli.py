@@ -161,7 +161,11 @@ def _converted_once(args: argparse.Namespace, target: "Target") -> int:
     from .kept import convert_once, key_of
 
     memory = args.save.with_name(f".{args.save.name}.sources")
-    made = convert_once(lambda: _open(args), target, args.save, key_of(args.load, args.hf_config, target, memory))
+
+    def key() -> str:
+        return key_of(args.load, args.hf_config, target, memory)
+
+    made = convert_once(lambda: _open(args), target, args.save, key(), again=key)
     print(f"{'wrote' if made else 'reused'} {args.save}")
     return 0
 

@@ -82,6 +82,9 @@ def prepare(
 
     def build(folder: Path, tell: Callable[[str], None]) -> Mapping[str, Any]:
         _build(folder, files, forms, kind, tokenizer.load(), args, tell, start_method)
+        now = source_sha256(files, cache, say)
+        if changed := [str(file) for file in files if now[file] != hashes[file]]:
+            raise DataError(f"{changed[0]}: was written to while it was read; start again when it is whole")
         return {**settings, "files": {str(file): hashes[file] for file in files}}
 
     built = build_once(target, build, kind="dataset", say=say)

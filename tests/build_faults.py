@@ -1,7 +1,7 @@
 """``finebridge`` on several ranks: rank 0 builds while the others wait for it, and is killed, or fails, before their eyes.
 
 Environment: ``MEET`` is a folder that all see, where the ranks' logs are; ``KILL`` ends rank 0 when all is written but
-nothing published; ``DEAD`` is a shorter time after which a lock that stands still is nobody's.
+nothing published; ``DEAD`` is a shorter time after which a lock that stands still is nobody's, ``GONE`` a rank.
 """
 
 import os
@@ -60,16 +60,20 @@ def _until(true: Callable[[], bool]) -> None:
 
 
 def train(words: Sequence[str]) -> int:
-    """``finebridge.train.sft``; a rank that prepares data prints that, whichever it is."""
+    """``finebridge.train.sft``; a rank that prepares data prints that, whichever it is. Rank ``KILL`` dies there."""
     from finebridge.data_tools import preprocess
-    from finebridge.train import sft
+    from finebridge.train import meeting, sft
 
+    meeting._GONE = float(os.environ.get("GONE", meeting._GONE))
+    meeting._TOLD = min(meeting._TOLD, meeting._GONE / 10)
     honest = preprocess._build
 
     def _build(*args: Any) -> None:
         print("this rank prepares", flush=True)
         time.sleep(float(os.environ.get("SLOW", "0")))
         honest(*args)
+        if os.environ.get("KILL") == os.environ["RANK"]:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     preprocess._build = _build
     return sft.main(words)

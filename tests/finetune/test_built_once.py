@@ -8,9 +8,12 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from finebridge.bridge import kept
+from finebridge.data_tools import preprocess
 from finebridge.finetune.cli import main
 from rank_runner import RankRunner
 
@@ -158,3 +161,28 @@ def test_what_is_built_again_and_what_is_not(
             (tmp_path / change).write_bytes(before)
         back = "built" if wanted[1] == "built" and "parallel" not in name else "reused"
         assert outcomes({}) == ["reused", back], f"{name}, taken back; one conversion lies at one place"
+
+
+@pytest.mark.parametrize(
+    ("what", "module", "name"), [("data", preprocess, "_build"), ("weights", kept, "write_target")]
+)
+def test_a_source_that_changes_while_it_is_read(
+    what: str, module: ModuleType, name: str, models: Models, train_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """What was made of it has another key than it should have, and is not kept."""
+    model, data = shutil.copytree(models("qwen3"), tmp_path / "model"), tmp_path / "data.jsonl"
+    shutil.copyfile(train_file, data)
+    words = {
+        "data": ["data", "build", data, "--tokenizer_name_or_path", model, "--output_dir", tmp_path / "made"],
+        "weights": ["convert", "--enable-hf2mg-convert", "--load", model, "--mg-cache-dir", tmp_path / "made"],
+    }[what]
+    source = data if what == "data" else model / "config.json"
+    honest = getattr(module, name)
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(module, name, lambda *args: (honest(*args), source.write_text(source.read_text() + " "))[0])
+        assert main(list(map(str, words))) == 2
+    assert "written to while" in capsys.readouterr().err
+    assert not list(tmp_path.glob("made/**/manifest.json"))
+    assert main(list(map(str, words))) == 0
+    assert outcome(capsys.readouterr().out) == ["built"]

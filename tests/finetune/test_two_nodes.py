@@ -224,6 +224,29 @@ def test_training_over_two_nodes(
 
 @slow
 @pytest.mark.distributed
+@pytest.mark.parametrize(("fault", "codes", "said"), [
+    ("data", [2, 2], r"rank 1 \(two\): .*1 of 2 rows are rejected"), ("kill", [2, -9], r"rank 1 \(two\): no sign of life for "),
+])  # fmt: skip
+def test_a_node_that_cannot_prepare_its_data_ends_the_others(
+    fault: str, codes: list[int], said: str, ranks: RankRunner, training: Callable[..., Words], disk: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    """They wait for it ahead of the process group, and are told why."""
+    words = training(2, tmp_path / "out", disk / "prepared")
+    rows = Path(str(words[3])).read_text().splitlines()[:2]
+    words[3] = disk / "train.jsonl"
+    with nodes(2, tmp_path, names=["one", "two"], disks={disk: "ab"}) as made:
+        for letter in "ab":
+            rows[-1] = rows[-1] if (letter, fault) != ("b", "data") else "{broken"
+            (tmp_path / f"disk.{letter}" / "train.jsonl").write_text("\n".join(rows))
+        kill = {"KILL": "1"} if fault == "kill" else {}
+        jobs = [(node, words) for node in made]
+        done = together(ranks, jobs, tmp_path / "logs", "build_faults:train", GONE="5", limit=60, **kill)
+    assert done.codes == codes, done.texts
+    assert re.search(f"^error: another rank cannot train: {said}", done.texts[0], re.MULTILINE), done.texts[0]
+
+
+@slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("seconds", [0, 80])
 def test_torchrun_over_two_nodes(
     seconds: int, training: Callable[..., Words], history: History, disk: Path, tmp_path: Path
@@ -245,5 +268,6 @@ def test_torchrun_over_two_nodes(
     assert [process.returncode for process in started] == [0, 0], "\n".join(said)
     assert len(history(output)) == 3
     assert [text.count("this rank prepares") for text in said] == [1, 1]
+    assert ("waiting for rank 2 (node2), rank 3 (node2), still preparing data" in said[0]) == bool(seconds)
     for letter in "ab":
         artifact(tmp_path / f"disk.{letter}", "data")
