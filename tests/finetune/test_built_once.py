@@ -58,21 +58,23 @@ def whole(trial: Trial, *, overwrite: bool) -> dict[str, Any]:
     return done
 
 
-SWEEPS = [("data", False, 11), ("weights", True, 13)]
+# What is built, whether another one stands there, and how many writes are tried (0: all).
+SWEEPS = [("data", False, 6), ("weights", True, 6)]
 SWEEPS += [
-    pytest.param(what, over, 1, marks=slow) for what, over in (("data", False), ("weights", False), ("weights", True))
+    pytest.param(what, over, 0, marks=slow) for what, over in (("data", False), ("weights", False), ("weights", True))
 ]
+LATE = 20  # writes: with torch's format the device is asked now and then, how often depends on its speed
 
 
-@pytest.mark.parametrize(("what", "overwrite", "stride"), SWEEPS)
-def test_a_builder_killed_at_any_write(trial: Trial, overwrite: bool, stride: int) -> None:
+@pytest.mark.parametrize(("what", "overwrite", "tried"), SWEEPS)
+def test_a_builder_killed_at_any_write(trial: Trial, overwrite: bool, tried: int) -> None:
     clean = whole(trial, overwrite=overwrite)
     points = clean["points"]
     assert points > 40
-    results = [trial(at=at, act="kill", overwrite=overwrite) for at in [*range(1, points, stride), points]]
-    assert {result["code"] for result in results} <= {-9, 0}
-    assert sum(result["code"] == 0 for result in results) < 3, "a point more or less: the heart beats meanwhile"
+    places = [*range(1, points, points // tried if tried else 1), points]
+    results = [trial(at=at, act="kill", overwrite=overwrite) for at in places]
     for result in results:
+        assert result["code"] == -9 or (result["at"] > points - LATE and result["found"] == "new"), result
         assert result["found"] in (("old", "new", "absent") if overwrite else ("new", "absent")), result
         assert (result["again"], result["then"], result["then_left"]) == (0, "new", clean["left"]), result
     assert {result["found"] for result in results} >= ({"old", "new"} if overwrite else {"absent", "new"})

@@ -110,7 +110,9 @@ def test_each_disk_is_built_once(
         assert all(entry == files[0] for entry in files)
 
 
-@pytest.mark.parametrize("names", [["one", "two"], ["same", "same"]], ids=["names", "one name"])
+@pytest.mark.parametrize(
+    "names", [pytest.param(["one", "two"], marks=slow), ["same", "same"]], ids=["names", "one name"]
+)
 @pytest.mark.parametrize(("what", "dead"), [
     ("data", "2"), pytest.param("data", "", marks=slow), pytest.param("weights", "", marks=slow),
 ])  # fmt: skip
