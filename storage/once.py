@@ -151,8 +151,11 @@ class _Watch:
 
 
 @contextmanager
-def locked(path: Path, say: Say = print, every: float = _TOLD) -> Generator[None]:
-    """Hold an exclusive lock, the file ``path``, telling every ``every`` seconds what is waited for."""
+def locked(path: Path, say: Say = print, every: float = _TOLD) -> Generator[Say]:
+    """Hold an exclusive lock, the file ``path``, telling every ``every`` seconds what is waited for.
+
+    Yields a function that sets what waiters are told.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     watch = _Watch(path, say, every)
     while True:
@@ -163,7 +166,7 @@ def locked(path: Path, say: Say = print, every: float = _TOLD) -> Generator[None
             watch.look()
             watch.pause()
     with lock:
-        yield
+        yield lock.tell
 
 
 def build_once(

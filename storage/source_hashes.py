@@ -11,6 +11,7 @@ from .once import locked, mark
 from .publish import clear_leftovers, write_text
 
 _MEMO = "source_hashes.json"
+_LARGE = 10**9  # bytes to read of which is told
 
 
 def source_sha256(files: Sequence[Path], cache: Path, say: Callable[[str], None] = print) -> dict[Path, str]:
@@ -19,25 +20,31 @@ def source_sha256(files: Sequence[Path], cache: Path, say: Callable[[str], None]
     The memory of earlier hashes is ``cache/source_hashes.json``, and ``mark`` tells that a file was written to.
     """
     memo_file = cache / _MEMO
-    hashes: dict[Path, str] = {}
-    new: dict[str, list[Any]] = {}
-    with locked(
-        cache / f".{_MEMO}.lock", say
-    ):  # the ranks of a machine come at once; one reads, the others find it done
+    with locked(cache / f".{_MEMO}.lock", say) as tell:  # ranks come at once; one reads, the others find it done
         memo = _read_memo(memo_file)
-        for file in dict.fromkeys(files):
-            now = mark(file.stat())
-            match memo.get(str(file.resolve())):
-                case [earlier, str(known)] if earlier == now:
-                    hashes[file] = known
-                case _:
-                    hashes[file] = file_sha256(file)
-            new[str(file.resolve())] = [now, hashes[file]]
-        if any(memo.get(name) != value for name, value in new.items()):
+        marks = {file: mark(file.stat()) for file in files}
+        hashes = {file: known for file in marks if (known := _known(memo.get(str(file.resolve())), marks[file]))}
+        unread = [file for file in marks if file not in hashes]
+        size = sum(marks[file][0] for file in unread)
+        if size > _LARGE:
+            say(f"reading {len(unread)} files, {size / 1e9:.1f} GB, for their hashes")
+        for number, file in enumerate(unread, 1):
+            tell(f"reads {file} for its hash, file {number} of {len(unread)}")
+            hashes[file] = file_sha256(file)
+        if unread:
             clear_leftovers(cache, _MEMO, alone=True)
+            new = {str(file.resolve()): [marks[file], hashes[file]] for file in unread}
             with suppress(FileNotFoundError):  # this process stood still, and another one has the lock now
                 write_text(memo_file, json.dumps({**memo, **new}))
     return hashes
+
+
+def _known(entry: object, now: list[int]) -> str | None:
+    match entry:
+        case [earlier, str(known)] if earlier == now:
+            return known
+        case _:
+            return None
 
 
 def _read_memo(file: Path) -> dict[str, Any]:
