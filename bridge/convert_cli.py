@@ -193,7 +193,10 @@ class KeptConversion:
         """Convert when it does not stand; True when this call did. Raises what ``kept.convert_once`` does."""
         from .kept import convert_once
 
-        made = convert_once(lambda: _open(self.args), self.target, self.save, self._key(say), say)
+        def again() -> str:
+            return self._key(say)
+
+        made = convert_once(lambda: _open(self.args), self.target, self.save, self._key(say), say, again)
         say(f"{'wrote' if made else 'reused'} {self.save}")
         return made
 

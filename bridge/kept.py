@@ -46,12 +46,18 @@ def key_of(load: Path, config: Path | None, target: Target, memory: Path, say: C
 
 
 def convert_once(
-    opened: Callable[[], Source], target: Target, save: Path, key: Key, say: Callable[[str], None] = print
+    opened: Callable[[], Source],
+    target: Target,
+    save: Path,
+    key: Key,
+    say: Callable[[str], None] = print,
+    again: Callable[[], str] | None = None,
 ) -> bool:
     """Make sure that ``save`` holds the conversion with this key; True when this call made it.
 
-    Safe to call from many processes: one converts, the others wait. Only what an earlier call left there is replaced. Raises
-    BridgeError, ManifestError, ValueError, OSError with ENOSPC.
+    Safe to call from many processes: one converts, the others wait. Only what an earlier call left there is replaced.
+    ``again`` tells the key anew, which must be the same when the source has been read. Raises BridgeError, ManifestError,
+    ValueError, OSError with ENOSPC.
     """
     _check_place(save)
     written: dict[str, dict[str, Any]] = {}
@@ -64,6 +70,10 @@ def convert_once(
                 tell(line)
             check_target(made, save)
             written.update(write_target(folder, made))
+        if again and again() != key:
+            raise BridgeError(
+                f"the files of {save} were written to while they were read; start again when they are whole"
+            )
         return {**made.made_from, "files": key.files}
 
     return build_once(save, build, kind=target.form, say=say, written=written, key=key)

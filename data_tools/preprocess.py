@@ -110,6 +110,9 @@ def prepare(
 
     def build(folder: Path, tell: Callable[[str], None]) -> Mapping[str, Any]:
         _build(folder, files, planned.forms, planned.kind, tokenizer.load(), planned.args, tell, start_method)
+        now = source_sha256(files, cache, say)
+        if changed := [str(file) for file in files if now[file] != planned.hashes[file]]:
+            raise DataError(f"{changed[0]}: was written to while it was read; start again when it is whole")
         return {**planned.settings, "files": {str(file.absolute()): planned.hashes[file] for file in files}}
 
     built = not planned.named and build_once(target, build, kind="dataset", say=say)

@@ -119,9 +119,12 @@ def from_megatron(model: Path, config: Path | None, cache: Path, say: Say = prin
     def opened() -> Source:
         return with_lora(open_source(model, hf_config=config), wanted, LoraFlags())[0]
 
+    def key_now() -> str:
+        return key_of(model, config, wanted, cache, say)
+
     key = key_of(model, config, wanted, cache, say)
     target = cache / key
-    built = convert_once(opened, wanted, target, key, lambda line: say(f"weights: {line}"))
+    built = convert_once(opened, wanted, target, key, lambda line: say(f"weights: {line}"), key_now)
     say(f"weights: {model} is a Megatron checkpoint; {'converted to' if built else 'reused'} {target}")
     say("weights: nothing else of its run is taken: not its optimizer, random numbers and iteration")
     return target

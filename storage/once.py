@@ -5,7 +5,8 @@ it is and since when, and then use what was built, or fail with the builder's er
 owner writes to it every other second. One that stands still for 20 s belongs to nobody and is taken away, sooner when its
 owner is seen to be dead from here. It lies beside the target and asks nothing of the file system but that a file is
 created once: so machines that share a disk build once, machines with disks of their own once each, and no collective call
-is needed. Should two build at once all the same, both publish whole artifacts, and the second one is dropped.
+is needed. Who holds the lock clears what dead owners left, on whatever machine they were. One that stood still and goes on
+later finds that the lock is another's, drops its work and waits.
 """
 
 import json
@@ -24,7 +25,7 @@ from typing import Any, Self
 from .holds import hold
 from .manifest import MANIFEST_NAME, ManifestError, verify
 from .owner import host_of, lives, me
-from .publish import publish, write_text
+from .publish import clear_leftovers, leftovers, publish, temporary, write_text
 
 Say = Callable[[str], None]
 Build = Callable[[Path, Say], Mapping[str, Any]]
@@ -40,7 +41,7 @@ class BuildFailedError(ValueError):
 
 
 class _LateError(Exception):
-    """This process stood still for so long that another one built in its place."""
+    """This process stood still for so long that another one builds, or has built, in its place."""
 
 
 class _LockFile:
@@ -137,7 +138,7 @@ class _Watch:
             )
 
     def _take_away(self, owner: str) -> None:
-        grave = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:8]}")
+        grave = temporary(self.path)
         with suppress(FileNotFoundError):  # its owner was done just now, or another waiter was faster
             self.path.rename(grave)
             if grave.read_bytes() == self._content:
@@ -235,6 +236,7 @@ def build_once(
     BuildFailedError, or OSError with the same number, when another process built and failed while this one waited.
     """
     if _stands(target, key):
+        _tidy(target)
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
     watch = _Watch(_lock_of(target), say, _TOLD)
@@ -246,10 +248,13 @@ def build_once(
             watch.pause()
             continue
         with lock:
+            _clear(target)
             if _stands(target, key, say):
                 return False  # another process built it while this one waited
             _raise_failure(target, watch.attempts)
-            return _build(target, build, lock, kind, say, written, key)
+            with suppress(_LateError):
+                _build(target, build, lock, kind, say, written, key)
+                return True
 
 
 def _build(
@@ -260,7 +265,7 @@ def _build(
     say: Say,
     written: Mapping[str, Mapping[str, Any]] | None,
     key: str | None,
-) -> bool:
+) -> None:
     def tell(text: str) -> None:
         lock.tell(text)
         say(text)
@@ -269,17 +274,38 @@ def _build(
     try:
         with publish(target, kind=kind, made_from=made_from, replace=True, written=written) as folder:
             made_from.update(build(folder, tell))
-            if not lock.held and _stands(target, key):
+            if _stands(target, key):
                 raise _LateError  # noqa: TRY301 - publish drops what was written
     except _LateError:
-        return False
+        raise
     except Exception as error:
+        if not lock.held:  # whose owner now has cleared what this one wrote
+            raise _LateError from error
         _note_failure(target, lock.record, error)
         raise
     _failure_of(target).unlink(missing_ok=True)
     _remember(target)  # all was hashed when it was published
     hold(target)
-    return True
+
+
+def _tidy(target: Path) -> None:
+    """Clear what a builder left that was killed when the artifact stood already, and was seen to die."""
+    with suppress(OSError):  # a place that is only read, or a lock that another one holds
+        _Watch(_lock_of(target), lambda _: None, _TOLD).look()
+        if any(any(leftovers(path.parent, path.name)) for path in _written(target)):
+            with _LockFile(_lock_of(target)):
+                _clear(target)
+
+
+def _clear(target: Path) -> None:
+    """Clear what earlier holders of the lock, which the caller holds now, left beside the target."""
+    for path in _written(target):
+        clear_leftovers(path.parent, path.name, alone=True)
+
+
+def _written(target: Path) -> tuple[Path, ...]:
+    """All that is written for a target through temporary siblings."""
+    return target, _lock_of(target), _failure_of(target), memory_of(target)
 
 
 def _note_failure(target: Path, record: Mapping[str, Any], error: Exception) -> None:
@@ -358,12 +384,16 @@ def note_verified(folder: Path, whole: bool) -> None:
         return  # a place that is only read
 
 
+def mark(state: os.stat_result) -> list[int]:
+    """What tells that a file was not written to since: no program can set the change time.
+
+    The number of the device is no part of it: machines that share a disk each have their own.
+    """
+    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
+
+
 def _marks(folder: Path) -> dict[str, list[int]]:
-    states = {path.relative_to(folder).as_posix(): path.stat() for path in sorted(folder.rglob("*"))}
-    return {
-        name: [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev]
-        for name, state in states.items()
-    }
+    return {path.relative_to(folder).as_posix(): mark(path.stat()) for path in sorted(folder.rglob("*"))}
 
 
 def _memory(folder: Path) -> object:

@@ -25,13 +25,25 @@ def lives(owner: str) -> bool | None:
     _, place, pid, start = ("", "", "", *owner.rsplit("-", 3))[-4:]
     if place != _place() or not pid.isdecimal():
         return None
-    return _start(int(pid)) == start
+    found = _start(int(pid))
+    return None if not found and _hidden(int(pid)) else found == start
 
 
 @cache
 def _place() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")
     return f"{boot[:16]}n{Path('/proc/self/ns/pid').stat().st_ino:x}"
+
+
+def _hidden(pid: int) -> bool:
+    """Whether there is such a process, another user's, which /proc does not show (its option hidepid)."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return not Path(f"/proc/{pid}").exists()
+    except OSError:
+        pass
+    return False
 
 
 def _start(pid: int) -> str:

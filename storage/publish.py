@@ -50,14 +50,19 @@ def write_bytes(path: Path, content: bytes) -> None:
     fsync_path(path.parent)
 
 
-def stage(target: Path) -> Path:
+def temporary(target: Path, ending: str = "") -> Path:
+    """The path of a hidden sibling that tells whose it is; ``clear_leftovers`` knows it."""
+    return target.with_name(f".{target.name}{_MARK}{me()}-{uuid.uuid4().hex[:8]}{ending}")
+
+
+def stage(target: Path, *, alone: bool = False) -> Path:
     """A new, empty temporary sibling of ``target``; what dead writers of this target left is cleared first.
 
-    Raises OSError when the parent is not writable.
+    ``alone`` as for ``clear_leftovers``. Raises OSError when the parent is not writable.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(target.parent, target.name)
-    staging = _temporary(target)
+    clear_leftovers(target.parent, target.name, alone=alone)
+    staging = temporary(target)
     staging.mkdir()
     return staging
 
@@ -87,7 +92,7 @@ def commit(
     for folder in sorted((p for p in staging.rglob("*") if p.is_dir()), reverse=True):
         fsync_path(folder)
     write_text(staging / MANIFEST_NAME, dump(manifest))
-    old = _temporary(target, _OLD) if target.exists() else None
+    old = temporary(target, _OLD) if target.exists() else None
     if old and not replace:
         raise FileExistsError(f"{target} exists already")
     if old:
@@ -109,28 +114,51 @@ def commit(
 
 def remove(target: Path) -> None:
     """Delete a published folder so that no half of it is ever seen under its name."""
-    doomed = _temporary(target)
+    doomed = temporary(target)
     target.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def clear_leftovers(parent: Path, name: str) -> None:
+def clear_leftovers(parent: Path, name: str, *, alone: bool = False) -> None:
     """Clear what dead writers of ``parent/name`` left; ``name`` may end in ``*`` for every target of that prefix.
 
-    Those of other hosts are left alone, since nobody can tell from here whether they live.
-    An old artifact that a writer had moved aside when it was killed is put back.
+    Those of other hosts are left alone, since nobody can tell from here whether they live; unless the caller is ``alone``:
+    it holds the lock of this target, which they have lost. An old artifact that a writer had moved aside when it was
+    killed is put back.
     """
-    for path in list(parent.iterdir()):
-        found = writer_of(path)
-        if not found or not is_dead(path, found[1]):
-            continue
-        target = found[0]
-        if target.name != name and not (name.endswith("*") and target.name.startswith(name[:-1])):
+    for path, target in list(leftovers(parent, name)):
+        owner = path.name.partition(_MARK)[2].rpartition("-")[0]
+        if lives(owner) if alone else not is_dead(path, owner):
             continue
         if is_moved_aside(path) and not target.exists():
             path.rename(target)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            _discard(path, target)
+
+
+def leftovers(parent: Path, name: str) -> Generator[tuple[Path, Path]]:
+    """What writers of ``parent/name`` have begun or left, and its target; ``name`` as for ``clear_leftovers``."""
+    for path in parent.iterdir():
+        target = parent / path.name[1:].partition(_MARK)[0]
+        if (
+            path.name.startswith(".")
+            and _MARK in path.name
+            and (target.name == name or (name.endswith("*") and target.name.startswith(name[:-1])))
+        ):
+            yield path, target
+
+
+def _discard(path: Path, target: Path) -> None:
+    """Delete what was to become ``target``; its writer, should it live after all, can no longer publish any of it."""
+    doomed = temporary(target)
+    try:
+        path.rename(doomed)
+    except OSError:  # another process clears, too; or it is another user's
+        return
+    if doomed.is_dir():
+        shutil.rmtree(doomed, ignore_errors=True)
+    else:
+        doomed.unlink()
 
 
 def writer_of(path: Path) -> tuple[Path, str] | None:
@@ -168,16 +196,17 @@ def publish(
     made_from: Mapping[str, Any],
     replace: bool = False,
     written: Mapping[str, Mapping[str, Any]] | None = None,
+    alone: bool = False,
 ) -> Generator[Path]:
     """Yield a staging folder; on success it becomes ``target``, on any error nothing is left behind.
 
     For one writing process. ``made_from`` and ``written`` (see ``commit``) are read when the block ends, so that the
-    writer may fill them meanwhile.
+    writer may fill them meanwhile. ``alone`` as for ``clear_leftovers``.
     Raises FileExistsError before any work when ``target`` exists and ``replace`` is false.
     """
     if target.exists() and not replace:
         raise FileExistsError(f"{target} exists already")
-    staging = stage(target)
+    staging = stage(target, alone=alone)
     try:
         yield staging
         commit(staging, target, kind=kind, made_from=made_from, replace=replace, written=written)
@@ -190,8 +219,3 @@ def _umask() -> int:
     value = os.umask(0)
     os.umask(value)
     return value
-
-
-def _temporary(target: Path, ending: str = "") -> Path:
-    """A hidden sibling's name that tells whose it is."""
-    return target.with_name(f".{target.name}{_MARK}{me()}-{uuid.uuid4().hex[:8]}{ending}")

@@ -2,39 +2,40 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 from .manifest import file_sha256
-from .once import locked
-from .publish import write_text
+from .once import locked, mark
+from .publish import clear_leftovers, write_text
 
 _MEMO = "source_hashes.json"
+_LARGE = 10**9  # bytes to read of which is told
 
 
 def source_sha256(files: Sequence[Path], cache: Path, say: Callable[[str], None] = print) -> dict[Path, str]:
     """SHA-256 of every file; one that has not changed since (size, times, inode) is not read again.
 
-    The memory of earlier hashes is ``cache/source_hashes.json``. The change time cannot be set by programs, so a file
-    that was written to is always read.
+    The memory of earlier hashes is ``cache/source_hashes.json``, and ``mark`` tells that a file was written to.
     """
     memo_file = cache / _MEMO
-    hashes: dict[Path, str] = {}
-    new: dict[str, list[Any]] = {}
-    with locked(
-        cache / f".{_MEMO}.lock", say
-    ):  # the ranks of a machine come at once; one reads, the others find it done
+    with locked(cache / f".{_MEMO}.lock", say) as tell:  # ranks come at once; one reads, the others find it done
         memo = _read_memo(memo_file)
-        for file in dict.fromkeys(files):
-            mark = _mark(file)
-            match memo.get(str(file.resolve())):
-                case [earlier, str(known)] if earlier == mark:
-                    hashes[file] = known
-                case _:
-                    hashes[file] = file_sha256(file)
-            new[str(file.resolve())] = [mark, hashes[file]]
-        if any(memo.get(name) != value for name, value in new.items()):
-            write_text(memo_file, json.dumps({**memo, **new}))
+        marks = {file: mark(file.stat()) for file in files}
+        hashes = {file: known for file in marks if (known := _known(memo.get(str(file.resolve())), marks[file]))}
+        unread = [file for file in marks if file not in hashes]
+        size = sum(marks[file][0] for file in unread)
+        if size > _LARGE:
+            say(f"reading {len(unread)} files, {size / 1e9:.1f} GB, for their hashes")
+        for number, file in enumerate(unread, 1):
+            tell(f"reads {file} for its hash, file {number} of {len(unread)}")
+            hashes[file] = file_sha256(file)
+        if unread:
+            clear_leftovers(cache, _MEMO, alone=True)
+            new = {str(file.resolve()): [marks[file], hashes[file]] for file in unread}
+            with suppress(FileNotFoundError):  # this process stood still, and another one has the lock now
+                write_text(memo_file, json.dumps({**memo, **new}))
     return hashes
 
 
@@ -43,19 +44,22 @@ def has_hash(file: Path, digest: str, cache: Path) -> bool | None:
 
     Raises FileNotFoundError.
     """
-    mark = _mark(file)
+    now = mark(file.stat())
     match _read_memo(cache / _MEMO).get(str(file.resolve())):
-        case [earlier, str(known)] if earlier == mark:
+        case [earlier, str(known)] if earlier == now:
             return known == digest
-        case [[size, *_], str(known)] if known == digest and size != mark[0]:
+        case [[size, *_], str(known)] if known == digest and size != now[0]:
             return False
         case _:
             return None
 
 
-def _mark(file: Path) -> list[int]:
-    state = file.stat()
-    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev]
+def _known(entry: object, now: list[int]) -> str | None:
+    match entry:
+        case [earlier, str(known)] if earlier == now:
+            return known
+        case _:
+            return None
 
 
 def _read_memo(file: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Merges and conversions that are killed or run out of disk at one chosen point, with ``faults/inject.c`` preloaded.
+"""Commands that are killed or run out of disk at one chosen point, with ``faults/inject.c`` preloaded, or after some time.
 
 Reads one request a line (JSON) and answers each with a line. A trial is the command in a fork of this process, which has
 run it once, so that everything is imported.
@@ -8,7 +8,9 @@ import ctypes
 import json
 import os
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,10 @@ from fault_trials import arm
 
 
 def in_fork(argv: list[str], told: Path, folder: str = "", at: int = 0, act: str = "kill") -> tuple[int, str, int]:
-    """Exit code, what was printed, and the number of points that were met (unless killed)."""
+    """Exit code, what was printed, and the number of points that were met (unless killed).
+
+    ``act`` happens at point ``at``; "kill after" kills after so many milliseconds.
+    """
     from finebridge.finetune.cli import main
 
     points = told.with_suffix(".points")
@@ -25,7 +30,7 @@ def in_fork(argv: list[str], told: Path, folder: str = "", at: int = 0, act: str
     if child == 0:
         with told.open("w") as stream:
             sys.stdout = sys.stderr = stream
-            arm(folder, at, act)
+            arm(folder, 0 if act == "kill after" else at, act)
             try:
                 code = main(argv)
             except BaseException as error:  # noqa: BLE001 - the test reads it
@@ -33,6 +38,9 @@ def in_fork(argv: list[str], told: Path, folder: str = "", at: int = 0, act: str
                 code = 1
             arm("/nowhere", 0, act) if at else points.write_text(str(ctypes.CDLL(None).fault_points()))
         os._exit(code)
+    if act == "kill after":
+        time.sleep(at / 1000)
+        os.kill(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return code, told.read_text(), int(points.read_text())
 
@@ -57,18 +65,22 @@ def hidden(folder: Path) -> list[str]:
 class Artifacts:
     """The right artifacts, made without a fault: ``new`` by the command that is tried, ``old`` by another one.
 
-    The words of both lack the folder, which is the last one: they end with the flag for it.
+    The words of both lack the folder, which is the last one: they end with the flag for it. What a command ``kept`` lies
+    there, or in a folder of its own in there, and needs no --overwrite.
     """
 
-    def __init__(self, new: list[str], old: list[str], home: Path) -> None:
+    def __init__(self, new: list[str], old: list[str], home: Path, kept: bool = False) -> None:
         from finebridge.finetune.cli import main
-        from finebridge.storage.manifest import read
+        from finebridge.storage import once
 
-        self.new, self.home = new, home
+        self.new, self.home, self.kept = new, home, kept
+        once._BEAT = 3600.0  # seconds; a heart that beats now and then would make points that no other trial meets
         self.known: dict[str, Any] = {}
         for name, words in (("new", new), ("old", old)):
             assert main([*words, str(home / name)]) == 0
-            self.known[name] = read(home / name)["files"]
+            (made,) = (home / name).rglob("manifest.json")
+            self.known[name] = json.loads(made.read_text())["files"]
+            self.inside = made.parent.relative_to(home / name)  # of the old one: that is where the new one comes
 
     def trial(self, at: int, act: str, *, overwrite: bool) -> dict[str, Any]:
         """The command under a fault, and once more without."""
@@ -77,15 +89,26 @@ class Artifacts:
         folder = faulty / "models"
         folder.mkdir(parents=True)
         output = folder / "out"
+        made = output / self.inside
         if overwrite:
             shutil.copytree(self.home / "old", output, copy_function=os.link)
-        argv = [*self.new, str(output), *["--overwrite"] * overwrite]
+        argv = [*self.new, str(output), *["--overwrite"] * (overwrite and not self.kept)]
+        began = time.monotonic()
         code, text, points = in_fork(argv, told, str(faulty), at, act)
-        answer = {"at": at, "code": code, "text": text, "points": points, "left": hidden(folder)}
-        answer["found"] = state(output, self.known)
+        answer = {"at": at, "code": code, "text": text, "points": points, "seconds": time.monotonic() - began}
+        answer["left"] = self.left(folder, made)
+        answer["found"] = state(made, self.known)
         answer["again"] = in_fork(argv, told)[0]
-        answer["then"], answer["then_left"] = state(output, self.known), hidden(folder)
+        answer["told"] = told.read_text()
+        answer["then"], answer["then_left"] = state(made, self.known), self.left(folder, made)
         return answer
+
+    def left(self, folder: Path, made: Path) -> list[str]:
+        """What lies beside the artifact: hidden things, or all, where something is kept for the next start."""
+        if not self.kept:
+            return hidden(folder)
+        beside = (path for path in folder.rglob("*") if path != made and made not in path.parents)
+        return sorted(str(path.relative_to(folder)) for path in beside)
 
 
 def serve() -> None:
@@ -95,7 +118,7 @@ def serve() -> None:
         request = json.loads(line)
         key = request["home"]
         if key not in made:
-            made[key] = Artifacts(request["new"], request["old"], Path(key))
+            made[key] = Artifacts(request["new"], request["old"], Path(key), request.get("kept", False))
         answer = made[key].trial(request["at"], request["act"], overwrite=request["overwrite"])
         print(json.dumps(answer), file=answers, flush=True)
 

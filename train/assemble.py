@@ -43,6 +43,7 @@ from .freeze import choose_trained
 from .guards import StepGuard
 from .hf_flags import ArgumentsError, hf_value
 from .lora import add_lora
+from .meeting import together
 from .model import load_model
 from .moe import LeafCheck, has_listed_experts, make_leaf_modules
 from .precision import asked_in_fp32, keep_in_fp32
@@ -78,7 +79,8 @@ def assemble(args: Arguments) -> Run:
         trust_remote_code=args.model.trust_remote_code,
         cache_dir=args.model.cache_dir,
     )
-    train_data, eval_data = _datasets(args, tokenizer, output_dir)
+    with together(runtime.say_here):
+        train_data, eval_data = _datasets(args, tokenizer, output_dir)
     settings = None
     if args.hf.get("deepspeed"):
         settings = resolve(str(args.hf["deepspeed"]), has_accelerator=runtime.has_accelerator())
@@ -204,11 +206,13 @@ def _datasets(args: Arguments, tokenizer: Any, output_dir: Path) -> tuple[Any, A
     cache = Path(data.prepared_data_dir) if data.prepared_data_dir else output_dir / "prepared_data"
     if args.kind == "document":
         seed = hf_value(args.hf, "seed" if args.hf.get("data_seed") is None else "data_seed")
-        train_data = open_text(str(data.train_data_file), source, data, cache, runtime.say, seed)
-        held_out = open_text(data.eval_data_file, source, data, cache, runtime.say) if data.eval_data_file else None
+        train_data = open_text(str(data.train_data_file), source, data, cache, runtime.say_here, seed)
+        held_out = (
+            open_text(data.eval_data_file, source, data, cache, runtime.say_here) if data.eval_data_file else None
+        )
         return train_data, held_out
     folders = [
-        prepare([pattern], source, data, cache, runtime.say, wanted="chat") if pattern else None
+        prepare([pattern], source, data, cache, runtime.say_here, wanted="chat") if pattern else None
         for pattern in (data.train_data_file, data.eval_data_file)
     ]
     templates = [read(folder)["made_from"].get("chat_template") for folder in folders if folder]

@@ -84,6 +84,14 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def say_here(text: str) -> None:
+    """Print one line from the first rank of each machine, which names itself where that is not rank 0."""
+    if is_main():
+        print(text, flush=True)
+    elif os.environ.get("LOCAL_RANK") == "0":
+        print(f"{socket.gethostname()}: {text}", flush=True)
+
+
 def start(settings: dict[str, Any] | None) -> None:
     """Join the other ranks through DeepSpeed; call before ``TrainingArguments`` and before any model is built.
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -312,3 +313,65 @@ def test_a_lock_without_room_is_no_lock(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(OSError, match="No space left"), locked(tmp_path / "lock"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+ELSEWHERE = f"machine-{'0' * 16}n1-7-7"  # a process of another machine
+
+
+def test_who_holds_the_lock_clears_what_other_machines_left(tmp_path: Path) -> None:
+    """A lock that stood still is taken away; so is what its owner had begun, of which nobody here could see that it is dead."""
+    (tmp_path / f".x.tmp-{ELSEWHERE}-1234abcd" / "deep").mkdir(parents=True)
+    for name in (f"..x.lock.tmp-{ELSEWHERE}-1234abcd", "..x.verified.tmp-1234abcd", "..x.failed.tmp-1234abcd"):
+        (tmp_path / name).write_text("half")
+    others = [f".y.tmp-{ELSEWHERE}-1234abcd", "..y.verified.tmp-1234abcd", f".x.tmp-{once.me()}-1234abcd"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    assert build_once(tmp_path / "x", build, kind="dataset") is True
+    assert {path.name for path in tmp_path.iterdir()} == {"x", ".x.verified", *others}, (
+        "another target's, a living one's"
+    )
+
+
+def test_what_a_builder_left_that_died_after_it_had_published_is_cleared(start: Start, tmp_path: Path) -> None:
+    child = start("from finebridge.storage.owner import me; print(me())")
+    owner = child.communicate()[0].strip()
+    build_once(tmp_path / "x", build, kind="dataset")
+    (tmp_path / ".x.lock").write_text(json.dumps({"owner": owner}))
+    (tmp_path / f".x.tmp-{owner}-1234abcd.old").mkdir()
+    assert build_once(tmp_path / "x", refuse, kind="dataset") is False
+    assert {path.name for path in tmp_path.iterdir()} == {"x", ".x.verified"}
+    (tmp_path / ".x.lock").write_text(json.dumps({"owner": ELSEWHERE}))
+    (tmp_path / f".x.tmp-{ELSEWHERE}-1234abcd").mkdir()
+    assert build_once(tmp_path / "x", refuse, kind="dataset") is False
+    assert len(list(tmp_path.iterdir())) == 4, "it may be at work"
+
+
+@pytest.mark.parametrize("other", ["is done", "is not done"])
+def test_a_builder_that_was_replaced_drops_its_work(tmp_path: Path, other: str) -> None:
+    """It stood still, another machine took its lock and cleared its folder: it uses what stands, or builds again."""
+    builds: list[Path] = []
+
+    def robbed(folder: Path, _tell: Any) -> Mapping[str, Any]:
+        builds.append(folder)
+        if len(builds) == 1:
+            (tmp_path / ".x.lock").unlink()
+            shutil.rmtree(folder)
+            if other == "is done":
+                build_once(tmp_path / "x", build, kind="dataset")
+        return build(folder)
+
+    assert build_once(tmp_path / "x", robbed, kind="dataset") is (other == "is not done")
+    assert len(builds) == (1 if other == "is done" else 2)
+    assert verify(tmp_path / "x")["made_from"] == {"source": "s"}
+    assert {path.name for path in tmp_path.iterdir()} == {"x", ".x.verified"}
+
+
+def test_machines_that_share_a_disk_share_what_they_remember(tmp_path: Path) -> None:
+    """Each has its own number for the device."""
+    (tmp_path / "file").write_text("a")
+    state = (tmp_path / "file").stat()
+    times = {"st_mtime_ns": state.st_mtime_ns, "st_ctime_ns": state.st_ctime_ns}
+    fields = list(state)
+    fields[2] += 1
+    assert os.stat_result(fields, times).st_dev != state.st_dev
+    assert once.mark(os.stat_result(fields, times)) == once.mark(state)

@@ -48,3 +48,33 @@ def test_a_container_of_the_same_host_name_is_told_apart() -> None:
     assert host_of(done.stdout.strip()) == socket.gethostname()
     assert done.stdout.split("-")[-2] == "1"
     assert lives(done.stdout.strip()) is None
+
+
+HIDDEN = """
+import os, sys
+from finebridge.storage import owner
+name = owner.me()
+if os.fork() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    print(owner.lives(name), flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_another_users_process_that_proc_hides_is_not_taken_for_dead() -> None:
+    command = [
+        "unshare",
+        "--mount",
+        "--pid",
+        "--fork",
+        "sh",
+        "-c",
+        'mount -t proc -o hidepid=2 proc /proc; exec "$0" -c "$1"',
+    ]
+    done = subprocess.run([*command, sys.executable, HIDDEN], capture_output=True, text=True, check=False)
+    if done.returncode or os.getuid():
+        pytest.skip(f"namespaces are not permitted here: {done.stderr.strip()}")
+    assert done.stdout == "None\n", done.stderr

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,18 @@ def test_a_link_is_the_file_that_it_names(tmp_path: Path) -> None:
     link.unlink()
     link.symlink_to(tmp_path / "two")
     assert source_sha256([link], tmp_path / "cache")[link] == sha(b"2")
+
+
+def test_who_reads_much_says_so_and_tells_waiters_which_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / "one", tmp_path / "two"]
+    for file in files:
+        file.write_bytes(b"12345")
+    monkeypatch.setattr(source_hashes, "_LARGE", 9)
+    told: list[str] = []
+    monkeypatch.setattr(source_hashes, "locked", lambda *_: nullcontext(told.append))
+    said: list[str] = []
+    (tmp_path / "cache").mkdir()
+    for _ in range(2):
+        source_sha256(files, tmp_path / "cache", said.append)
+    assert said == ["reading 2 files, 0.0 GB, for their hashes"]
+    assert told == [f"reads {file} for its hash, file {number} of 2" for number, file in enumerate(files, 1)]
