@@ -10,16 +10,18 @@ from typing import Any
 from ..storage.assets import is_asset
 from ..storage.manifest import ManifestError, read
 from ..storage.once import build_once
+from ..storage.progress import Say
 from ..storage.source_hashes import source_sha256
-from .convert import Source, Target, check_target, form_of, plan, write_target
+from .convert import Target, check_target, plan, write_target
 from .errors import BridgeError
+from .source import Source, form_of
 from .torch_format import tracked
 
 FORMAT = 1  # raise when the same source would be converted otherwise
 _WEIGHTS = (".safetensors", ".bin")
 
 
-def key_of(load: Path, config: Path | None, target: Target, memory: Path, say: Callable[[str], None] = print) -> str:
+def key_of(load: Path, config: Path | None, target: Target, memory: Path, say: Say = print) -> str:
     """A hash of all that shapes the conversion of ``load``: its files, those of ``config``, and the target.
 
     ``memory`` is the folder that keeps the hashes of files, so that one that has not changed is not read again. Raises
@@ -36,9 +38,7 @@ def key_of(load: Path, config: Path | None, target: Target, memory: Path, say: C
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
-def convert_once(
-    opened: Callable[[], Source], target: Target, save: Path, key: str, say: Callable[[str], None] = print
-) -> bool:
+def convert_once(opened: Callable[[], Source], target: Target, save: Path, key: str, say: Say = print) -> bool:
     """Make sure that ``save`` holds the conversion with this key; True when this call made it.
 
     Safe to call from many processes: one converts, the others wait. Only what an earlier call left there is replaced. Raises
@@ -47,14 +47,14 @@ def convert_once(
     _check_place(save)
     written: dict[str, dict[str, Any]] = {}
 
-    def build(folder: Path, tell: Callable[[str], None]) -> Mapping[str, Any]:
+    def build(folder: Path, tell: Say) -> Mapping[str, Any]:
         source = opened()
         with source.tensors:
             made = plan(source, target)
             for line in made.lines():
                 tell(line)
-            check_target(made, save)
-            written.update(write_target(folder, made))
+            check_target(made, save, tell)
+            written.update(write_target(folder, made, tell))
         return made.made_from
 
     return build_once(save, build, kind=target.form, say=say, written=written, key=key)

@@ -4,7 +4,6 @@ The trainer reads and writes Hugging Face folders. What it is to start from is c
 folder whose name is a hash of all that it is made from; what it leaves is merged, if it is an adapter, and converted.
 """
 
-import os
 from argparse import ArgumentError, Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +17,6 @@ from ..train.arguments import Arguments
 from ..train.hf_flags import hf_value
 
 _ADAPTER = "adapter_config.json"
-_MANY = 8  # threads, the disk is the limit before
 _AT_STEP = "iteration=step"
 _EXPORT = ("--to", "mcore", "--load", "")
 # Flags of a conversion that a run answers itself.
@@ -86,11 +84,12 @@ def from_megatron(model: Path, config: Path | None, cache: Path, say: Callable[[
     ``config`` is the folder of config.json and tokenizer where the checkpoint has none. Safe to call from many
     processes. Raises BridgeError, ManifestError, ValueError, OSError with ENOSPC.
     """
-    from ..bridge.convert import Source, Target, open_source
+    from ..bridge.convert import Target
     from ..bridge.kept import convert_once, key_of
     from ..bridge.lora_source import LoraFlags, with_lora
+    from ..bridge.source import Source, open_source
 
-    wanted = Target("hf", workers=_workers())
+    wanted = Target("hf")
 
     def opened() -> Source:
         return with_lora(open_source(model, hf_config=config), wanted, LoraFlags())[0]
@@ -130,7 +129,8 @@ def parse_export(text: str) -> Namespace:
 
 
 def _check_export(flags: Namespace, model: Path) -> None:
-    from ..bridge.convert import open_source, plan
+    from ..bridge.convert import plan
+    from ..bridge.source import open_source
 
     try:
         source = open_source(model)
@@ -145,7 +145,8 @@ def export(flags: Namespace, base: Path | None, output_dir: Path, say: Callable[
 
     Raises BridgeError, AdapterError, ManifestError, ValueError, OSError with ENOSPC.
     """
-    from ..bridge.convert import check_weights, convert, open_source, plan
+    from ..bridge.convert import check_weights, convert, plan
+    from ..bridge.source import open_source
 
     model, step = _last(output_dir)
     if base and (model / _ADAPTER).is_file():
@@ -189,12 +190,8 @@ def _merged(adapter: Path, base: Path, output: Path, dtype: str | None, say: Cal
         with open_weights(base) as weights:
             stored = main_dtype(weights.shapes, weights.dtypes)
         dtype = next((name for name, known in DTYPES.items() if known == stored), "fp32")
-    proof = merge(base, [adapter], output, dtype, workers=_workers(), overwrite=True, say=say)
+    proof = merge(base, [adapter], output, dtype, overwrite=True, say=say)
     for line in proof.lines(dtype):
         say(f"export: {line}")
     say(f"export: merged {adapter} into {output} ({dtype})")
     return output
-
-
-def _workers() -> int:
-    return min(_MANY, len(os.sched_getaffinity(0)))

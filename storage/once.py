@@ -22,9 +22,9 @@ from typing import Any, Self
 
 from .manifest import ManifestError, verify
 from .owner import host_of, lives, me
+from .progress import Say, Tell
 from .publish import publish, write_text
 
-Say = Callable[[str], None]
 Build = Callable[[Path, Say], Mapping[str, Any]]
 _BEAT = 2.0  # seconds between heartbeats
 _DEAD = 20.0  # seconds without one after which the lock is nobody's
@@ -150,8 +150,11 @@ class _Watch:
 
 
 @contextmanager
-def locked(path: Path, say: Say = print, every: float = _TOLD) -> Generator[None]:
-    """Hold an exclusive lock, the file ``path``, telling every ``every`` seconds what is waited for."""
+def locked(path: Path, say: Say = print, every: float = _TOLD) -> Generator[Tell]:
+    """Hold an exclusive lock, the file ``path``, telling every ``every`` seconds what is waited for.
+
+    What it gives says what is done meanwhile, to those who wait too.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     watch = _Watch(path, say, every)
     while True:
@@ -162,7 +165,7 @@ def locked(path: Path, say: Say = print, every: float = _TOLD) -> Generator[None
             watch.look()
             watch.pause()
     with lock:
-        yield
+        yield Tell(say, lock.tell)
 
 
 def build_once(
@@ -209,10 +212,7 @@ def _build(
     written: Mapping[str, Mapping[str, Any]] | None,
     key: str | None,
 ) -> bool:
-    def tell(text: str) -> None:
-        lock.tell(text)
-        say(text)
-
+    tell = Tell(say, lock.tell)
     made_from: dict[str, Any] = {"key": key} if key else {}
     try:
         with publish(target, kind=kind, made_from=made_from, replace=True, written=written) as folder:
