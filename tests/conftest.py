@@ -2,13 +2,10 @@
 
 import json
 import os
-import pty
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -206,35 +203,6 @@ def history() -> Callable[[Path], list[dict[str, Any]]]:
         return [entry for entry in state["log_history"] if "loss" in entry]
 
     return read
-
-
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
-    """stderr is a terminal; ``terminal()`` ends that and gives what was written to it."""
-    for name, value in {"TERM": "xterm", "COLUMNS": "100", "TTY_COMPATIBLE": "1"}.items():
-        monkeypatch.setenv(name, value)
-    before, (master, slave) = sys.stderr, pty.openpty()
-    sys.stderr = open(slave, "w")  # noqa: SIM115 - closed in end()
-    shown: list[bytes] = []
-
-    def read() -> None:
-        with suppress(OSError):  # of Linux, when the other end is closed
-            while data := os.read(master, 4096):
-                shown.append(data)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-
-    def end() -> str:
-        if sys.stderr is not before:
-            sys.stderr.close()
-            sys.stderr = before
-        reader.join()
-        return b"".join(shown).decode()
-
-    yield end
-    end()
-    os.close(master)
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,13 @@
 
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 from finebridge.storage import progress
 from finebridge.storage.progress import Progress, StoppedError, Tell
+from terminals import terminal
 
 MB = 10**6
 
@@ -81,32 +82,28 @@ def test_threads_of_work_that_is_stopped_end(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_terminal_shows_a_bar_and_those_who_wait_read_lines(
-    terminal: Callable[[], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "EVERY", 0.0)
     said: list[str] = []
     noted: list[str] = []
-    with Progress("merge", 4 * MB, "written", Tell(said.append, noted.append)) as told:
-        told.advance(2 * MB)
-        print("a result")
-    with Progress("alone", 2, "written", said.append) as told:
-        told.advance(2)
-    shown = terminal()
-    assert "merge" in shown
-    assert "2.0/4.0 MB" in shown
-    assert "alone" in shown
+    with terminal(monkeypatch) as shown:
+        with Progress("merge", 4 * MB, "written", Tell(said.append, noted.append)) as told:
+            told.advance(2 * MB)
+            print("a result")
+        with Progress("alone", 2, "written", said.append) as told:
+            told.advance(2)
+    for part in ("merge", "━━━", "2.0/4.0 MB", "alone"):
+        assert part.encode() in shown
     assert said == []
     assert noted[0].startswith("merge: 50% of 4 MB written")
     assert capsys.readouterr().out == "a result\n", "stdout, which is no terminal, is left alone"
 
 
-def test_a_terminal_that_moves_no_cursor_has_lines(
-    terminal: Callable[[], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_that_moves_no_cursor_has_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "EVERY", 0.0)
-    monkeypatch.setenv("TERM", "dumb")
     said: list[str] = []
-    with Progress("merge", 2, "written", said.append) as told:
+    with terminal(monkeypatch, "dumb") as shown, Progress("merge", 2, "written", said.append) as told:
         told.advance(1)
     assert len(said) == 2
-    assert terminal() == ""
+    assert shown == b"\0"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,30 @@ def test_files_are_read_once(tmp_path: Path, reads: list[str]) -> None:
     for _ in range(3):
         assert source_sha256([one, two, one], tmp_path / "cache") == {one: sha(b"1"), two: sha(b"22")}
     assert sorted(reads) == ["one", "two"]
+
+
+def test_many_files_are_read_at_once(tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads wait for each other: what each file is does not depend on which was read first."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    files = [tmp_path / f"{number}" for number in range(6)]
+    for number, file in enumerate(files):
+        file.write_bytes(os.urandom(number * 1_000_000))
+    together, inner = threading.Barrier(2), source_hashes.file_sha256
+    monkeypatch.setattr(source_hashes, "file_sha256", lambda *a, **k: (together.wait(60), inner(*a, **k))[1])
+    expected = {file: sha(file.read_bytes()) for file in files}
+    found = source_sha256(files, tmp_path / "cache")
+    assert list(found.items()) == list(expected.items())
+    assert source_sha256(files, tmp_path / "cache") == expected
+    assert sorted(reads) == [file.name for file in files]
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, reads: list[str]) -> None:
+    (tmp_path / "one").write_bytes(b"1")
+    (tmp_path / "two").mkdir()
+    with pytest.raises(IsADirectoryError, match="two"):
+        source_sha256([tmp_path / "one", tmp_path / "two"], tmp_path / "cache")
+    assert source_sha256([tmp_path / "one"], tmp_path / "cache")[tmp_path / "one"] == sha(b"1")
+    assert reads.count("one") == 2, "nothing is remembered of a call that failed"
 
 
 def test_other_bytes_of_the_same_size_under_the_same_times_are_seen(tmp_path: Path, reads: list[str]) -> None:
