@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from ..storage.assets import read_json
 from ..storage.megatron_folder import TRACKER
-from .args import to_config
 from .dist_format import DistCheckpoint
 from .errors import BridgeError
 from .families import family_of
@@ -15,6 +14,7 @@ from .family import Family, Row, of_text
 from .hf import HFCheckpoint
 from .lora_views import Beside, Merged
 from .parallel import OUTPUT
+from .plain_config import to_config
 from .torch_format import TorchCheckpoint, tracked
 
 Form = Literal["hf", "torch", "torch_dist"]
