@@ -34,15 +34,14 @@ class StoppedError(Exception):
 
 
 class Progress:
-    """Bytes that are done, of ``total``; a context manager. ``what`` is done to them what ``done`` says: read, written.
+    """Bytes that are done, of ``total``; a context manager. ``what`` names the work, ``how`` is what bytes are: read, written.
 
     Any thread may ``advance`` it. Where stderr is a terminal a bar shows it, else ``say`` does every ten seconds; those who
     wait (see ``Tell``) read it either way. What took shorter is not said.
     """
 
-    def __init__(self, what: str, total: int, done: str, say: Say = print) -> None:
-        self.total = total
-        self._what, self._verb = what, done
+    def __init__(self, what: str, total: int, how: str, say: Say = print) -> None:
+        self._what, self._total, self._how = what, total, how
         self._done = 0
         self._lock = Lock()
         self._stopped = False
@@ -63,9 +62,9 @@ class Progress:
             if self._say is not None and now - self._last >= EVERY:
                 self._last, self._told = now, True
                 rate = self._rate(now)
-                left = max(0, self.total - self._done) / max(rate, 1.0)
+                left = max(0, self._total - self._done) / max(rate, 1.0)
                 self._say(
-                    f"{self._what}: {self._done / max(self.total, 1):.0%} of {self.total / 1e6:,.0f} MB {self._verb}, "
+                    f"{self._what}: {self._done / max(self._total, 1):.0%} of {self._total / 1e6:,.0f} MB {self._how}, "
                     f"{rate / 1e6:.1f} MB/s, about {left:.0f} s left"
                 )
 
@@ -87,7 +86,7 @@ class Progress:
         if self._say is not None and self._told and not self._stopped:
             now = time.monotonic()
             self._say(
-                f"{self._what}: {self._done / 1e6:,.0f} MB {self._verb} in {now - self._began:.0f} s, "
+                f"{self._what}: {self._done / 1e6:,.0f} MB {self._how} in {now - self._began:.0f} s, "
                 f"{self._rate(now) / 1e6:.1f} MB/s"
             )
 
