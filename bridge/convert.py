@@ -7,49 +7,42 @@ Nothing is converted in silence: a tensor without a place, a name too many or a 
 import ctypes
 import json
 import math
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from ..storage.assets import carry, read_json
+from ..storage.assets import carry
 from ..storage.hashing import algorithm_of, file_digest
 from ..storage.manifest import MANIFEST_NAME, read
 from ..storage.megatron_folder import TRACKER
+from ..storage.progress import Progress, Say
 from ..storage.publish import publish
 from ..storage.safetensors_io import Spec, main_dtype
 from ..storage.space import free_bytes
-from .args import to_args, to_config
+from ..storage.threads import usable_cores
+from .args import to_args
 from .dialects import LANGUAGE, check_dialect, check_known
-from .dist_format import DistCheckpoint, write_dist
+from .dist_format import write_dist
 from .errors import BridgeError
-from .families import family_of
-from .family import Family, Row, Support, of_text
+from .family import Support, of_text
 from .hf import HFCheckpoint, write_hf
 from .lora import factor_of
-from .lora_views import Beside, Merged
 from .mapping import MinusOne, hf_dtype, hf_shapes, mcore_shape
-from .parallel import OUTPUT, Layout, check_layout, is_carried, model_of
+from .parallel import Layout, check_layout, is_carried, model_of
 from .run_flags import run_notes
 from .shapes import check_shapes
-from .torch_format import TorchCheckpoint, tracked
+from .source import Checkpoint, Form, Source
 from .torch_writer import write_torch
 
-Form = Literal["hf", "torch", "torch_dist"]
 _M_MMAP_THRESHOLD = -3  # of mallopt: from how many bytes on memory is the system's own again once it is freed
-_UNTIED = "untie_embeddings_and_output_weights"  # what Pai-Megatron-Patch sets for every model of several stages
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".distcp")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-# Canonical tensors of any form on disk: shapes and dtypes by name from headers, content one tensor at a time.
-Stored = HFCheckpoint | TorchCheckpoint | DistCheckpoint
-Checkpoint = Stored | Merged | Beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +56,7 @@ class Target:
     max_bytes: int = 5 * 10**9
     iteration: int | None = None
     divisible_by: int | None = None  # of the padded vocabulary, times TP; None is what the dialect has
-    workers: int = 2
+    workers: int = field(default_factory=usable_cores)
     allow_patched_attention: bool = False  # models that stock Megatron-Core computes otherwise
 
     def step(self) -> int:
@@ -73,105 +66,6 @@ class Target:
         if self.divisible_by:
             raise BridgeError(f"--make_vocab_size_divisible_by: --dialect {self.dialect} does not pad the vocabulary")
         return 1
-
-
-def form_of(folder: Path) -> Form:
-    """The form of a checkpoint's folder. Raises BridgeError when it is none that is known."""
-    if not folder.is_dir():
-        raise BridgeError(f"{folder}: no such folder")
-    inside = tracked(folder)
-    if (inside / ".metadata").is_file():
-        return "torch_dist"
-    if any(inside.glob("mp_rank_*")):
-        return "torch"
-    if (folder / "adapter_config.json").is_file():
-        raise BridgeError(f"{folder}: a LoRA adapter, no model; convert takes it as --load or --adapter")
-    if any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
-        return "hf"
-    raise BridgeError(
-        f"{folder}: no checkpoint that is known: no {TRACKER} or .metadata, no mp_rank_* folders, no safetensors or .bin"
-    )
-
-
-@dataclass(slots=True)
-class Source:
-    """An opened checkpoint with what is known of its model: config.json's content and the table.
-
-    ``only`` names the tensors that there are when it is not the model alone, see ``lora_source``; ``args`` are Megatron
-    arguments that follow from them.
-    """
-
-    folder: Path
-    form: Form
-    tensors: Checkpoint
-    config: dict[str, Any]
-    config_folder: Path | None  # that config, tokenizer and code come from
-    family: Family
-    only: Sequence[Row] | None = None
-    args: dict[str, Any] = field(default_factory=dict[str, Any])
-    known: tuple[Row, ...] | None = None  # see whole()
-
-    def rows(self) -> list[Row]:
-        """What is to be converted."""
-        return list(self.whole() if self.only is None else self.only)
-
-    def whole(self) -> Collection[Row]:
-        """What the whole model has; the table of a large one takes a quarter of a second."""
-        if self.known is None:
-            stored = self.stored
-            known = stored.rows.values() if isinstance(stored, HFCheckpoint) else self.family.rows(self.config)
-            self.known = tuple(known)
-        return self.known
-
-    @property
-    def names(self) -> str:
-        """Whose names a Megatron checkpoint has, in words; empty for Hugging Face's."""
-        stored = self.stored
-        if stored is None or isinstance(stored, HFCheckpoint):
-            return ""
-        return " or ".join(stored.dialects) or "several dialects"
-
-    @property
-    def stored(self) -> Stored | None:
-        """What is on disk, below a view of it; None where all tensors were made."""
-        return self.tensors.base if isinstance(self.tensors, Merged | Beside) else self.tensors
-
-
-def open_source(
-    folder: Path, *, hf_config: Path | None = None, family: str | None = None, dialect: str | None = None
-) -> Source:
-    """Open a checkpoint of any form. A Megatron checkpoint without a config.json gets one from its args.
-
-    With ``dialect`` it must have its names. Raises BridgeError, FileNotFoundError, ValueError for what is wrong on disk.
-    """
-    form = form_of(folder)
-    config_folder = next((place for place in (hf_config, folder) if place and (place / "config.json").is_file()), None)
-    if hf_config and config_folder != hf_config:
-        raise BridgeError(f"--hf_config {hf_config}: no config.json there")
-    if form == "hf":
-        if dialect:
-            raise BridgeError(f"--dialect {dialect}: {folder} is a checkpoint of Hugging Face, which has no dialects")
-        if config_folder is None:
-            raise BridgeError(f"{folder}: no config.json; name the folder that has it with --hf_config")
-        config = read_json(config_folder / "config.json")
-        table = family_of(config, family)
-        tensors = HFCheckpoint(folder, config, table)
-        return Source(folder, form, tensors, tensors.config, config_folder, table)
-    known = read_json(config_folder / "config.json") if config_folder else None
-    if form == "torch_dist":
-        mcore = DistCheckpoint(tracked(folder))
-    else:  # the arguments' own vocab_size may be the tokenizer's, below the rows that the model was made with
-        mcore = TorchCheckpoint(folder, vocab_size=of_text(known).get("vocab_size") if known else None)
-    config = known or to_config(mcore.args)
-    table = family_of(config, family)
-    config = table.as_stored(config, mcore.shapes, hf=False)
-    if table.tied(config) and OUTPUT in mcore.shapes and mcore.args.get(_UNTIED) is True:
-        config |= {"tie_word_embeddings": False}
-        mcore.said.append(f"config.json ties the embeddings, but the run untied them ({_UNTIED}): they stay so")
-    source = Source(folder, form, mcore, config, config_folder, table)
-    if dialect and dialect not in mcore.dialects:
-        raise BridgeError(f"--dialect {dialect}: {folder} has the names of {source.names}")
-    return source
 
 
 @dataclass(frozen=True)
@@ -305,7 +199,7 @@ def _support(source: Source, target: Target) -> Support:
     return support
 
 
-def convert(made: Plan, save: Path, *, overwrite: bool = False, say: Callable[[str], None] = print) -> None:
+def convert(made: Plan, save: Path, *, overwrite: bool = False, say: Say = print) -> None:
     """Write a plan's target to ``save``, with config, tokenizer and code beside it; it appears whole or not at all.
 
     Weights of a source that has a manifest are compared with it first. Raises BridgeError, ManifestError,
@@ -313,13 +207,13 @@ def convert(made: Plan, save: Path, *, overwrite: bool = False, say: Callable[[s
     """
     for line in made.lines():
         say(line)
-    check_target(made, save)
+    check_target(made, save, say)
     written: dict[str, dict[str, Any]] = {}
     with publish(save, kind=made.target.form, made_from=made.made_from, replace=overwrite, written=written) as folder:
-        written |= write_target(folder, made)
+        written |= write_target(folder, made, say)
 
 
-def check_target(made: Plan, save: Path) -> None:
+def check_target(made: Plan, save: Path, say: Say = print) -> None:
     """Look at what can hinder a conversion to ``save``: places and room, then the source's checksums and copies.
 
     Raises BridgeError, ManifestError, OSError with ENOSPC.
@@ -328,12 +222,12 @@ def check_target(made: Plan, save: Path) -> None:
     check_apart(save, source.folder, source.config_folder)
     if made.size > free_bytes(save):
         raise OSError(28, f"No space left on device: {made.size:,} bytes are needed", str(save))
-    check_weights(source.folder, made.target.workers)
+    check_weights(source.folder, made.target.workers, say)
     if isinstance(source.stored, HFCheckpoint):
         source.stored.check_copies()
 
 
-def write_target(folder: Path, made: Plan) -> dict[str, dict[str, Any]]:
+def write_target(folder: Path, made: Plan, say: Say = print) -> dict[str, dict[str, Any]]:
     """Write a plan's target into an empty folder; the manifest's entries of what was hashed while it was written."""
     source, target = made.source, made.target
     specs = {spec.name: spec for spec in made.specs}
@@ -353,9 +247,11 @@ def write_target(folder: Path, made: Plan) -> dict[str, dict[str, Any]]:
     with _sparingly():
         if target.form == "hf":
             rows, copies = source.rows(), source.family.copies(source.config)
-            written = write_hf(folder, rows, copies, specs, get, max_bytes=target.max_bytes, workers=target.workers)
+            written = write_hf(
+                folder, rows, copies, specs, get, max_bytes=target.max_bytes, workers=target.workers, say=say
+            )
         else:
-            written = _write_mcore(folder, made, get)
+            written = _write_mcore(folder, made, get, say)
     _write_beside(folder, made)
     return written
 
@@ -383,7 +279,7 @@ def _sparingly() -> Generator[None]:
         torch.set_num_threads(threads)
 
 
-def check_weights(folder: Path, workers: int = 2) -> None:
+def check_weights(folder: Path, workers: int | None = None, say: Say = print) -> None:
     """Compare weight files with the manifest beside them, if any: nothing else finds a flipped bit in most of them.
 
     Configs and tokenizers are left out: users edit them.
@@ -391,32 +287,35 @@ def check_weights(folder: Path, workers: int = 2) -> None:
     if not (folder / MANIFEST_NAME).is_file():
         return
 
-    def check(name: str, entry: Mapping[str, Any]) -> None:
-        path, algorithm = folder / name, str(algorithm_of(entry))
-        weights = path.suffix in _WEIGHTS or path.name == ".metadata"
-        if weights and path.is_file() and file_digest(path, algorithm) != entry[algorithm]:
+    def check(path: Path) -> None:
+        entry = files[path]
+        algorithm = str(algorithm_of(entry))
+        if file_digest(path, algorithm, progress.advance) != entry[algorithm]:
             raise BridgeError(f"{path}: its checksum is not the manifest's; the file was changed or is damaged")
 
-    files = read(folder)["files"]
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(check, files.keys(), files.values()))
+    listed = {folder / name: entry for name, entry in read(folder)["files"].items()}
+    weights = (path for path in listed if path.suffix in _WEIGHTS or path.name == ".metadata")
+    files = {path: listed[path] for path in weights if path.is_file()}
+    size = sum(path.stat().st_size for path in files)
+    with ThreadPoolExecutor(workers or usable_cores()) as pool, Progress("checksums", size, "read", say) as progress:
+        list(pool.map(check, files))
 
 
-def _write_mcore(folder: Path, made: Plan, get: Callable[[str], torch.Tensor]) -> dict[str, dict[str, Any]]:
+def _write_mcore(folder: Path, made: Plan, get: Callable[[str], torch.Tensor], say: Say) -> dict[str, dict[str, Any]]:
     target, args = made.target, made.args
     # Of the whole model: maybe more than is written.
     names = [row.mcore for row in made.source.whole()]
     if target.form == "torch":
         return write_torch(
             folder, made.specs, get, target.layout, args=args, iteration=target.iteration, dialect=target.dialect,
-            make_vocab_size_divisible_by=target.step(), workers=target.workers, model=model_of(names),
+            make_vocab_size_divisible_by=target.step(), workers=target.workers, model=model_of(names), say=say,
         )  # fmt: skip
     inside = folder / ("release" if target.iteration is None else f"iter_{target.iteration:07d}")
     inside.mkdir()
     entries = write_dist(
         inside, made.specs, get, args=args, iteration=target.iteration or 0,
         uniform=is_uniform([*made.specs, *(Spec(name, torch.float32, ()) for name in names)]),
-        dialect=target.dialect, tower=model_of(names).tower, workers=target.workers,
+        dialect=target.dialect, tower=model_of(names).tower, workers=target.workers, say=say,
     )  # fmt: skip
     (folder / TRACKER).write_text("release" if target.iteration is None else str(target.iteration), encoding="utf-8")
     return {f"{inside.name}/{name}": entry for name, entry in entries.items()}

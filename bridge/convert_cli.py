@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING
 
 from ..storage.manifest import ManifestError, read, verify
 from ..storage.space import EXIT_DISK_FULL, free_bytes, is_disk_full, parse_size
+from ..storage.threads import usable_cores
 from .errors import BridgeError
 
 if TYPE_CHECKING:
-    from .convert import Source, Target
+    from .convert import Target
     from .kept import Key
     from .lora_source import LoraFlags
+    from .source import Source
 
 SIDES = ("hf", "mcore")
 FORMATS = ("torch_dist", "torch")
@@ -110,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
         help="convert a model that stock Megatron-Core computes otherwise, for one that was changed",
     )  # fmt: skip
     add("--max_shard_size", default="5GB", help="largest Hugging Face file (default 5GB)")
-    add("--workers", type=_positive, default=2, help="threads (default %(default)s)")
+    add("--workers", type=_positive, default=usable_cores(), help="threads (default %(default)s)")
     add("--dry_run", action="store_true", help="check everything and print the plan; nothing is written")
     add("--overwrite", action="store_true", help="replace what --save holds")
     return result
@@ -234,9 +236,9 @@ def _convert(args: argparse.Namespace, target: "Target") -> int:
 
 
 def _open(args: argparse.Namespace) -> "Source":
-    from .convert import open_source
     from .lora_source import open_adapter
     from .peft_files import is_adapter
+    from .source import open_source
 
     dialect = args.dialect if args.target == "hf" else None
     if is_adapter(args.load):
@@ -290,8 +292,8 @@ def _inspect(words: Sequence[str]) -> int:
     parser.add_argument("--tensors", action="store_true", help="list every tensor by its canonical name")
     args = parser.parse_args(words)
 
-    from .convert import open_source
     from .lora import factor_of
+    from .source import open_source
 
     source = open_source(args.folder, hf_config=args.hf_config)
     with source.tensors as tensors:
@@ -334,7 +336,8 @@ def _verify(words: Sequence[str]) -> int:
     if args.forward:
         _check_megatron()
 
-    from .convert import open_source, same
+    from .convert import same
+    from .source import open_source
 
     one, other = (open_source(folder, hf_config=args.hf_config) for folder in (args.one, args.other))
     alike = True

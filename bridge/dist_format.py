@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 import torch
 
 from ..storage.hashing import HashingFile, Ledger
+from ..storage.progress import Progress, Say
 from ..storage.safe_pickle import Inert
 from ..storage.safetensors_io import Spec, bytes_of
 from .dist_names import Piece, Place, dialects_of_keys, extra_states_of, pieces_of, places_of, section_places
@@ -186,6 +187,7 @@ def write_dist(
     tower: bool = False,
     workers: int = 2,
     max_file_bytes: int = 4 * 2**30,
+    say: Say = print,
 ) -> dict[str, dict[str, Any]]:
     """Write the canonical tensors as a ``torch_dist`` checkpoint into an empty folder; the manifest's entries of its files.
 
@@ -218,12 +220,13 @@ def write_dist(
                     for one, place, first in stored[spec.name]:
                         record = records.add(_record(whole, one, first, len(place.at)))
                         found[MetadataIndex(place.key, _offset(one, place))] = record
+                    progress.advance(spec.size)
 
         name = f"__{number}_0.distcp"
         ledger.write(folder / name, work)
 
-    parts = _parts(specs, workers, max_file_bytes)
-    with ThreadPoolExecutor(workers) as pool:
+    parts, size = _parts(specs, workers, max_file_bytes), sum(spec.size for spec in specs)
+    with ThreadPoolExecutor(workers) as pool, Progress("conversion", size, "written", say) as progress:
         list(pool.map(write, range(len(parts)), parts))
         ledger.write(folder / COMMON_NAME, lambda stream: torch.save(common, cast("Any", stream)))
     for key in extra_states_of(places):

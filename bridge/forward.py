@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from .args import to_args
-from .convert import Checkpoint, Source
 from .errors import BridgeError
 from .megatron_cpu import without_gpu
+from .source import Checkpoint, Source
 
 _EXACT = 1e-5  # of the largest logit, or absolute for small ones
 _IDS = (2, 64)  # sequences, tokens

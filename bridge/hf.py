@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from ..storage.hashing import HashingFile, Ledger
+from ..storage.progress import Progress, Say
 from ..storage.safe_load import open_weights
 from ..storage.safetensors_io import Spec, bytes_of, main_dtype, plan_shards, write_header, write_index
 from .errors import BridgeError
@@ -143,6 +144,7 @@ def write_hf(
     *,
     max_bytes: int,
     workers: int = 2,
+    say: Say = print,
 ) -> dict[str, dict[str, Any]]:
     """Write canonical tensors as safetensors shards with the names of Hugging Face; the manifest's entries.
 
@@ -179,11 +181,12 @@ def write_hf(
                 if last[0] != row.mcore:
                     last = ("", [])  # before the next is read: two are never in memory
                     last = row.mcore, row.rule.to_hf(get(row.mcore))
-                stream.write(bytes_of(last[1][number].to(spec.dtype)))
+                progress.advance(stream.write(bytes_of(last[1][number].to(spec.dtype))))
 
         ledger.write(folder / name, fill)
 
-    with ThreadPoolExecutor(workers) as pool:
+    size = sum(spec.size for spec in tensors)
+    with ThreadPoolExecutor(workers) as pool, Progress("conversion", size, "written", say) as progress:
         list(pool.map(one, shards.items()))
     write_index(folder, shards, ledger)
     return ledger.entries

@@ -10,9 +10,11 @@ from typing import Any
 from ..storage.assets import is_asset
 from ..storage.manifest import ManifestError, read
 from ..storage.once import build_once
+from ..storage.progress import Say
 from ..storage.source_hashes import source_sha256
-from .convert import Source, Target, check_target, form_of, plan, write_target
+from .convert import Target, check_target, plan, write_target
 from .errors import BridgeError
+from .source import Source, form_of
 from .torch_format import tracked
 
 FORMAT = 1  # raise when the same source would be converted otherwise
@@ -26,7 +28,7 @@ class Key(str):
     files: Mapping[str, str]
 
 
-def key_of(load: Path, config: Path | None, target: Target, memory: Path, say: Callable[[str], None] = print) -> Key:
+def key_of(load: Path, config: Path | None, target: Target, memory: Path, say: Say = print) -> Key:
     """A hash of all that shapes the conversion of ``load``: its files, those of ``config``, and the target.
 
     ``memory`` is the folder that keeps the hashes of files, so that one that has not changed is not read again. Raises
@@ -50,7 +52,7 @@ def convert_once(
     target: Target,
     save: Path,
     key: Key,
-    say: Callable[[str], None] = print,
+    say: Say = print,
     again: Callable[[], str] | None = None,
 ) -> bool:
     """Make sure that ``save`` holds the conversion with this key; True when this call made it.
@@ -62,14 +64,14 @@ def convert_once(
     _check_place(save)
     written: dict[str, dict[str, Any]] = {}
 
-    def build(folder: Path, tell: Callable[[str], None]) -> Mapping[str, Any]:
+    def build(folder: Path, tell: Say) -> Mapping[str, Any]:
         source = opened()
         with source.tensors:
             made = plan(source, target)
             for line in made.lines():
                 tell(line)
-            check_target(made, save)
-            written.update(write_target(folder, made))
+            check_target(made, save, tell)
+            written.update(write_target(folder, made, tell))
         if again and again() != key:
             raise BridgeError(
                 f"the files of {save} were written to while they were read; start again when they are whole"

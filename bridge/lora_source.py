@@ -14,7 +14,7 @@ from typing import Any
 from ..merge.adapter import CONFIG
 from ..storage.assets import read_json
 from ..storage.safe_load import open_weights
-from .convert import Source, Stored, Target, check_apart, check_weights, open_source
+from .convert import Target, check_apart, check_weights
 from .dist_format import DistCheckpoint
 from .errors import BridgeError
 from .families import family_of
@@ -24,6 +24,7 @@ from .lora import Factor, Pair, factor_of, to_hf, to_mcore
 from .lora_views import Beside, Merged
 from .mapping import Copy
 from .peft_files import is_adapter, read_adapter, write_adapter
+from .source import Source, Stored, open_source
 
 _FORMS = {"torch": "mindspeed", "torch_dist": "megatron-bridge"}
 

@@ -13,7 +13,7 @@ from .lora import Pair, factor_of
 from .mapping import hf_shapes
 
 if TYPE_CHECKING:
-    from .convert import Stored
+    from .source import Stored
 
 
 class _View:

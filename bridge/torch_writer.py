@@ -18,6 +18,7 @@ import torch
 
 from ..storage.hashing import PIECE, file_entry
 from ..storage.megatron_folder import TRACKER
+from ..storage.progress import Progress, Say
 from ..storage.publish import fsync_path
 from ..storage.safetensors_io import Spec, bytes_of
 from ..storage.space import free_bytes
@@ -56,6 +57,7 @@ def write_torch(
     make_vocab_size_divisible_by: int = 128,
     workers: int = 1,
     model: Model | None = None,
+    say: Say = print,
 ) -> dict[str, dict[str, Any]]:
     """Write a checkpoint of the format ``torch`` into ``folder``; the manifest's entries of its files.
 
@@ -83,11 +85,13 @@ def write_torch(
             place = plan.chunks[piece.rank, piece.chunk].places[piece.name]
             start = starts[piece.rank][piece.chunk, place.name] + place.offset
             _fill(paths[piece.rank], start, piece, tensor, turned=place.turned)
+        progress.advance(tensor.nbytes)
         return paths[plan.pieces[name][0].rank]
 
-    _stream(specs, get, fill)
+    with Progress("conversion", sum(spec.size for spec in specs), "written", say) as progress:
+        _stream(specs, get, fill)
     (folder / TRACKER).write_text("release" if iteration is None else str(iteration), encoding="utf-8")
-    return _finish(folder, [*paths.values(), folder / TRACKER], workers)
+    return _finish(folder, [*paths.values(), folder / TRACKER], workers, say)
 
 
 def _stream(
@@ -312,14 +316,15 @@ def _fill(path: Path, start: int, piece: Piece, tensor: torch.Tensor, *, turned:
         os.close(handle)
 
 
-def _finish(folder: Path, paths: Sequence[Path], workers: int) -> dict[str, dict[str, Any]]:
+def _finish(folder: Path, paths: Sequence[Path], workers: int, say: Say) -> dict[str, dict[str, Any]]:
     """Have the device take the files, and hash them."""
 
     def finish(path: Path) -> dict[str, Any]:
-        entry = file_entry(path)
+        entry = file_entry(path, progress.advance)
         fsync_path(path)
         return entry
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    size = sum(path.stat().st_size for path in paths)
+    with ThreadPoolExecutor(max(1, workers)) as pool, Progress("checksums", size, "read", say) as progress:
         entries = pool.map(finish, paths)
         return {path.relative_to(folder).as_posix(): entry for path, entry in zip(paths, entries, strict=True)}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..storage.once import build_once
+from ..storage.progress import Progress
 from ..storage.source_hashes import source_sha256
 from .arguments import DataArguments
 from .encoder import RowEncoder
@@ -25,8 +26,7 @@ from .engine import EngineDiffers, fast_engine
 from .formats import RowForm, detect_form
 from .handlers import check_columns, handler_form, map_keys
 from .prepared import KIND_NAMES, check_kind, open_prepared, prepared_folder, shaping
-from .progress import Progress
-from .readers import files_of, read_chunks, resolve_files, rows_of
+from .readers import Chunk, files_of, read_chunks, resolve_files, rows_of
 from .schema import DataError, Kind, Rejected
 from .tokenizer_files import TokenizerSource, tokenizer_sha256
 from .workers import Job, StartMethod, encoding
@@ -252,7 +252,7 @@ def _build(
             with (
                 encoding(encoder, workers, start_method) as encode,  # before the bar, which has a thread
                 DatasetWriter(folder, files, kind) as writer,
-                Progress(files, say) as progress,
+                Progress("data", sum(file.stat().st_size for file in files), "read", say) as progress,
             ):
                 for chunk in encode(_jobs(files, forms, progress)):
                     writer.add(chunk)
@@ -264,8 +264,19 @@ def _build(
 
 def _jobs(files: Sequence[Path], forms: Sequence[RowForm], progress: Progress) -> Iterator[Job]:
     for number, (file, form) in enumerate(zip(files, forms, strict=True)):
-        for chunk in progress.watch(file, read_chunks(file)):
+        for chunk in _told(file, progress):
             yield number, chunk, form
+
+
+def _told(file: Path, progress: Progress) -> Iterator[Chunk]:
+    """The chunks of a file, whose progress is told. A table's or archive's is known only when all of it has been read."""
+    left = file.stat().st_size
+    for chunk in read_chunks(file):
+        yield chunk
+        if isinstance(chunk.data, bytes) and len(chunk.data) <= left:
+            left -= len(chunk.data)
+            progress.advance(len(chunk.data))
+    progress.advance(left)
 
 
 def _workers(files: Sequence[Path], tokenizer: Any, start_method: StartMethod) -> int:

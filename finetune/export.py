@@ -15,7 +15,6 @@ from ..bridge.convert_cli import parser, target_of
 from ..storage.assets import is_asset, read_json
 from ..storage.manifest import read, verify
 from ..storage.publish import publish
-from .weights import cores
 
 Say = Callable[[str], None]
 _ADAPTER = "adapter_config.json"
@@ -65,7 +64,8 @@ def check_export(flags: Namespace, model: Path) -> None:
 
     Raises ValueError.
     """
-    from ..bridge.convert import open_source, plan
+    from ..bridge.convert import plan
+    from ..bridge.source import open_source
 
     try:
         source = open_source(model)
@@ -139,7 +139,7 @@ def _merged(adapter: Path, base: Path, output: Path, dtype: str | None, say: Say
         with open_weights(base) as weights:
             stored = main_dtype(weights.shapes, weights.dtypes)
         dtype = next((name for name, known in DTYPES.items() if known == stored), "fp32")
-    proof = merge(base, [adapter], output, dtype, workers=cores(), overwrite=True, say=say)
+    proof = merge(base, [adapter], output, dtype, overwrite=True, say=say)
     for line in proof.lines(dtype):
         say(f"model: {line}")
     say(f"model: wrote {output}: {adapter} merged into {base} ({dtype})")
@@ -150,7 +150,8 @@ def export(flags: Namespace, model: Path, output: Path, step: int, say: Say = pr
 
     Raises BridgeError, ManifestError, ValueError, OSError with ENOSPC.
     """
-    from ..bridge.convert import convert, open_source, plan
+    from ..bridge.convert import convert, plan
+    from ..bridge.source import open_source
 
     target = target_of(flags, 0)
     if flags.at_step:

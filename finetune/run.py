@@ -46,7 +46,7 @@ def _work(job: Job, before: Sequence[Step], after: Sequence[Step]) -> int:
             return code
     with locked(job.output_dir / ".run.lock", job.say) as tell:
         for step in after:
-            tell(f"{step.stage}, {step.what}")
+            tell.note(f"{step.stage}, {step.what}")
             if code := step.do():
                 return code
     return 0

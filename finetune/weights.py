@@ -6,7 +6,6 @@ hash of all that it is made from.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,6 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
 _STATES = ("training_args.bin",)
-_MANY = 8  # threads, the disk is the limit before
-
-
-def cores() -> int:
-    """Threads for work on files."""
-    return min(_MANY, len(os.sched_getaffinity(0)))
 
 
 def identity(folder: Path, memory: Path, say: Say = print) -> str:
@@ -110,9 +103,9 @@ def from_megatron(model: Path, config: Path | None, cache: Path, say: Say = prin
 
     Raises what ``Start.make`` does.
     """
-    from ..bridge.convert import Source, open_source
     from ..bridge.kept import convert_once, key_of
     from ..bridge.lora_source import LoraFlags, with_lora
+    from ..bridge.source import Source, open_source
 
     wanted = _target()
 
@@ -133,4 +126,4 @@ def from_megatron(model: Path, config: Path | None, cache: Path, say: Say = prin
 def _target() -> "Target":
     from ..bridge.convert import Target
 
-    return Target("hf", workers=cores())
+    return Target("hf")

@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage.assets import carry, is_tokenizer_asset, read_json
+from ..storage.progress import Progress, Say
 from ..storage.publish import publish
 from ..storage.space import EXIT_DISK_FULL, free_bytes, is_disk_full, parse_size
+from ..storage.threads import usable_cores
 
 if TYPE_CHECKING:
     from .plan import Plan
     from .proof import Proof
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-_MANY = 8  # cores that a merge uses unless told: the disk is the limit before
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add("--export_adapter", type=Path, metavar="DIR", help="new folder for the adapter in the form that vLLM loads")
     add("--save_dtype", choices=DTYPES, default="fp32", help="dtype of the merged weights (default fp32)")
     add("--max_shard_size", default="5GB", help="largest weight file (default 5GB)")
-    add("--workers", type=int, default=min(_MANY, len(os.sched_getaffinity(0))), help="threads (default %(default)s)")
+    add("--workers", type=int, default=usable_cores(), help="threads (default %(default)s)")
     add(
         "--verify",
         action="store_true",
@@ -74,12 +75,12 @@ def merge(
     max_shard_size: str = "5GB",
     *,
     weights: Sequence[float] | None = None,
-    workers: int = 2,
+    workers: int | None = None,
     check: Callable[[Path], object] | None = None,
     allow_unchanged: bool = False,
     trust_remote_code: bool = False,
     overwrite: bool = False,
-    say: Callable[[str], None] = print,
+    say: Say = print,
 ) -> "Proof":
     """Write ``base + sum of weight * adapter`` to ``output``; what was changed and kept, by weight.
 
@@ -125,10 +126,11 @@ def merge(
             publish(output, kind="merged", made_from=made_from, replace=overwrite, written=written)
         )
         proof = Proof(plan.outputs)
-        write_plan(
-            folder, plan.outputs, weight_files, proof, Ledger(folder, written),
-            max_bytes=parse_size(max_shard_size), workers=workers,
-        )  # fmt: skip
+        with Progress("merge", sum(item.spec.size for item in plan.outputs), "written", say) as progress:
+            write_plan(
+                folder, plan.outputs, weight_files, proof, Ledger(folder, written),
+                max_bytes=parse_size(max_shard_size), workers=workers or usable_cores(), advance=progress.advance,
+            )  # fmt: skip
         proof.check(save_dtype, allow_unchanged=allow_unchanged)
         made_from["changes"] = proof.table()
         _write_config(folder, config, save_dtype, plan)

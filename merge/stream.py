@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..storage.hashing import HashingFile, Ledger
+from ..storage.progress import Advance
 from ..storage.safe_load import Weights
 from ..storage.safetensors_io import Spec, bytes_of, plan_shards, write_header, write_index
 from .adapter import matrix
@@ -52,8 +53,9 @@ def write_plan(
     *,
     max_bytes: int,
     workers: int,
+    advance: Advance,
 ) -> None:
-    """Write all outputs as safetensors shards of at most ``max_bytes``, measuring into ``proof``.
+    """Write all outputs as safetensors shards of at most ``max_bytes``, measuring into ``proof``, telling bytes that are written.
 
     Blocks are the unit of work: ``torch.set_num_threads(1)`` before.
     Raises AdapterError for a value that is not finite or does not fit into the output's dtype.
@@ -74,7 +76,9 @@ def write_plan(
             while left:
                 block, stored, sums = next(done)
                 proof.add(block.output, sums)
-                left -= stream.write(bytes_of(stored))
+                size = stream.write(bytes_of(stored))
+                left -= size
+                advance(size)
 
         for name, specs in shards.items():
             ledger.write(folder / name, lambda stream, specs=specs: fill(stream, specs))

@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 
 from .hashing import algorithm_of, file_digest, file_entry, text_digest
+from .progress import Advance
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 2  # 1 had SHA-256 entries and no seal; it is still read
@@ -28,9 +29,9 @@ class ManifestError(ValueError):
     """An artifact is not whole: a file is missing, changed, cut or unreadable. The message names the file."""
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes as lower-case hex: for keys of what was made from it."""
-    return file_digest(path, "sha256")
+def file_sha256(path: Path, advance: Advance | None = None) -> str:
+    """SHA-256 of a file's bytes as lower-case hex, for keys of what was made from it; ``advance`` as in ``file_digest``."""
+    return file_digest(path, "sha256", advance)
 
 
 def files_below(folder: Path) -> Iterator[Path]:

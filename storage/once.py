@@ -25,9 +25,9 @@ from typing import Any, Self
 from .holds import hold
 from .manifest import MANIFEST_NAME, ManifestError, verify
 from .owner import host_of, lives, me
+from .progress import Say, Tell
 from .publish import clear_leftovers, leftovers, publish, temporary, write_text
 
-Say = Callable[[str], None]
 Build = Callable[[Path, Say], Mapping[str, Any]]
 _BEAT = 2.0  # seconds between heartbeats
 _DEAD = 20.0  # seconds without one after which the lock is nobody's
@@ -157,10 +157,10 @@ class _Watch:
 
 
 @contextmanager
-def locked(path: Path, say: Say = print, every: float = _TOLD) -> Generator[Say]:
+def locked(path: Path, say: Say = print, every: float = _TOLD) -> Generator[Tell]:
     """Hold an exclusive lock, the file ``path``, telling every ``every`` seconds what is waited for.
 
-    Yields a function that sets what those who wait are told.
+    What it gives says what is done meanwhile, to those who wait too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     watch = _Watch(path, say, every)
@@ -172,7 +172,7 @@ def locked(path: Path, say: Say = print, every: float = _TOLD) -> Generator[Say]
             watch.look()
             watch.pause()
     with lock:
-        yield lock.tell
+        yield Tell(say, lock.tell)
 
 
 @contextmanager
@@ -266,10 +266,7 @@ def _build(
     written: Mapping[str, Mapping[str, Any]] | None,
     key: str | None,
 ) -> None:
-    def tell(text: str) -> None:
-        lock.tell(text)
-        say(text)
-
+    tell = Tell(say, lock.tell)
     made_from: dict[str, Any] = {"key": key} if key else {}
     try:
         with publish(target, kind=kind, made_from=made_from, replace=True, written=written) as folder:

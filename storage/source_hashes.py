@@ -1,21 +1,24 @@
 """Hashes of what an artifact is made from, kept so that files that have not changed are not read again."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from .manifest import file_sha256
 from .once import locked, mark
+from .progress import Progress, Say
 from .publish import clear_leftovers, write_text
+from .threads import usable_cores
 
 _MEMO = "source_hashes.json"
-_LARGE = 10**9  # bytes to read of which is told
 
 
-def source_sha256(files: Sequence[Path], cache: Path, say: Callable[[str], None] = print) -> dict[Path, str]:
-    """SHA-256 of every file; one that has not changed since (size, times, inode) is not read again.
+def source_sha256(files: Sequence[Path], cache: Path, say: Say = print) -> dict[Path, str]:
+    """SHA-256 of every file; one that has not changed since (size, times, inode) is not read again, others in parallel.
 
     The memory of earlier hashes is ``cache/source_hashes.json``, and ``mark`` tells that a file was written to.
     """
@@ -24,14 +27,9 @@ def source_sha256(files: Sequence[Path], cache: Path, say: Callable[[str], None]
         memo = _read_memo(memo_file)
         marks = {file: mark(file.stat()) for file in files}
         hashes = {file: known for file in marks if (known := _known(memo.get(str(file.resolve())), marks[file]))}
-        unread = [file for file in marks if file not in hashes]
-        size = sum(marks[file][0] for file in unread)
-        if size > _LARGE:
-            say(f"reading {len(unread)} files, {size / 1e9:.1f} GB, for their hashes")
-        for number, file in enumerate(unread, 1):
-            tell(f"reads {file} for its hash, file {number} of {len(unread)}")
-            hashes[file] = file_sha256(file)
+        unread = {file: marks[file][0] for file in marks if file not in hashes}
         if unread:
+            hashes |= _read(unread, tell)
             clear_leftovers(cache, _MEMO, alone=True)
             new = {str(file.resolve()): [marks[file], hashes[file]] for file in unread}
             with suppress(FileNotFoundError):  # this process stood still, and another one has the lock now
@@ -60,6 +58,15 @@ def _known(entry: object, now: list[int]) -> str | None:
             return known
         case _:
             return None
+
+
+def _read(sizes: Mapping[Path, int], tell: Say) -> dict[Path, str]:
+    """The SHA-256 of files by reading them, as many at once as there are cores."""
+    with (
+        ThreadPoolExecutor(usable_cores()) as pool,
+        Progress("checksums", sum(sizes.values()), "read", tell) as progress,
+    ):
+        return dict(zip(sizes, pool.map(partial(file_sha256, advance=progress.advance), sizes), strict=True))
 
 
 def _read_memo(file: Path) -> dict[str, Any]:

@@ -111,6 +111,23 @@ class Artifacts:
         return sorted(str(path.relative_to(folder)) for path in beside)
 
 
+def assert_full_disks_left_nothing(results: list[dict[str, Any]], *, overwrite: bool) -> None:
+    """Of trials on a disk that fills up: what was begun is gone, the error is told once, and with room it succeeds."""
+    full = [result for result in results if result["code"] == 28]
+    assert len(full) > len(results) // 2
+    for result in results:
+        assert result["code"] in (0, 28), result
+        assert not result["left"], "what was begun is removed by the command itself"
+        assert result["found"] == ("new" if result["code"] == 0 else "old" if overwrite else "absent"), result
+    for result in full:
+        errors = [line for line in result["text"].splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, result
+        assert "/trial/models/out: " in errors[0], "the place is named"
+        assert "bytes are free" in errors[0]
+        assert "Traceback" not in result["text"]
+        assert (result["again"], result["then"]) == (0, "new"), "with room again it succeeds"
+
+
 def serve() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # what a command prints is no answer
     made: dict[str, Artifacts] = {}

@@ -4,8 +4,9 @@ import json
 from typing import Any
 
 import pytest
-from finebridge.bridge.args import to_args, to_config
+from finebridge.bridge.args import to_args
 from finebridge.bridge.errors import BridgeError
+from finebridge.bridge.plain_config import to_config
 from finebridge.bridge.run_flags import run_flags, run_notes
 
 LLAMA: dict[str, Any] = {

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from finebridge.bridge import convert as converting
-from finebridge.bridge.convert import Target, convert, open_source, plan
+from finebridge.bridge.convert import Target, convert, plan
+from finebridge.bridge.source import open_source
 from finebridge.storage import safetensors_io
 from finebridge.storage.hashing import PIECE, HashingFile, file_entry
 from finebridge.storage.safe_load import BinCheckpoint

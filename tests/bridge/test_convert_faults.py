@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_trials import assert_full_disks_left_nothing
 from finebridge.finetune.cli import main
 from finebridge.storage.hashing import file_entry
 
@@ -85,16 +86,4 @@ def test_a_disk_full_from_any_point_on(trial: Trial, overwrite: bool, tried: int
     points = points_of(trial, "enospc", overwrite=overwrite)
     places = range(1, points + 1, points // tried if tried else 1)
     results = [trial(at=at, act="enospc", overwrite=overwrite) for at in places]
-    full = [result for result in results if result["code"] == 28]
-    assert len(full) > len(results) // 2
-    for result in results:
-        assert result["code"] in (0, 28), result
-        assert not result["left"], "what was begun is removed by the conversion itself"
-        assert result["found"] == ("new" if result["code"] == 0 else "old" if overwrite else "absent"), result
-    for result in full:
-        errors = [line for line in result["text"].splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1, result
-        assert "/trial/models/out: " in errors[0], "the place is named"
-        assert "bytes are free" in errors[0]
-        assert "Traceback" not in result["text"]
-        assert (result["again"], result["then"]) == (0, "new"), "with room again it succeeds"
+    assert_full_disks_left_nothing(results, overwrite=overwrite)

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from canonical_models import read, tiny_model, write
-from finebridge.bridge.convert import Target, open_source, plan
+from finebridge.bridge.convert import Target, plan
 from finebridge.bridge.convert_cli import DIALECTS as OFFERED
 from finebridge.bridge.dialects import DIALECTS, canonical_names, slot_of
 from finebridge.bridge.errors import BridgeError
 from finebridge.bridge.parallel import Layout
+from finebridge.bridge.source import open_source
 from finebridge.bridge.torch_format import FILE, TorchCheckpoint
 from finebridge.finetune.cli import main
 from finebridge.storage.safetensors_io import Checkpoint

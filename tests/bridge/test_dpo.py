@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from finebridge.bridge.convert import open_source
+from finebridge.bridge.source import open_source
 from finebridge.bridge.torch_format import FILE
 from finebridge.finetune.cli import main
 from safetensors.torch import load_file, save_file

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from finebridge.bridge import convert, hf
-from finebridge.bridge.convert import Target, open_source, plan
+from finebridge.bridge import hf
+from finebridge.bridge import source as opening
+from finebridge.bridge.convert import Target, plan
 from finebridge.bridge.errors import BridgeError
+from finebridge.bridge.source import open_source
 from finebridge.storage.safe_load import open_weights
 
 from .conftest import MODELS
@@ -54,7 +56,7 @@ def test_every_tensor_is_looked_at(name: str, hf_models: Models, monkeypatch: py
     folder = hf_models(name)
     with open_weights(folder) as weights:
         shapes, dtypes = dict(weights.shapes), dict(weights.dtypes)
-    monkeypatch.setattr(convert, "form_of", lambda _: "hf")
+    monkeypatch.setattr(opening, "form_of", lambda _: "hf")
     target = Target("torch", allow_patched_attention=True)
 
     def planned(held: Shapes) -> Any:

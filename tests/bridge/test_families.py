@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from finebridge.bridge.args import to_args
-from finebridge.bridge.convert import open_source
 from finebridge.bridge.errors import BridgeError
 from finebridge.bridge.families import family_of
 from finebridge.bridge.run_flags import run_flags
+from finebridge.bridge.source import open_source
 from finebridge.finetune.cli import main
 from finebridge.storage.safetensors_io import Checkpoint
 from safetensors.torch import save_file

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from finebridge.bridge.convert import Target, open_source, plan
+from finebridge.bridge.convert import Target, plan
 from finebridge.bridge.errors import BridgeError
 from finebridge.bridge.families import families, family_of
 from finebridge.bridge.hf import HFCheckpoint, write_hf
+from finebridge.bridge.source import open_source
 from finebridge.storage.safetensors_io import Checkpoint, Spec
 from safetensors.torch import save_file
 

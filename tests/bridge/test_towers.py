@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from finebridge.bridge.convert import open_source
 from finebridge.bridge.dist_records import read_metadata
 from finebridge.bridge.family import of_text
 from finebridge.bridge.parallel import is_carried
+from finebridge.bridge.source import open_source
 from finebridge.bridge.torch_format import FILE
 from finebridge.finetune.cli import main
 from safetensors.torch import load_file, save_file

@@ -1,6 +1,7 @@
 """From files to a prepared dataset, its cache, its limits and its batches."""
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from finebridge.data_tools.dataset import DummyDataset, PreparedDataset
 from finebridge.data_tools.indexed import IndexedError, IndexedReader, IndexedWriter
 from finebridge.data_tools.preprocess import TokenizerSource, prepare
 from finebridge.data_tools.schema import DataError
+from finebridge.storage import progress
 from finebridge.storage.manifest import verify
 from finebridge.storage.publish import publish
 
@@ -99,6 +101,21 @@ def test_worker_processes_give_the_same_bytes(tmp_path: Path, source: TokenizerS
         "report.json",
     ):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+
+
+def test_a_long_build_tells_how_far_it_is(
+    tmp_path: Path, source: TokenizerSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    said: list[str] = []
+    files = [str(rows_file(tmp_path / f"{name}.jsonl", ["x" * 400] * size)) for name, size in (("a", 30), ("b", 90))]
+    prepare(files, source, ARGS, tmp_path / "cache", said.append)
+    for what in ("checksums", "data"):
+        shares = [int(found[1]) for line in said if (found := re.match(rf"{what}: (\d+)% of \d+ MB read, ", line))]
+        assert shares == sorted(shares)
+        assert shares[-1] == 100
+        assert shares[0] < 100
+        assert any(re.match(rf"{what}: \d+ MB read in \d+ s", line) for line in said)
 
 
 def test_rejects_are_counted_and_listed(tmp_path: Path, source: TokenizerSource) -> None:

@@ -69,7 +69,7 @@ def test_a_checkpoint_is_converted_once(
     """Again only when a byte of it changes, wherever it lies; what was converted is the model it was made from."""
     made: list[Path] = []
     honest = kept.write_target
-    monkeypatch.setattr(kept, "write_target", lambda folder, plan: (made.append(folder), honest(folder, plan))[1])
+    monkeypatch.setattr(kept, "write_target", lambda folder, *rest: (made.append(folder), honest(folder, *rest))[1])
     first = from_megatron(mcore, None, tmp_path / "cache", quiet)
     assert from_megatron(mcore, None, tmp_path / "cache", quiet) == first
     assert from_megatron(copy, None, tmp_path / "cache", quiet) == first

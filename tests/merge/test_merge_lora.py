@@ -1,6 +1,7 @@
 """The merge against PEFT's own numbers, and what the output folder holds."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import finebridge
 import pytest
 import torch
 from finebridge.merge.merge_lora import DTYPES, main, merge, parser
+from finebridge.storage import progress
 from finebridge.storage.manifest import verify
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -291,6 +293,19 @@ def test_what_the_base_stores_wider_stays_wide(make_adapter: MakeAdapter, tmp_pa
     merge(base, [make_adapter(base)], tmp_path / "out", "bf16", say=said.append)
     assert torch.equal(tensors(tmp_path / "out")["model.norm.weight"], wide["model.norm.weight"])
     assert said == ["1 tensors stay torch.float32 as in the base, the first is model.norm.weight"]
+
+
+def test_a_merge_tells_how_far_it_is(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    said: list[str] = []
+    merge(base, [adapter], tmp_path / "out", say=said.append)
+    shares = [int(found[1]) for line in said if (found := re.match(r"merge: (\d+)% of \d+ MB written, ", line))]
+    assert len(shares) == len(tensors(base)), "one for each block, and a tensor of this model is one"
+    assert shares == sorted(shares)
+    assert shares[-1] == 100
+    assert re.match(r"merge: \d+ MB written in \d+ s", said[-1])
 
 
 @pytest.mark.parametrize(

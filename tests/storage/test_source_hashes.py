@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from contextlib import nullcontext
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that are read to be hashed."""
     names: list[str] = []
     honest = source_hashes.file_sha256
-    monkeypatch.setattr(source_hashes, "file_sha256", lambda path: (names.append(path.name), honest(path))[1])
+    monkeypatch.setattr(
+        source_hashes, "file_sha256", lambda path, **more: (names.append(path.name), honest(path, **more))[1]
+    )
     return names
 
 
@@ -30,7 +32,31 @@ def test_files_are_read_once(tmp_path: Path, reads: list[str]) -> None:
     two.write_bytes(b"22")
     for _ in range(3):
         assert source_sha256([one, two, one], tmp_path / "cache") == {one: sha(b"1"), two: sha(b"22")}
-    assert reads == ["one", "two"]
+    assert sorted(reads) == ["one", "two"]
+
+
+def test_many_files_are_read_at_once(tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads wait for each other: what each file is does not depend on which was read first."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    files = [tmp_path / f"{number}" for number in range(6)]
+    for number, file in enumerate(files):
+        file.write_bytes(os.urandom(number * 1_000_000))
+    together, inner = threading.Barrier(2), source_hashes.file_sha256
+    monkeypatch.setattr(source_hashes, "file_sha256", lambda *a, **k: (together.wait(60), inner(*a, **k))[1])
+    expected = {file: sha(file.read_bytes()) for file in files}
+    found = source_sha256(files, tmp_path / "cache")
+    assert list(found.items()) == list(expected.items())
+    assert source_sha256(files, tmp_path / "cache") == expected
+    assert sorted(reads) == [file.name for file in files]
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, reads: list[str]) -> None:
+    (tmp_path / "one").write_bytes(b"1")
+    (tmp_path / "two").mkdir()
+    with pytest.raises(IsADirectoryError, match="two"):
+        source_sha256([tmp_path / "one", tmp_path / "two"], tmp_path / "cache")
+    assert source_sha256([tmp_path / "one"], tmp_path / "cache")[tmp_path / "one"] == sha(b"1")
+    assert reads.count("one") == 2, "nothing is remembered of a call that failed"
 
 
 def test_other_bytes_of_the_same_size_under_the_same_times_are_seen(tmp_path: Path, reads: list[str]) -> None:
@@ -110,18 +136,3 @@ def test_a_link_is_the_file_that_it_names(tmp_path: Path) -> None:
     link.unlink()
     link.symlink_to(tmp_path / "two")
     assert source_sha256([link], tmp_path / "cache")[link] == sha(b"2")
-
-
-def test_who_reads_much_says_so_and_tells_waiters_which_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = [tmp_path / "one", tmp_path / "two"]
-    for file in files:
-        file.write_bytes(b"12345")
-    monkeypatch.setattr(source_hashes, "_LARGE", 9)
-    told: list[str] = []
-    monkeypatch.setattr(source_hashes, "locked", lambda *_: nullcontext(told.append))
-    said: list[str] = []
-    (tmp_path / "cache").mkdir()
-    for _ in range(2):
-        source_sha256(files, tmp_path / "cache", said.append)
-    assert said == ["reading 2 files, 0.0 GB, for their hashes"]
-    assert told == [f"reads {file} for its hash, file {number} of 2" for number, file in enumerate(files, 1)]
