@@ -30,7 +30,7 @@ def run(words: Sequence[str]) -> int:
     data = DataStages(job, pack)
     training = TrainStage(job, weights, data)
     before = [*weights.plan(), *data.plan()]
-    after = [training.plan(), *AfterStages(job, weights, training).plan()]
+    after = [*data.plan_tokens(), training.plan(), *AfterStages(job, weights, training).plan()]
     for step in (*before, *after):
         job.say(str(step))
     if job.run.dry_run:

@@ -97,7 +97,7 @@ class WeightStages:
 
 
 class DataStages:
-    """Stages ``data``, once for training and once for evaluation data, and ``tokens``."""
+    """Stages ``data``, once for training and once for evaluation data, and ``tokens``, which is the output folder's own."""
 
     def __init__(self, job: Job, pack: Pack) -> None:
         self._job = job
@@ -115,12 +115,14 @@ class DataStages:
         return found
 
     def plan(self) -> list[Step]:
-        """The stages that this run has. Raises DataError."""
+        """Stages ``data``. Raises DataError."""
         found = [self._data(flag, planned) for flag, planned in self._raw.items()]
-        found += [
-            Step("data", f"{prefix}.bin, tokens already", True, lambda: None) for prefix in self._token_files.values()
-        ]
-        return [*found, self._tokens(self._job.run.output_prefix)] if self._job.run.output_prefix else found
+        prefixes = self._token_files.values()
+        return found + [Step("data", f"{prefix}.bin, tokens already", True, lambda: None) for prefix in prefixes]
+
+    def plan_tokens(self) -> list[Step]:
+        """Stage ``tokens``, where it is asked for. Raises DataError, ValueError."""
+        return [self._tokens(self._job.run.output_prefix)] if self._job.run.output_prefix else []
 
     @cached_property
     def _tokenizer(self) -> TokenizerSource:

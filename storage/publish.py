@@ -39,13 +39,14 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """``write_text`` of what is no text."""
-    temporary = path.with_name(f".{path.name}{_MARK}{uuid.uuid4().hex[:8]}")
+    clear_leftovers(path.parent, path.name)
+    staging = temporary(path)
     try:
-        temporary.write_bytes(content)
-        fsync_path(temporary)
-        temporary.replace(path)
+        staging.write_bytes(content)
+        fsync_path(staging)
+        staging.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
 

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ from finebridge.finetune.cli import main
 from finebridge.finetune.recipe import SHIPPED, find_recipe, read_recipe
 from finebridge.storage.manifest import verify
 from finebridge.storage.publish import publish
+from run_trials import launch
 
 Models = Callable[[str], Path]
 Run = Callable[..., list[str]]
@@ -329,13 +328,6 @@ def test_where_files_cannot_be_shared_they_are_copied(
     export.leave_model(here / "c", None, here / "o", None, lines.append)
     assert lines == [f"model: wrote {here / 'o'}, which is a copy of the model in {here / 'c'}"]
     assert verify(here / "o")["files"]["model.safetensors"] == verify(here / "c")["files"]["model.safetensors"]
-
-
-def launch(here: Path, *words: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-P", "-m", "finebridge.finetune.cli", "run", *words]
-    return subprocess.Popen(
-        command, cwd=here, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
 
 
 def test_a_run_that_is_killed_goes_on(here: Path, said: Run) -> None:
