@@ -37,6 +37,7 @@ from .arguments import Arguments
 from .attention import IsolationProof, check_trainable, takes_borders
 from .callbacks import SaveLastStep
 from .checkpoint import check_shared, on_main, put_back
+from .chunked_loss import HeadSearch
 from .defaults import default_lines
 from .drift import allowed_names
 from .freeze import choose_trained
@@ -120,6 +121,8 @@ def assemble(args: Arguments) -> Run:
     trainer.max_shard_size = parse_size(args.model.max_shard_size)
     trainer.made_from = {"train_data_file": args.data.train_data_file, "run": shape}
     trainer.renewed = resume.renewed if resume else frozenset()
+    rows = max(hf_args.per_device_train_batch_size, hf_args.per_device_eval_batch_size if eval_data else 1)
+    trainer.add_callback(HeadSearch(trainer, rows * args.data.max_seq_length))
     progress = _watch(trainer, model, args)
     about = {
         "model": f"{shape['model']}, {model_size(model)}",

@@ -19,7 +19,7 @@ all that, so the model itself is asked before the first step.
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ def check_isolation(model: Any, device: torch.device, cure: str = "leave --packi
     for shift in (0, 1):
         inputs = collator([_row(vocabulary, shift)])
         del inputs["labels"]
-        with _at_rest(model, passed[shift]):
+        with at_rest(model, passed[shift]):
             try:
                 output = model(**{key: _on(device, value) for key, value in inputs.items()})
             except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
@@ -137,8 +137,8 @@ def _share(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @contextmanager
-def _at_rest(model: nn.Module, passed: list[torch.Tensor]) -> Generator[None]:
-    """No dropout, no gradients, random numbers as they were, and MoE blocks that hand on what they were given.
+def at_rest(model: nn.Module, passed: list[torch.Tensor] | None = None) -> Generator[None]:
+    """No dropout, no gradients, random numbers as they were, and with ``passed`` MoE blocks that hand on what they are given.
 
     An expert works on the tokens that all samples route to it. How many they are changes the shape of its matrix product
     and with that its rounding, though no sample reads another. So a block's own output for the kept sample goes into
@@ -151,13 +151,13 @@ def _at_rest(model: nn.Module, passed: list[torch.Tensor]) -> Generator[None]:
     def hand_on(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         made = output[0] if isinstance(output, tuple) else output
         given = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        passed.append(_kept(made))
+        cast("list[torch.Tensor]", passed).append(_kept(made))
         return (given, *output[1:]) if isinstance(output, tuple) else given
 
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices, device_type=accelerator.type if accelerator else "cuda"))
-        for block in moe_blocks(model).values():
+        for block in moe_blocks(model).values() if passed is not None else ():
             if not any(isinstance(part, nn.Conv1d) for part in block.modules()):
                 stack.callback(block.register_forward_hook(hand_on, with_kwargs=True).remove)
         stack.callback(model.train, model.training)
