@@ -46,6 +46,7 @@ from .hf_flags import ArgumentsError, hf_value
 from .lora import add_lora
 from .model import load_model
 from .moe import LeafCheck, has_listed_experts, make_leaf_modules
+from .packed_attention import take_packed
 from .precision import asked_in_fp32, keep_in_fp32
 from .progress import ProgressLine
 from .recompute import recompute_kwargs
@@ -74,6 +75,10 @@ class Run:
 def assemble(args: Arguments) -> Run:
     """Everything that a run needs. Raises ArgumentsError, DataError, ModelError, RuntimeSetupError."""
     output_dir = Path(args.hf["output_dir"])
+    if args.model.use_flash_attn and not runtime.has_accelerator():
+        raise ArgumentsError(
+            "--use_flash_attn: there is no GPU here; leave the flag out to use PyTorch's own attention"
+        )
     tokenizer = load_tokenizer(
         str(args.model.tokenizer_name_or_path or args.model.model_name_or_path),
         trust_remote_code=args.model.trust_remote_code,
@@ -143,7 +148,7 @@ def _callbacks(args: Arguments, hf_args: TrainingArguments, stage: int, model: A
     if args.shares_rows:
         check_trainable(model, hf_args.device, runtime.say)
         cure = "leave --packing out" if args.data.packing else "give --cross_document_attention true"
-        callbacks.append(IsolationProof(cure))
+        callbacks.append(IsolationProof(cure, only_flash=args.model.use_flash_attn))
     callbacks += [SaveLastStep(), StopWhenAsked(), heartbeat.Phases()]  # after what may stop the run
     return callbacks
 
@@ -304,6 +309,7 @@ def _model(args: Arguments, hf_args: TrainingArguments, settings: dict[str, Any]
     if settings and (asked := asked_in_fp32(model, dtype)):
         keep_in_fp32(model, asked)
         runtime.say(f"model: {len(asked)} parameters stay in fp32, as the model asks: {min(asked)}")
+    take_packed(model, hf_args.device, runtime.say, packed=args.shares_rows, only_flash=args.model.use_flash_attn)
     set_aux_loss(model, args.model.router_aux_loss_coef, runtime.say)
     if args.model.use_lora:
         model = add_lora(model, args.model, runtime.say)

@@ -39,7 +39,6 @@ def _pretrained(args: ModelArguments, dtype: torch.dtype, say: Callable[[str], N
     path = str(args.model_name_or_path)
     if not Path(path).exists():
         say(f"model: there is no folder {path} here; asking the Hub for it")
-    options: dict[str, Any] = {"attn_implementation": "flash_attention_2"} if args.use_flash_attn else {}
     try:
         _check_files(Path(path))
         with streamed_loading():
@@ -49,7 +48,6 @@ def _pretrained(args: ModelArguments, dtype: torch.dtype, say: Callable[[str], N
                 trust_remote_code=args.trust_remote_code,
                 cache_dir=args.cache_dir,
                 output_loading_info=True,
-                **options,
             )
     except ModelError:
         raise
@@ -115,8 +113,7 @@ def _new_model(args: ModelArguments, dtype: torch.dtype, tokenizer: Any, given: 
             raise ArgumentsError(f"--{flag}: a {config.model_type} model has no such setting")
     if getattr(config, "head_dim", 0) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
-    options: dict[str, Any] = {"attn_implementation": "flash_attention_2"} if args.use_flash_attn else {}
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def _rows(embedding: Any) -> int:
