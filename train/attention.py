@@ -55,8 +55,8 @@ def check_trainable(model: Any, device: torch.device, say: Callable[[str], None]
         raise AttentionError("flex_attention has no backward pass on a CPU; use sdpa, which is the default")
     if name in ("sdpa", "eager") and device.type != "cpu":
         say(
-            f"attention: {name} looks at the whole row for every token of a packed row and masks the other samples, as "
-            f"{type(model).__name__} does not follow the contract of FlashAttention in transformers"
+            f"attention: {name} looks at the whole row for every token of a packed row and masks the other samples; "
+            "better is for CUDA GPUs and models that follow the contract of FlashAttention in transformers"
         )
 
 
@@ -68,12 +68,13 @@ def check_isolation(model: Any, device: torch.device, cure: str = "leave --packi
     Raises AttentionError, which advises the ``cure``.
     """
     name = f"{type(model).__name__} with {model.config._attn_implementation}"  # noqa: SLF001
+    vocabulary = int(model.config.get_text_config().vocab_size)
     logits: list[torch.Tensor] = []
     passed: list[list[torch.Tensor]] = [[], []]  # what the MoE blocks made of the kept sample, in both passes
     for shift in (0, 1):
         with at_rest(model, passed[shift]):
             try:
-                output = _outputs(model, device, shift)
+                output = _outputs(model, device, _row(vocabulary, shift))
             except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
                 raise AttentionError(f"packing: {name} does not take packed samples ({error}); {cure}") from error
         logits.append(_kept(output.logits))
@@ -133,10 +134,9 @@ def _row(vocabulary: int, shift: int) -> Item:
     return {"input_ids": ids, "labels": ids.copy(), "lengths": lengths}
 
 
-def _outputs(model: Any, device: torch.device, shift: int) -> Any:
-    """What the model makes of the pack, through the collator that training uses."""
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    inputs = FlatteningCollator(borders=takes_borders(model))([_row(vocabulary, shift)])
+def _outputs(model: Any, device: torch.device, pack: Item) -> Any:
+    """What the model makes of a pack, through the collator that training uses."""
+    inputs = FlatteningCollator(borders=takes_borders(model))([pack])
     del inputs["labels"]
     return model(**{key: _on(device, value) for key, value in inputs.items()})
 
@@ -144,19 +144,21 @@ def _outputs(model: Any, device: torch.device, shift: int) -> Any:
 def _strays(model: Any, device: torch.device) -> str | None:
     """Why our own attention is not what the model came with; None when both give the same up to rounding.
 
+    Compared is a sample within a pack, by ours, with the same alone, by the model's own: that may not keep samples apart.
     A model whose layers ask for something by a mask alone would lose it without a mask.
     """
     if model.config._attn_implementation != NAME:  # noqa: SLF001
         return None
-    made: list[torch.Tensor] = []
-    for implementation in (NAME, model.attention_before):
-        model.set_attn_implementation(implementation)
+    pack = _row(int(model.config.get_text_config().vocab_size), 0)
+    ids = pack["input_ids"][_OTHER : _OTHER + _KEPT]
+    with at_rest(model, []):
+        ours = _kept(_outputs(model, device, pack).logits)
+        model.set_attn_implementation(model.attention_before)
         try:
-            with at_rest(model, []):
-                made.append(_kept(_outputs(model, device, 0).logits))
+            alone = _outputs(model, device, {"input_ids": ids, "labels": ids, "lengths": np.array([_KEPT])}).logits[0]
         finally:
             model.set_attn_implementation(NAME)
-    off = _share(*made)
+    off = _share(ours, alone)
     return f"with it outputs are {off:.2g} away from those with {model.attention_before}" if off > _STRAYING else None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from finebridge.train.attention import AttentionError, check_isolation, check_trainable, takes_borders
+from finebridge.train.packed_attention import take_packed
 from packed_trials import CPU, build, flags, losses
 from rank_runner import RankRunner
 from safetensors.torch import load_file
@@ -33,16 +34,17 @@ def test_packed_loss_and_gradients_are_those_of_the_samples_alone(model_type: st
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention", "flash_attention_2"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention", "packed"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 def test_on_a_gpu_samples_stay_apart_and_train_as_alone(model_type: str, attention: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    if attention == "flash_attention_2":
-        pytest.importorskip("flash_attn")
     sizes = {"hidden_size": 256, "head_dim": 64}
     half = attention not in ("sdpa", "eager")
-    model = build(model_type, attention, torch.bfloat16 if half else torch.float32, **sizes).to("cuda")
+    own = None if attention == "packed" else attention
+    model = build(model_type, own, torch.bfloat16 if half else torch.float32, **sizes).to("cuda")
+    if own is None:
+        take_packed(model, model.device, print, packed=True, only_flash=True)
     check_trainable(model, model.device, say=lambda _: None)
     check_isolation(model, model.device)
     row, alone, gradients = losses(model, (129, 150, 131, 200))  # FlexAttention has no backward pass under 128 tokens
@@ -151,7 +153,7 @@ def test_attention_that_cannot_train_here() -> None:
     check_trainable(model, CPU, said.append)
     assert not said
     check_trainable(model, torch.device("cuda"), said.append)
-    assert "--use_flash_attn" in said[0]
+    assert "masks the other samples" in said[0]
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(AttentionError, match="no backward pass on a CPU"):
         check_trainable(model, CPU)
