@@ -124,6 +124,7 @@ def make_data(folder: Path, row: Row) -> Path:
     lengths = np.clip(draw.lognormal(np.log(600), 0.9, row.samples), 16, row.longest).astype(np.int32)
     words = vocabulary_size(load_tokenizer(str(TOKENIZER), trust_remote_code=False, cache_dir=None))
     ids = draw.integers(0, words, int(lengths.sum()), dtype=np.int32)
+    ids[np.cumsum(lengths) - 1] = 0  # what ends an answer
     spans = np.stack([np.zeros_like(lengths), lengths], axis=1)
     target = folder / f"data-{row.longest}"
 
