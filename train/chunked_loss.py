@@ -290,6 +290,7 @@ def _compare(
     if not off <= loss_off:
         raise _NotInPiecesError(f"the loss in pieces is {off:.1g} off")
     for one, other in zip(made, expected, strict=True):
-        off = float((one.float() - other.float()).norm() / other.float().norm().clamp_min(1e-30))
+        norms = [torch.linalg.vector_norm(values, dtype=torch.float32) for values in (one - other, other)]
+        off = float(norms[0] / norms[1].clamp_min(1e-30))
         if not off <= gradient_off:
             raise _NotInPiecesError(f"a gradient in pieces is {off:.1g} off")

@@ -104,6 +104,12 @@ class StepTrainer(Trainer):
         values["num_update_steps_per_epoch"] -= done // accumulation
         super()._run_epoch(**values)
 
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device; what lies in pinned memory is copied while the device still works."""
+        if isinstance(data, torch.Tensor) and not data.is_floating_point():
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     # ---- loss
 
     def get_batch_samples(

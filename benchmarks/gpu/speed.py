@@ -1,6 +1,6 @@
 """Training speed on one GPU through ``finebridge sft``: full fine-tuning of 0.6B and 4B, LoRA on 8B, in Qwen3's shapes.
 
-    python benchmarks/gpu/speed.py [--rows 0.6b,4b,8b-lora] [--seconds 45] [--minutes 8] [--profile] [-- FLAGS]
+    python benchmarks/gpu/speed.py [--rows 0.6b,4b,...] [--seconds 25] [--minutes 8] [--profile] [-- FLAGS]
 
 Needs no download: weights are random, samples are random ids whose lengths are log-normal (median 600, sigma 0.9, 16 to 4096
 tokens), and every token carries loss. A row is a process of its own with real flags, packed, that logs every 4 steps; what is
@@ -86,15 +86,16 @@ LORA = {
 ZERO2 = "ds_zero2_no_offload"
 CHECKPOINTED = {"gradient_checkpointing": "true"}
 ROWS: dict[str, Row] = {
-    "0.6b": Row(B0_6, flags(16384, 1, ZERO2)),
+    "0.6b": Row(B0_6, flags(8192, 2, ZERO2)),
     "4b": Row(B4, flags(4096, 4, PURE_BF16)),
     "8b-lora": Row(B8, flags(4096, 4, ZERO2, **LORA)),
-    # beside them, when asked for
-    "0.6b-pure": Row(B0_6, flags(16384, 1, PURE_BF16)),
-    "0.6b-plain": Row(B0_6, {name: value for name, value in flags(16384, 1, None).items() if value is not None}),
-    "0.6b-gc": Row(B0_6, flags(16384, 1, ZERO2, **CHECKPOINTED)),
     "4b-gc": Row(B4, flags(16384, 1, PURE_BF16, **CHECKPOINTED)),
     "8b-lora-gc": Row(B8, flags(16384, 1, ZERO2, **LORA, **CHECKPOINTED)),
+    # when asked for
+    "0.6b-16k": Row(B0_6, flags(16384, 1, ZERO2)),
+    "0.6b-gc": Row(B0_6, flags(16384, 1, ZERO2, **CHECKPOINTED)),
+    "0.6b-pure": Row(B0_6, flags(8192, 2, PURE_BF16)),
+    "0.6b-plain": Row(B0_6, {name: value for name, value in flags(8192, 2, None).items() if value is not None}),
     "tiny": Row(
         {**qwen3(64, 128, 2, 2, tied=True), "num_key_value_heads": 1, "head_dim": 32},
         {"max_seq_length": 256, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1, "vocab_size": 4000},
@@ -281,9 +282,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["--profiled"]:
         profiled(words[1:])
     parser = argparse.ArgumentParser("speed.py", allow_abbrev=False, description="training speed on one GPU")
-    parser.add_argument("--rows", default="0.6b,4b,8b-lora", help=f"comma-separated, of {', '.join(ROWS)}")
     parser.add_argument(
-        "--seconds", type=float, default=45, help="measured, behind the warm lines (default %(default)g)"
+        "--rows", default="0.6b,4b-gc,8b-lora-gc,4b,8b-lora", help=f"comma-separated, of {', '.join(ROWS)}"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=25, help="measured, behind the warm lines (default %(default)g)"
     )
     parser.add_argument("--minutes", type=float, default=8, help="for all rows together (default %(default)g)")
     parser.add_argument("--profile", action="store_true", help="list where two steps spend their time")
