@@ -8,11 +8,14 @@ told is the median of its log lines behind the first two, in which kernels are c
 stopped; a row that fails is told with its last lines, and the next one begins. MFU is the share of what this GPU does in 3 s
 of bf16 matrix products without a pause. Rows go into ``gpu_speed.csv`` as they are done, failed ones too.
 
+A row ``NAME:trl`` is the same by TRL (``trl_way.py``), left out in one line where TRL is not importable.
+
 ``--profile`` lists, in place of measuring, what two steps of each row spend their time on. ``--rows tiny`` tries the script
 itself, on a CPU too.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -34,6 +37,7 @@ from results import add_rows, circumstances  # noqa: E402 - found through the li
 TOKENIZER = ROOT / "finetune" / "example_data"
 PURE_BF16 = ROOT / "benchmarks" / "gpu" / "pure_bf16.json"
 LONGEST = 4096
+PEER = ":trl"
 EVERY = 4  # steps between two log lines
 WARM = 2  # log lines that are not counted
 PACKAGES = (
@@ -46,6 +50,7 @@ PACKAGES = (
     "flash-attn",
     "flash-attn-4",
     "liger-kernel",
+    "trl",
 )
 
 
@@ -157,6 +162,21 @@ def command(name: str, folder: Path, peak: float | None, more: Sequence[str], en
         *(str(word) for flag, value in given.items() for word in (f"--{flag}", value)),
         *more,
     ]
+
+
+def peer_command(name: str, folder: Path, peak: float | None) -> list[str]:
+    """The words of the same row by TRL, whose packs hold 4096 tokens."""
+    row, given = ROWS[name], ROWS[name].flags
+    rows, accumulation = (4, 1) if name == "0.6b" else (1, 4)
+    config = folder / f"{name}.json"
+    config.write_text(json.dumps(row.config), encoding="utf-8")
+    words = {
+        "config": config, "data": make_data(folder, row), "tokenizer": TOKENIZER, "output": folder / f"{name}:trl",
+        "length": row.longest, "rows": rows, "accumulation": accumulation, "every": EVERY, "peak": peak or 0,
+        "vocab_size": given["vocab_size"], "lora_rank": given.get("lora_rank", 0),
+    }  # fmt: skip
+    script = Path(__file__).resolve().parent / "trl_way.py"
+    return [sys.executable, str(script), *(str(word) for key, value in words.items() for word in (f"--{key}", value))]
 
 
 def follow(words: Sequence[str], folder: Path, seconds: float, until: float) -> Told:
@@ -294,7 +314,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("more", nargs="*", help="more flags for every run, after --")
     args = parser.parse_args(words)
     names = str(args.rows).split(",")
-    if unknown := set(names) - ROWS.keys():
+    if any(name.endswith(PEER) for name in names) and importlib.util.find_spec("trl") is None:
+        print("rows by TRL are left out: it is not installed", flush=True)
+        names = [name for name in names if not name.endswith(PEER)]
+    if unknown := {name.removesuffix(PEER) for name in names} - ROWS.keys():
         parser.error(f"--rows: no {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
     until = time.monotonic() + 60 * args.minutes
     failed = False
@@ -323,7 +346,11 @@ def _each(
         share = (until - began) / (len(names) - number)
         (folder / name).mkdir()
         sft = entry or ["-m", "finebridge.finetune.cli", "sft", "--nproc_per_node", "1"]
-        told = follow(command(name, folder, peak, args.more, sft), folder / name, args.seconds, began + share - 30)
+        if name.endswith(PEER):
+            words = peer_command(name.removesuffix(PEER), folder, peak)
+        else:
+            words = command(name, folder, peak, args.more, sft)
+        told = follow(words, folder / name, args.seconds, began + share - 30)
         row = result(name, told, time.monotonic() - began)
         print(f"== {name}: " + ", ".join(f"{key} {value}" for key, value in row.items() if value != ""), flush=True)
         if row["error"] or args.profile:

@@ -82,7 +82,7 @@ def test_a_batch_without_loss_gives_zero_gradients_to_all() -> None:
     hidden = torch.randn(1, 9, WIDTH, requires_grad=True)
     total = head_loss(head.forward, list(head.parameters()), hidden, targets(inputs, "token"), 0.0, 7)
     total.backward()
-    assert float(total) == 0
+    assert total.item() == 0
     for tensor in (hidden, *head.parameters()):
         assert tensor.grad is not None
         assert not tensor.grad.any()
@@ -248,6 +248,23 @@ def test_compiled_is_eager() -> None:
         losses = softmax_gradient.plainly(expected, ids, weights, 0.1)
         torch.testing.assert_close(run(made, ids, weights, 0.1), losses)
         torch.testing.assert_close(made, expected)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_compiled_and_right() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    torch.manual_seed(0)
+    head = nn.Linear(WIDTH, 50_000, bias=False, device="cuda", dtype=torch.bfloat16)
+    hidden = torch.randn(3, 400, WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    inputs = {"labels": batch(3, 400)["labels"].cuda()}
+    whole = summed_loss(head(hidden), inputs, "token")
+    expected = torch.autograd.grad(whole, [hidden, head.weight])
+    for rows in (300, 130, 77):
+        total = head_loss(head.forward, [head.weight], hidden, targets(inputs, "token"), 0.0, rows)
+        assert total.item() == pytest.approx(whole.item(), rel=1e-3)
+        assert max(map(off, torch.autograd.grad(total, [hidden, head.weight]), expected)) < 1e-2
+    assert softmax_gradient._chosen[0] is not softmax_gradient.plainly  # pyright: ignore[reportPrivateUsage]
 
 
 def in_pieces() -> None:
