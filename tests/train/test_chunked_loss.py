@@ -153,6 +153,25 @@ HEADS: dict[str, Callable[[], Any]] = {
 }
 
 
+def test_under_autocast_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain runs: fp32 weights, products in bf16, gradients in fp32."""
+    monkeypatch.setattr(chunked_loss, "WORTH", 0)
+    monkeypatch.setitem(chunked_loss._PIECE, "cpu", 300)  # pyright: ignore[reportPrivateUsage]
+    model = build("qwen3", tie_word_embeddings=True)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # as accelerate does
+    head = find_head(model, CPU, 100, 0.0, print)
+    assert head is not None
+    inputs = {"input_ids": torch.arange(40).view(2, 20) % 60, "labels": (torch.arange(40).view(2, 20) * 3) % 60}
+    whole = summed_loss(model(input_ids=inputs["input_ids"]).logits, inputs, "token")
+    expected = torch.autograd.grad(whole, list(model.parameters()))
+    with head.loss_for(targets(inputs, "token"), 0.0):
+        total = model(input_ids=inputs["input_ids"]).logits
+    assert total.item() == pytest.approx(whole.item(), rel=1e-5)
+    for one, other in zip(torch.autograd.grad(total, list(model.parameters())), expected, strict=True):
+        assert one.dtype == torch.float32
+        assert off(one, other) < 5e-3
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_a_models_loss_in_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked_loss, "WORTH", 0)
