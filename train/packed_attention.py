@@ -33,7 +33,6 @@ class PackedAttention:
     ) -> None:
         self.say, self.kernels, self.only_flash = say, kernels, only_flash
         self.chosen: dict[Need, Kernel] = {}
-        self._refused: dict[str, str] = {}
         self._row: tuple[Any, Borders] | None = None
 
     def __call__(
@@ -90,6 +89,7 @@ class PackedAttention:
     def _choose(self, need: Need) -> Kernel:
         """The fastest proven kernel. Raises AttentionError when only a flash kind will do and there is none."""
         proven: list[Kernel] = []
+        refused: list[str] = []
         for kernel in self.kernels:
             if proven and not kernel.flash:
                 break
@@ -97,8 +97,8 @@ class PackedAttention:
             if why is None:
                 proven.append(kernel)
             else:
-                self._refused[kernel.name] = why
-        lacking = "; ".join(f"{name}: {why}" for name, why in self._refused.items())
+                refused.append(f"{kernel.name}: {why}")
+        lacking = "; ".join(refused)
         if self.only_flash and not proven[0].flash:
             raise AttentionError(f"--use_flash_attn: no flash kernel does what {_words(need)} need ({lacking})")
         best = proven[0]
