@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from finebridge.data_tools.collator import FlatteningCollator
-from finebridge.train import packed_attention
+from finebridge.train import assemble, packed_attention, runtime
+from finebridge.train.arguments import parse
 from finebridge.train.attention import AttentionError, IsolationProof, check_isolation
 from finebridge.train.attention_kernels import KERNELS, PLAIN, Borders, Kernel, LackError, Need, plain
 from finebridge.train.attention_proof import refusal, seconds
+from finebridge.train.hf_flags import ArgumentsError
 from finebridge.train.packed_attention import PackedAttention, give, take_packed
 from packed_trials import CPU, build, flags, losses
 from peft import LoraConfig, get_peft_model
@@ -273,12 +275,40 @@ def test_what_the_contract_does_not_have_is_refused() -> None:
 
 
 def test_a_run_without_a_gpu_has_no_flash_kernel(
-    ranks: RankRunner, models: Callable[[str], Path], train_file: Path, tmp_path: Path
+    models: Callable[[str], Path], train_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(runtime, "has_accelerator", lambda: False)
     argv = flags(models("hunyuan_v1_dense"), train_file, tmp_path / "out", use_flash_attn="true")
-    done = ranks.run(argv, tmp_path / "log")
-    assert done.codes == [2]
-    assert "--use_flash_attn: there is no GPU here" in done.text
+    with pytest.raises(ArgumentsError, match="--use_flash_attn: there is no GPU here"):
+        assemble.assemble(parse([str(word) for word in argv]))
+    assert not (tmp_path / "out").exists()
+
+
+def as_on_a_gpu() -> None:
+    """Our attention in a CPU's run, with the kernels that a CPU has."""
+    assemble.take_packed = lambda model, _, say, **__: give(model, PackedAttention(say))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_run_on_two_ranks_is_that_with_the_models_own(
+    stage: int, ranks: RankRunner, models: Any, train_file: Path, tmp_path: Path, history: Any, zero: Any
+) -> None:
+    """Through the real trainer: LoRA under ZeRO-2, everything under ZeRO-3, checkpointed layers, evaluation."""
+    more: dict[str, Any] = {"use_lora": "true", "lora_rank": 4} if stage == 2 else {}
+    more |= {
+        "deepspeed": zero(stage), "gradient_checkpointing": "true", "eval_data_file": train_file, "eval_strategy": "steps",
+        "eval_steps": 3, "save_strategy": "no",
+    }  # fmt: skip
+    seen: list[list[float]] = []
+    for name, before in (("own", None), ("ours", as_on_a_gpu)):
+        out = tmp_path / name
+        argv = flags(models("hunyuan_v1_dense"), train_file, out, **more)
+        done = ranks.run(argv, out / "log", ranks=2, before=before).check()
+        assert ("attention: SDPA, sample by sample, proven here" in done.text) == (name == "ours")
+        seen.append([value for step in history(out) for value in (step["loss"], step["grad_norm"])])
+    assert len(seen[0]) == 6
+    assert seen[1] == pytest.approx(seen[0], rel=1e-4)
 
 
 @pytest.mark.gpu
