@@ -34,7 +34,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from results import add_rows, circumstances  # noqa: E402 - found through the line above
 
-TOKENIZER = ROOT / "finetune" / "example_data"
 PURE_BF16 = ROOT / "benchmarks" / "gpu" / "pure_bf16.json"
 LONGEST = 4096
 PEER = ":trl"
@@ -62,6 +61,7 @@ class Row:
     flags: Mapping[str, Any]
     samples: int = 20_000
     longest: int = LONGEST
+    words: int = 151936
 
 
 def qwen3(hidden: int, inner: int, layers: int, heads: int, *, tied: bool) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def flags(length: int, accumulation: int, deepspeed: object, **more: object) -> 
     """16,384 tokens a step in any case."""
     return {
         "max_seq_length": length, "gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 1,
-        "deepspeed": deepspeed, "bf16": "true", "vocab_size": 151936, **more,
+        "deepspeed": deepspeed, "bf16": "true", **more,
     }  # fmt: skip
 
 
@@ -103,8 +103,8 @@ ROWS: dict[str, Row] = {
     "0.6b-plain": Row(B0_6, {name: value for name, value in flags(8192, 2, None).items() if value is not None}),
     "tiny": Row(
         {**qwen3(64, 128, 2, 2, tied=True), "num_key_value_heads": 1, "head_dim": 32},
-        {"max_seq_length": 256, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1, "vocab_size": 4000},
-        samples=2000, longest=200,
+        {"max_seq_length": 256, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1},
+        samples=2000, longest=200, words=4000,
     ),
 }  # fmt: skip
 
@@ -118,21 +118,33 @@ class Told:
     lines: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
 
+def make_tokenizer(folder: Path, words: int) -> Path:
+    """A tokenizer of that many words, which nobody reads."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    target = folder / f"tokenizer-{words}"
+    if not target.exists():
+        backend = Tokenizer(models.WordLevel({f"w{number}": number for number in range(words)}, "w1"))
+        made = PreTrainedTokenizerFast(tokenizer_object=backend, **dict.fromkeys(("eos_token", "pad_token"), "w0"))
+        made.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+        made.save_pretrained(target)
+    return target
+
+
 def make_data(folder: Path, row: Row) -> Path:
-    """A prepared dataset of random samples, every token with loss, of ids that the tokenizer has."""
+    """A prepared dataset of random samples of all words, every token with loss."""
     import numpy as np
     from finebridge.data_tools.encoder import EncodedChunk
-    from finebridge.data_tools.tokenizer_files import load_tokenizer, vocabulary_size
     from finebridge.data_tools.writer import DatasetWriter
     from finebridge.storage.once import build_once
 
     draw = np.random.default_rng(0)
     lengths = np.clip(draw.lognormal(np.log(600), 0.9, row.samples), 16, row.longest).astype(np.int32)
-    words = vocabulary_size(load_tokenizer(str(TOKENIZER), trust_remote_code=False, cache_dir=None))
-    ids = draw.integers(0, words, int(lengths.sum()), dtype=np.int32)
+    ids = draw.integers(0, row.words, int(lengths.sum()), dtype=np.int32)
     ids[np.cumsum(lengths) - 1] = 0  # what ends an answer
     spans = np.stack([np.zeros_like(lengths), lengths], axis=1)
-    target = folder / f"data-{row.longest}"
+    target = folder / f"data-{row.words}"
 
     def build(inside: Path, _: object) -> dict[str, Any]:
         with DatasetWriter(inside, [Path("random")], "chat") as writer:
@@ -149,8 +161,9 @@ def command(name: str, folder: Path, peak: float | None, more: Sequence[str], en
     row = ROWS[name]
     config = folder / f"{name}.json"
     config.write_text(json.dumps(row.config), encoding="utf-8")
+    tokenizer, data = make_tokenizer(folder, row.words), make_data(folder, row)
     given: dict[str, object] = {
-        "config_name": config, "tokenizer_name_or_path": TOKENIZER, "train_data_file": make_data(folder, row),
+        "config_name": config, "tokenizer_name_or_path": tokenizer, "train_data_file": data,
         "output_dir": folder / name, "packing": "true", "max_steps": 100_000, "logging_steps": EVERY, "save_strategy": "no",
         "learning_rate": 1e-5, "lr_scheduler_type": "constant", "disable_tqdm": "true", "report_to": "none", **row.flags,
     }  # fmt: skip
@@ -171,9 +184,10 @@ def peer_command(name: str, folder: Path, peak: float | None) -> list[str]:
     config = folder / f"{name}.json"
     config.write_text(json.dumps(row.config), encoding="utf-8")
     words = {
-        "config": config, "data": make_data(folder, row), "tokenizer": TOKENIZER, "output": folder / f"{name}:trl",
+        "config": config, "data": make_data(folder, row), "tokenizer": make_tokenizer(folder, row.words),
+        "output": folder / f"{name}:trl",
         "length": row.longest, "rows": rows, "accumulation": accumulation, "every": EVERY, "peak": peak or 0,
-        "vocab_size": given["vocab_size"], "lora_rank": given.get("lora_rank", 0),
+        "vocab_size": row.words, "lora_rank": given.get("lora_rank", 0),
     }  # fmt: skip
     script = Path(__file__).resolve().parent / "trl_way.py"
     return [sys.executable, str(script), *(str(word) for key, value in words.items() for word in (f"--{key}", value))]
