@@ -331,11 +331,6 @@ def _check_together(args: Arguments) -> None:
     if hf.get("bf16") and hf.get("fp16"):
         raise ArgumentsError("--bf16 and --fp16 exclude each other")
     schedule(hf_value(hf, "lr_scheduler_type"), model.min_lr, float(hf_value(hf, "learning_rate")))
-    if model.use_flash_attn and find_spec("flash_attn") is None:
-        raise ArgumentsError(
-            f"--use_flash_attn: the flash_attn package is not installed ({sys.executable} -m pip install flash-attn, needs a "
-            "GPU); leave the flag out to use PyTorch's own attention"
-        )
     stage = 0
     if hf.get("deepspeed"):
         settings = resolve(str(hf["deepspeed"]))

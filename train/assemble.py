@@ -37,6 +37,7 @@ from .arguments import Arguments
 from .attention import IsolationProof, check_trainable, takes_borders
 from .callbacks import SaveLastStep
 from .checkpoint import check_shared, on_main, put_back
+from .chunked_loss import HeadSearch
 from .defaults import default_lines
 from .drift import allowed_names
 from .freeze import choose_trained
@@ -46,6 +47,7 @@ from .lora import add_lora
 from .meeting import together
 from .model import load_model
 from .moe import LeafCheck, has_listed_experts, make_leaf_modules
+from .packed_attention import take_packed
 from .precision import asked_in_fp32, keep_in_fp32
 from .progress import ProgressLine
 from .recompute import recompute_kwargs
@@ -74,6 +76,10 @@ class Run:
 def assemble(args: Arguments) -> Run:
     """Everything that a run needs. Raises ArgumentsError, DataError, ModelError, RuntimeSetupError."""
     output_dir = Path(args.hf["output_dir"])
+    if args.model.use_flash_attn and not runtime.has_accelerator():
+        raise ArgumentsError(
+            "--use_flash_attn: there is no GPU here; leave the flag out to use PyTorch's own attention"
+        )
     tokenizer = load_tokenizer(
         str(args.model.tokenizer_name_or_path or args.model.model_name_or_path),
         trust_remote_code=args.model.trust_remote_code,
@@ -122,6 +128,8 @@ def assemble(args: Arguments) -> Run:
     trainer.max_shard_size = parse_size(args.model.max_shard_size)
     trainer.made_from = {"train_data_file": args.data.train_data_file, "run": shape}
     trainer.renewed = resume.renewed if resume else frozenset()
+    rows = max(hf_args.per_device_train_batch_size, hf_args.per_device_eval_batch_size if eval_data else 1)
+    trainer.add_callback(HeadSearch(trainer, rows * args.data.max_seq_length))
     progress = _watch(trainer, model, args)
     about = {
         "model": f"{shape['model']}, {model_size(model)}",
@@ -142,7 +150,7 @@ def _callbacks(args: Arguments, hf_args: TrainingArguments, stage: int, model: A
     if args.shares_rows:
         check_trainable(model, hf_args.device, runtime.say)
         cure = "leave --packing out" if args.data.packing else "give --cross_document_attention true"
-        callbacks.append(IsolationProof(cure))
+        callbacks.append(IsolationProof(cure, only_flash=args.model.use_flash_attn))
     callbacks += [SaveLastStep(), StopWhenAsked(), heartbeat.Phases()]  # after what may stop the run
     return callbacks
 
@@ -305,6 +313,7 @@ def _model(args: Arguments, hf_args: TrainingArguments, settings: dict[str, Any]
     if settings and (asked := asked_in_fp32(model, dtype)):
         keep_in_fp32(model, asked)
         runtime.say(f"model: {len(asked)} parameters stay in fp32, as the model asks: {min(asked)}")
+    take_packed(model, hf_args.device, runtime.say, packed=args.shares_rows, only_flash=args.model.use_flash_attn)
     set_aux_loss(model, args.model.router_aux_loss_coef, runtime.say)
     if args.model.use_lora:
         model = add_lora(model, args.model, runtime.say)

@@ -5,6 +5,7 @@ build folder is finebridge's own and is only used under a lock of the kernel, so
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,10 +37,20 @@ def prepare(settings: dict[str, Any], tell: Callable[[str], None]) -> list[str]:
         root = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder())))
         venv = str(Path(sys.executable).parent)  # its ninja
         os.environ["PATH"] = f"{venv}{os.pathsep}{os.environ.get('PATH', '')}"
+        plain_architectures(tell)
         with locked(root / ".finebridge.lock", tell):
             for op in needed:
                 _load(op, root, tell)
     return needed
+
+
+def plain_architectures(tell: Callable[[str], None]) -> None:
+    """DeepSpeed's builder reads ``TORCH_CUDA_ARCH_LIST`` as numbers and dies of 9.0a, as some images set it."""
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    plain = re.sub(r"(\d+\.\d+)[a-z]+", r"\1", given)
+    if plain != given:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = plain
+        tell(f"TORCH_CUDA_ARCH_LIST {given}: taken as {plain}, as DeepSpeed cannot build for the other")
 
 
 def folder() -> Path:

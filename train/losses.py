@@ -40,13 +40,18 @@ def summed_loss(
     ``logits`` have the shape [rows, tokens, vocabulary]; ``inputs`` hold ``labels`` (unshifted, -100 without loss) and,
     for packed rows, ``position_ids``.
     """
-    losses = token_losses(logits, inputs["labels"], smoothing)
+    return (token_losses(logits, inputs["labels"], smoothing) / row_divisors(inputs, how)).sum()
+
+
+def row_divisors(inputs: Mapping[str, Any], how: Normalization) -> torch.Tensor:
+    """What each next token's cross entropy is divided by within its micro-batch; int64, broadcasts to [rows, tokens - 1]."""
     counts = _counts(inputs)
-    if how == "sequence":
-        samples = _sample_of(inputs)[:, 1:]
-        losses = losses / _per_sample(counts, samples).gather(0, samples.flatten()).view_as(losses).clamp_min(1)
-    total = losses.sum()
-    return total / counts.sum().clamp_min(1) if how == "batch" else total
+    if how == "token":
+        return torch.ones_like(counts[:1, :1])
+    if how == "batch":
+        return counts.sum().clamp_min(1).expand(1, 1)
+    samples = _sample_of(inputs)[:, 1:]
+    return _per_sample(counts, samples).gather(0, samples.flatten()).view_as(counts).clamp_min(1)
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:

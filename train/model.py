@@ -1,12 +1,14 @@
 """Load the model, or build a new one; never a random weight where a trained one was asked for."""
 
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..data_tools.tokenizer_files import remote_code_hint, vocabulary_size
 from ..storage.assets import read_json
@@ -39,7 +41,6 @@ def _pretrained(args: ModelArguments, dtype: torch.dtype, say: Callable[[str], N
     path = str(args.model_name_or_path)
     if not Path(path).exists():
         say(f"model: there is no folder {path} here; asking the Hub for it")
-    options: dict[str, Any] = {"attn_implementation": "flash_attention_2"} if args.use_flash_attn else {}
     try:
         _check_files(Path(path))
         with streamed_loading():
@@ -49,7 +50,6 @@ def _pretrained(args: ModelArguments, dtype: torch.dtype, say: Callable[[str], N
                 trust_remote_code=args.trust_remote_code,
                 cache_dir=args.cache_dir,
                 output_loading_info=True,
-                **options,
             )
     except ModelError:
         raise
@@ -115,8 +115,12 @@ def _new_model(args: ModelArguments, dtype: torch.dtype, tokenizer: Any, given: 
             raise ArgumentsError(f"--{flag}: a {config.model_type} model has no such setting")
     if getattr(config, "head_dim", 0) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
-    options: dict[str, Any] = {"attn_implementation": "flash_attention_2"} if args.use_flash_attn else {}
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    place = nullcontext()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and not is_deepspeed_zero3_enabled():  # random numbers by the billion are slow on a CPU
+        place = torch.device(accelerator.type, torch.accelerator.current_device_index())
+    with place:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def _rows(embedding: Any) -> int:

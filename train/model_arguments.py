@@ -31,7 +31,7 @@ class ModelArguments:
     tokenizer_name_or_path: str | None = _arg(None, "folder of the tokenizer; default: the model's")
     trust_remote_code: bool = _arg(False, "run the .py files that come with the model or tokenizer; read them first")
     cache_dir: str | None = _arg(None, "where downloads from the Hub are kept")
-    use_flash_attn: bool = _arg(False, "use FlashAttention-2; an error where it cannot run")
+    use_flash_attn: bool = _arg(False, "only a FlashAttention kernel will do; an error where none is proven")
     use_lora: bool = _arg(False, "train a LoRA adapter; only the adapter is saved")
     lora_rank: int = _arg(64, "rank of the adapter")
     lora_alpha: float = _arg(8, "the adapter's update is scaled by lora_alpha / lora_rank")

@@ -1,6 +1,7 @@
 """How the HF Trainer takes its steps: our order of samples, our loss, a look at every step, evaluation by tokens."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -14,6 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput, SaveStrategy, seed_worker
 from ..data_tools.batches import CheckedSamples, Order, StepBatches, Window, epoch_order
 from ..data_tools.dataset import Samples
 from . import heartbeat, runtime
+from .chunked_loss import ChunkedHead, Targets, targets
 from .guards import DivergedError, StepGuard
 from .losses import evaluation_sums, share, summed_loss
 from .model_arguments import Normalization
@@ -28,16 +30,18 @@ class Step:
 
     samples: list[list[int]]  # numbers of each micro-batch; FILLER is none
     divisor: torch.Tensor  # what the step's summed losses are divided by, over all ranks
+    targets: list[Targets] = field(default_factory=list[Targets])  # of each micro-batch, on the CPU; with a head alone
     losses: list[torch.Tensor] = field(default_factory=list[torch.Tensor])  # share of each micro-batch, as made
 
 
 class StepTrainer(Trainer):
     """Trainer that sees each sample once an epoch, in an order that the number of ranks does not change.
 
-    ``normalization`` is that of ``losses``; ``guard`` looks at every step.
+    ``normalization`` is that of ``losses``; ``guard`` looks at every step; with ``head`` no whole logits are made.
     """
 
     normalization: Normalization
+    head: ChunkedHead | None = None
     loss_is_scaled_for_ga = True  # compute_loss divides by the whole step's tokens
     _batches: StepBatches
     _step: Step
@@ -100,6 +104,12 @@ class StepTrainer(Trainer):
         values["num_update_steps_per_epoch"] -= done // accumulation
         super()._run_epoch(**values)
 
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device; what lies in pinned memory is copied while the device still works."""
+        if isinstance(data, torch.Tensor) and not data.is_floating_point():
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     # ---- loss
 
     def get_batch_samples(
@@ -108,6 +118,8 @@ class StepTrainer(Trainer):
         """The micro-batches of one optimizer step and what their summed loss is divided by."""
         batches, divisor = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step = Step([batch.pop("samples") for batch in batches], cast("torch.Tensor", divisor))
+        if self.head:  # now, as the batches are still on the CPU: later the device would be waited for
+            self._step.targets = [targets(batch, self.normalization) for batch in batches]
         return batches, divisor
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
@@ -124,9 +136,13 @@ class StepTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """This micro-batch's share of the step's loss, times the ranks, whose gradients are averaged afterwards."""
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        total = summed_loss(logits, inputs, self.normalization, self.args.label_smoothing_factor)
+        smoothing = self.args.label_smoothing_factor
+        wanted = self._step.targets[len(self._step.losses)].to(self.args.device) if self.head else None
+        with self.head.loss_for(wanted, smoothing) if self.head and wanted else nullcontext():
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        total = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        if not self.head:
+            total = summed_loss(total, inputs, self.normalization, smoothing)
         loss = total / cast("torch.Tensor", num_items_in_batch) * self.args.world_size
         self._step.losses.append(loss.detach())
         auxiliary = outputs.get("aux_loss") if isinstance(outputs, dict) else None
@@ -221,9 +237,11 @@ class StepTrainer(Trainer):
                 batch.pop("samples")
                 inputs = self._prepare_inputs(batch)
                 labels = inputs.pop("labels")
-                with self.compute_loss_context_manager():
+                wanted = self.head.sums_for(targets({"labels": labels}, "token")) if self.head else nullcontext()
+                with self.compute_loss_context_manager(), wanted:
                     outputs = model(**inputs)
-                sums += evaluation_sums(outputs["logits"] if isinstance(outputs, dict) else outputs[0], labels)
+                made = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+                sums += made if self.head else evaluation_sums(made, labels)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         model.train(was_training)
         runtime.reduce(sums)

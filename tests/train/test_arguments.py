@@ -175,7 +175,6 @@ def test_every_other_flag_of_the_scripts(base: list[str], monkeypatch: pytest.Mo
         ("--min_lr 0.01 --learning_rate 1e-5 --lr_scheduler_type cosine", "must lie below --learning_rate 1e-05"),
         ("--min_lr 1e-6 --learning_rate 1e-5 --lr_scheduler_type constant", "constant never falls"),
         ("--bf16 --fp16", "exclude each other"),
-        ("--use_flash_attn", "flash_attn package is not installed"),
         ("--config_name hunyuan_v1_dense", "exclude each other"),
         ("--lora_dropout 1.5", "--lora_dropout in"),
         ("--resume_from_checkpoint /no/where", "no such folder"),

@@ -1,83 +1,28 @@
 """Packed rows train like their samples alone: each attention is proven on the model, and the real trainer resumes exactly."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from finebridge.data_tools.collator import FlatteningCollator
-from finebridge.data_tools.dataset import DummyDataset, PackedDataset
-from finebridge.data_tools.packing import pack
 from finebridge.train.attention import AttentionError, check_isolation, check_trainable, takes_borders
+from finebridge.train.packed_attention import take_packed
+from packed_trials import CPU, build, flags, losses
 from rank_runner import RankRunner
 from safetensors.torch import load_file
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, set_seed
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 Models = Callable[[str], Path]
 History = Callable[[Path], list[dict[str, Any]]]
-CPU = torch.device("cpu")
-SIZES = {
-    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "pad_token_id": 0, "use_cache": False,
-}  # fmt: skip
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "moe_topk": 2}
 LINEAR = {
     "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "shared_expert_intermediate_size": 8, "layer_types": ["linear_attention", "full_attention"],
 }  # fmt: skip
-
-
-def build(model_type: str, attention: str | None = None, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
-    config = AutoConfig.for_model(model_type, **{**SIZES, **more})
-    set_seed(0)
-    options = {"attn_implementation": attention} if attention else {}
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-
-
-def packed(lengths: list[int]) -> PackedDataset:
-    samples = DummyDataset(60, 8)
-    samples.lengths = np.array(lengths)
-    rows = [np.random.default_rng(n).integers(0, 60, length) for n, length in enumerate(lengths)]
-    data = PackedDataset(samples, pack(samples.lengths, 1000, 0))
-    data.data = Rows(rows)  # pyright: ignore[reportAttributeAccessIssue]
-    return data
-
-
-class Rows:
-    def __init__(self, rows: list[Any]) -> None:
-        self.rows = rows
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        labels = self.rows[number].copy()
-        labels[: len(labels) // 3] = -100
-        return {"input_ids": self.rows[number], "labels": labels}
-
-
-def losses(model: Any, lengths: Sequence[int] = (17, 30, 5, 21)) -> tuple[float, float, float]:
-    """The loss of a packed row, that of its samples one by one weighted by tokens, and the gradients' difference."""
-    data = packed(list(lengths))
-    batch = FlatteningCollator(borders=takes_borders(model))([data[0]])
-    device = model.device
-    row = model(**{name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}).loss
-    row.backward()
-    together = [parameter.grad.clone() for parameter in model.parameters()]
-    model.zero_grad()
-    count = int((batch["labels"] != -100).sum())
-    alone = 0.0
-    for number in range(4):
-        item = {name: torch.from_numpy(value)[None].to(device) for name, value in data.data[number].items()}
-        share = model(**item).loss * int((item["labels"][:, 1:] != -100).sum()) / count
-        share.backward()
-        alone += share.item()
-    worst = max(
-        float((a - b.grad).abs().max() / a.abs().max()) for a, b in zip(together, model.parameters(), strict=True)
-    )
-    return row.item(), alone, worst
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -89,16 +34,17 @@ def test_packed_loss_and_gradients_are_those_of_the_samples_alone(model_type: st
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention", "flash_attention_2"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention", "packed"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 def test_on_a_gpu_samples_stay_apart_and_train_as_alone(model_type: str, attention: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    if attention == "flash_attention_2":
-        pytest.importorskip("flash_attn")
     sizes = {"hidden_size": 256, "head_dim": 64}
     half = attention not in ("sdpa", "eager")
-    model = build(model_type, attention, torch.bfloat16 if half else torch.float32, **sizes).to("cuda")
+    own = None if attention == "packed" else attention
+    model = build(model_type, own, torch.bfloat16 if half else torch.float32, **sizes).to("cuda")
+    if own is None:
+        take_packed(model, model.device, print, packed=True, only_flash=True)
     check_trainable(model, model.device, say=lambda _: None)
     check_isolation(model, model.device)
     row, alone, gradients = losses(model, (129, 150, 131, 200))  # FlexAttention has no backward pass under 128 tokens
@@ -207,19 +153,10 @@ def test_attention_that_cannot_train_here() -> None:
     check_trainable(model, CPU, said.append)
     assert not said
     check_trainable(model, torch.device("cuda"), said.append)
-    assert "--use_flash_attn" in said[0]
+    assert "masks the other samples" in said[0]
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(AttentionError, match="no backward pass on a CPU"):
         check_trainable(model, CPU)
-
-
-def flags(model: Path, data: Path, out: Path, **more: Any) -> list[object]:
-    values: dict[str, Any] = {
-        "model_name_or_path": model, "train_data_file": data, "output_dir": out, "max_steps": 3, "logging_steps": 1,
-        "learning_rate": 1e-2, "lr_scheduler_type": "constant", "per_device_train_batch_size": 1, "disable_tqdm": "true",
-        "packing": "true", "max_seq_length": 160,
-    } | more  # fmt: skip
-    return [word for name, value in values.items() for word in (f"--{name}", value)]
 
 
 def evaluated(out: Path) -> list[float]:

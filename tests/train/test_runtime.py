@@ -102,3 +102,15 @@ def test_what_ranks_tell_one_another(tmp_path: Path) -> None:
         [sys.executable, "-c", RANKS_MEET, tmp_path / "store"], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_an_architecture_that_deepspeed_cannot_read_is_taken_as_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    from finebridge.train import extensions
+
+    said: list[str] = []
+    for given, taken in (("9.0a", "9.0"), ("8.0;9.0a 10.0f+PTX", "8.0;9.0 10.0+PTX"), ("8.6", "8.6")):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
+        extensions.plain_architectures(said.append)
+        assert os.environ["TORCH_CUDA_ARCH_LIST"] == taken
+    assert len(said) == 2
+    assert "9.0a: taken as 9.0" in said[0]
