@@ -8,6 +8,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from .. import __version__
 from .nodes import NodesError
@@ -32,7 +33,6 @@ class Job:
     folder: str  # the working directory, on every node
     logs: str
     stop_grace: float
-    beats: bool  # whether the launching side tells every few seconds that it is there
     version: str = __version__
     mark: str = field(default_factory=lambda: f"\x1e{secrets.token_hex(8)} ")
 
@@ -44,12 +44,13 @@ class Job:
     def decode(cls, word: str | bytes) -> "Job":
         """The job in a word. Raises NodesError when it is none, or from another version."""
         try:
-            values = json.loads(base64.b64decode(word, altchars=b"-_", validate=True))
+            values: dict[str, Any] = json.loads(base64.b64decode(word, altchars=b"-_", validate=True))
             if values["version"] != __version__:
                 raise NodesError(
                     f"finebridge {__version__} is installed here, the run was started with {values['version']}"
                 )
-            return cls(**{**values, "nodes": [(str(host), int(slots)) for host, slots in values["nodes"]]})
+            values["nodes"] = [(str(host), int(slots)) for host, slots in values["nodes"]]
+            return cls(**values)
         except (binascii.Error, ValueError, KeyError, TypeError) as error:
             if isinstance(error, NodesError):
                 raise

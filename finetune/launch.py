@@ -172,8 +172,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], stop: Stop, first: int, tell
         if stop.now:
             return Ended(_SIGNAL_EXIT + signal.SIGINT)
         if stop.over:
-            tell("error: the ranks did not stop in time; they are ended, see the last checkpoint")
-            return Ended(EXIT_STOPPED)
+            return Ended(EXIT_STOPPED, why="the ranks did not stop in time and are ended, see the last checkpoint")
 
 
 def _failed(ranks: Sequence[subprocess.Popen[bytes]], first: int) -> Ended:

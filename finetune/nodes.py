@@ -6,13 +6,14 @@ No list of hosts is ever read by a shell, and no host can be taken for an option
 import ipaddress
 import re
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..storage.publish import write_text
-from .slurm import SlurmError, expand, slots_by_node
+from . import slurm
 
+SLURM = "Slurm's allocation"  # a source of nodes, beside NODE_IP_LIST and --hostfile
 _HOST = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,252})|\[[0-9A-Fa-f:.]{2,45}\]"
 _COUNT = r"[1-9][0-9]{0,4}"
 _ENTRY = re.compile(rf"(?P<host>{_HOST})(?::(?P<slots>{_COUNT}))?")
@@ -77,18 +78,18 @@ def listed_nodes(env: Mapping[str, str], hostfile: Path | None) -> tuple[list[No
         return [Node(node.host, node.slots or other) for node, other in zip(nodes, slots, strict=True)], "--hostfile"
     if listed:
         return listed, "NODE_IP_LIST"
-    if text := env.get("SLURM_JOB_NODELIST", ""):
-        try:
-            names = expand(text)
-            slots = slots_by_node(env, len(names))
-        except SlurmError as error:
-            raise NodesError(str(error)) from None
-        nodes = [Node(_node(name, _ENTRY, "SLURM_JOB_NODELIST", "a host").host, slots) for name in names]
-        return _once(nodes, "SLURM_JOB_NODELIST"), "SLURM_JOB_NODELIST"
-    return [], ""
+    try:
+        names, variable = slurm.nodes(env)
+        slots = slurm.slots_by_node(env) if names else None
+    except slurm.SlurmError as error:
+        raise NodesError(str(error)) from None
+    found = [Node(_node(name, _ENTRY, variable, "a host").host, slots) for name in names]
+    return (_once(found, variable), SLURM) if found else ([], "")
 
 
-def counted(nodes: Sequence[Node], source: str, env: Mapping[str, str], asked: int | None, gpus: int) -> list[Node]:
+def counted(
+    nodes: Sequence[Node], source: str, env: Mapping[str, str], asked: int | None, gpus: Callable[[], int]
+) -> list[Node]:
     """The nodes, each with its number of processes: of the list, else ``asked`` (--nproc_per_node), HOST_GPU_NUM, ``gpus``.
 
     One machine takes ``asked`` first. Raises NodesError when two of them contradict each other, or NODES or NODE_NUM
@@ -102,14 +103,14 @@ def counted(nodes: Sequence[Node], source: str, env: Mapping[str, str], asked: i
         )
     if len(nodes) < 2:  # noqa: PLR2004 - one machine
         host, slots = (nodes[0].host, nodes[0].slots) if nodes else ("127.0.0.1", None)
-        return [Node(host, asked or slots or stated or gpus or 1)]
+        return [Node(host, asked or slots or stated or gpus() or 1)]
     given = [node.slots for node in nodes if node.slots]
     for node in nodes:
         if asked and node.slots and node.slots != asked:
             raise NodesError(f"--nproc_per_node {asked}, but {source} gives {node.host} {node.slots}")
     if stated and len(given) == len(nodes) and stated not in given:
         raise NodesError(f"HOST_GPU_NUM={stated}, but {source} gives the nodes {', '.join(map(str, given))}")
-    full = [Node(node.host, node.slots or asked or stated or gpus or 1) for node in nodes]
+    full = [Node(node.host, node.slots or asked or stated or gpus() or 1) for node in nodes]
     ranks, total = sum(node.slots or 0 for node in full), positive(env.get("NODE_NUM", ""), "NODE_NUM")
     if total is not None and total != ranks:
         raise NodesError(f"NODE_NUM={total}, which is NODES x HOST_GPU_NUM, but {source} gives {ranks} ranks")
@@ -127,7 +128,7 @@ def this_node(nodes: Sequence[Node], source: str, env: Mapping[str, str]) -> int
         if not found:
             raise NodesError(f"LOCAL_IP={mine} is none of {source}: {_hosts(nodes)}")
         return found[0]
-    if source == "SLURM_JOB_NODELIST":
+    if source == SLURM:
         return next((number for number, node in enumerate(nodes) if node.host == env.get("SLURMD_NODENAME")), None)
     found = [number for number, node in enumerate(nodes) if _is_here(node.host)]
     if len(found) > 1:
@@ -145,6 +146,11 @@ def check_reachable_names(nodes: Sequence[Node], source: str) -> None:
         raise NodesError(
             f"{source}: {loopback[0]} means another machine on each of the nodes; give the address that all can reach"
         )
+
+
+def host_name(text: str, name: str) -> str:
+    """A host, IPv6 addresses without their brackets. Raises NodesError."""
+    return _node(text, _LINE, name, "a host").host
 
 
 def positive(text: str, name: str) -> int | None:

@@ -28,7 +28,37 @@ def expand(text: str) -> list[str]:
     return names
 
 
-def slots_by_node(env: Mapping[str, str], nodes: int) -> int | None:
+def nodes(env: Mapping[str, str]) -> tuple[list[str], str]:
+    """The nodes of the allocation, and the variable that names them; none outside of Slurm. Raises SlurmError.
+
+    They are the step's when srun has started several of us, else the job's.
+    """
+    kind = "STEP" if tasks_of_step(env) > 1 else "JOB"
+    name = f"SLURM_{kind}_NODELIST"
+    names = expand(text) if (text := env.get(name, "")) else []
+    stated = _number(env, f"SLURM_{kind}_NUM_NODES")
+    if names and stated not in (None, len(names)):
+        raise SlurmError(f"SLURM_{kind}_NUM_NODES={stated}, but {name} names {len(names)}")
+    return names, name
+
+
+def tasks_of_step(env: Mapping[str, str]) -> int:
+    """How many of us srun has started; 1 in a job script. Raises SlurmError."""
+    return _number(env, "SLURM_STEP_NUM_TASKS") or 1
+
+
+def task_of_step(env: Mapping[str, str], count: int) -> int:
+    """Which of ``count`` nodes this task of a step is. Raises SlurmError unless there is one task a node."""
+    tasks, number = tasks_of_step(env), _number(env, "SLURM_NODEID")
+    if tasks != count or number is None or number >= count:
+        raise SlurmError(
+            f"SLURM_STEP_NUM_TASKS={tasks}, SLURM_NODEID={number}: start finebridge once in the job script, or with srun "
+            "--ntasks-per-node=1; it starts a node's ranks itself"
+        )
+    return number
+
+
+def slots_by_node(env: Mapping[str, str]) -> int | None:
     """Processes that a node takes: its GPUs, else the tasks of a node; None when Slurm tells neither. Raises SlurmError.
 
     Scripts ask for one task a node, as for torchrun, or for one a GPU; another number contradicts the GPUs.
@@ -37,9 +67,6 @@ def slots_by_node(env: Mapping[str, str], nodes: int) -> int | None:
     tasks = _number(env, "SLURM_NTASKS_PER_NODE")
     if gpus and tasks not in (None, 1, gpus):
         raise SlurmError(f"SLURM_NTASKS_PER_NODE={tasks}, but a node has {gpus} GPUs (SLURM_GPUS_ON_NODE)")
-    stated = _number(env, "SLURM_JOB_NUM_NODES")
-    if stated not in (None, nodes):
-        raise SlurmError(f"SLURM_JOB_NUM_NODES={stated}, but SLURM_JOB_NODELIST names {nodes}")
     return gpus or tasks
 
 
