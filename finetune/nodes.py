@@ -193,11 +193,14 @@ def _node(text: str, pattern: re.Pattern[str], where: str, wanted: str) -> Node:
 
 
 def _once(nodes: list[Node], where: str) -> list[Node]:
-    hosts = [_same(node.host) for node in nodes]
-    for number, host in enumerate(hosts):
-        if (first := hosts.index(host)) < number:
-            one, other = nodes[first].host, nodes[number].host
-            raise NodesError(f"{where} names {one} twice" + ("" if one == other else f", as {other} too"))
+    """The nodes, when none is named twice."""
+    seen: dict[str, str] = {}
+    for node in nodes:
+        host = _same(node.host)
+        if host in seen:
+            also = "" if seen[host] == node.host else f", as {node.host} too"
+            raise NodesError(f"{where} names {seen[host]} twice{also}")
+        seen[host] = node.host
     return nodes
 
 
