@@ -45,7 +45,7 @@ _ADVICE = (
         "finebridge and its Python must be at the same path there",
     ),
 )
-_PDSH = re.compile(rb"pdsh@\S+: (\S+): ssh exited with exit code (\d+)")
+_NAMED = re.compile(rb"(?:pdsh@\S+|srun: error): (\S+): (?:ssh|tasks? \S+:) [Ee]xited with exit code (\d+)")
 
 
 class Remote:
@@ -180,11 +180,11 @@ class Remote:
         return next(iter(self._gone()), None)
 
     def _gone(self) -> list[tuple[int, int, int]]:
-        """The nodes without a report whose connection has ended; first those that pdsh names."""
+        """The nodes without a report whose connection has ended; first those that pdsh or srun names."""
         found: list[tuple[int, int, int]] = []
         for number, (start, process) in enumerate(zip(self.starts, self.processes, strict=True)):
             hosts = {self.job.nodes[node][0].encode(): node for node in start.nodes}
-            named = [(hosts[host], int(code)) for host, code in _PDSH.findall(self.said[number]) if host in hosts]
+            named = [(hosts[host], int(code)) for host, code in _NAMED.findall(self.said[number]) if host in hosts]
             ended = [] if (code := process.poll()) is None else [(node, code) for node in start.nodes]
             found += [(node, number, code) for node, code in [*named, *ended] if node not in self.ended]
         return found
