@@ -26,7 +26,7 @@ from .node_launcher import BEAT, BEAT_EVERY, STOP, Report
 EXIT_UNREACHED = 2
 _START_WITHIN = 120.0  # seconds for ssh, and for Python to begin on a node
 _END_WITHIN = 20.0  # seconds for the nodes to end their ranks, before the connections are cut
-_CAUSE_WITHIN = 3.0  # seconds in which a rank that failed may follow those that noticed it
+_CAUSE_WITHIN = 10.0  # seconds in which a rank that failed, and writes its traceback, may follow those that noticed it
 _ADVICE = (
     (
         r"REMOTE HOST IDENTIFICATION HAS CHANGED|Host key verification failed",
@@ -163,6 +163,8 @@ class Remote:
         """Tell of the rank that failed first; ranks that noticed that another is gone (75) come after the cause."""
         until = time.monotonic() + _CAUSE_WITHIN
         while all(told.code == EXIT_HANG for told in bad.values()) and time.monotonic() < until:
+            if len(self.ended) == len(self.job.nodes):
+                break
             self._hear(0.1)
             if (lost := self._lost()) is not None:
                 return self._tell_lost(*lost)

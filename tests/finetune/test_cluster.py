@@ -144,3 +144,15 @@ def test_a_job_of_slurm(tmp_path: Path) -> None:
         ("0", "n1"), ("1", "n1"), ("2", "n2"), ("3", "n2"),
     ]  # fmt: skip
     assert {one["env"]["MASTER_ADDR"] for one in got} == {"n1"}
+
+
+def test_slurm_names_the_node_that_did_not_start(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").write_text(
+        "#!/bin/sh\necho 'n2: cannot open /work' >&2\necho 'srun: error: n2: task 1: Exited with exit code 2' >&2\nexit 2\n"
+    )
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    env = {**SLURM, "NODE_IP_LIST": "", "LOCAL_IP": "", "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    done = Runs(tmp_path, [], env).run("done")
+    assert done.returncode == 2
+    assert "error: n2 could not be started (exit code 2)" in done.stderr

@@ -1,6 +1,7 @@
 """Runs on two nodes: what reaches the ranks, what is shown, and that nothing is left on any node."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -83,6 +84,28 @@ def test_words_and_environment_arrive_through_sshd(real: Runs) -> None:
     check_arrival(real)
     assert [one["env"].get("CUDA_VISIBLE_DEVICES") for one in real.got()] == ["5", None, None]
     assert [one["env"].get("STAYS") for one in real.got()] == ["x", None, None]
+
+
+@pytest.mark.slow
+def test_5000_words_arrive_through_sshd(real: Runs) -> None:
+    """Random words of what shells, ssh and pdsh could take for something else, 500 a run."""
+    draw = random.Random(11)
+    pieces = [*WORDS, "\n", "'", '"', "\\", " ", "%h", "$(touch canary)", "-oProxyCommand=touch canary", "\x01", "ü"]
+    for _ in range(10):
+        words = ["".join(draw.choices(pieces, k=draw.randint(0, 5))) for _ in range(500)]
+        done = real.run("done", *words, HF_TEXT="".join(words))
+        assert done.returncode == 0, done.stderr
+        assert all(one["argv"][2:] == words and one["env"]["HF_TEXT"] == "".join(words) for one in real.got())
+    assert not list(real.folder.rglob("canary"))
+
+
+@pytest.mark.slow
+def test_rank_0_of_another_node_is_heard(real: Runs) -> None:
+    done = real.run("done", flags=("--master_port=29517",), NODE_IP_LIST="127.0.0.3:2,127.0.0.2:1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "a line of rank 0\n"
+    assert "\nan error of rank 0\n" in done.stderr
+    assert [one["env"]["MASTER_PORT"] for one in real.got()] == ["29517"] * 3
 
 
 def test_a_failed_rank_of_another_node_is_told_and_all_end(real: Runs) -> None:
