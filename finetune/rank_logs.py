@@ -59,8 +59,19 @@ class RankLogs:
                     return
 
     def _follow(self, pipe: IO[bytes], to: int, path: Path) -> None:
-        with pipe, path.open("ab") as log:
+        """Pass on whole lines: Python writes a line and its end apart, and the other stream's could come between them."""
+        rest = b""
+        with pipe, path.open("ab", buffering=0) as log:
             while content := os.read(pipe.fileno(), 65_536):
-                log.write(content)
-                log.flush()
-                self.say(to, content)
+                rest += content
+                end = max(rest.rfind(b"\n"), rest.rfind(b"\r")) + 1
+                self._pass_on(rest[:end], log, to)
+                rest = rest[end:]
+            self._pass_on(rest, log, to)
+
+    def _pass_on(self, lines: bytes, log: IO[bytes], to: int) -> None:
+        try:
+            log.write(lines)
+        except OSError as error:  # a full disk; the rank must not wait for us
+            self.say(2, f"error: {log.name}: {error.strerror}; these lines are missing there\n".encode())
+        self.say(to, lines)
