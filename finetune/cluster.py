@@ -68,6 +68,11 @@ class Cluster:
         """The number of ranks, on all nodes."""
         return sum(node.slots or 0 for node in self.nodes)
 
+    @property
+    def leads(self) -> bool:
+        """Whether this process does what is done once a run; by hand only that of the first node does."""
+        return not self.by_hand or self.here == 0
+
     def run(self, module: str, argv: Sequence[str], output_dir: str, stop_grace: float) -> int:
         """Run ``python -P -m module argv`` as all ranks, or with --dry_run show how; the exit code. Raises NodesError."""
         if not self.remote:
@@ -117,9 +122,11 @@ class Cluster:
             return 0
         logs = RankLogs(Path(job.logs))
         logs.folder.mkdir(parents=True, exist_ok=True)
-        told = run_node(job, number, Stop(job.stop_grace), logs)
+        told = run_node(job, number, Stop(job.stop_grace), logs, say)
         if told.rank is not None:
             tell_failed(told, host)
+        elif told.why:
+            say(f"error: {told.why}")
         return told.code
 
 

@@ -10,7 +10,7 @@ import select
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = Stop(job.stop_grace)
     threading.Thread(target=_listen, args=(stop, source == "-"), daemon=True).start()
     _tell(job, logs, number, started=os.getpid())
-    _tell(job, logs, number, **asdict(run_node(job, number, stop, logs)))
+    ended = run_node(job, number, stop, logs, lambda _: None)  # the launching side tells of a stop
+    _tell(job, logs, number, **asdict(ended))
     return 0
 
 
@@ -61,12 +62,12 @@ class Report:
     tail: list[str] = field(default_factory=list[str])
 
 
-def run_node(job: Job, number: int, stop: Stop, logs: RankLogs) -> Report:
+def run_node(job: Job, number: int, stop: Stop, logs: RankLogs, tell: Callable[[str], None]) -> Report:
     """Run the ranks of node ``number`` with the job's environment, and this Python's tools (ninja) on the PATH."""
     os.environ.update(job.env)
     os.environ["PATH"] = os.pathsep.join(filter(None, [str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     share = Share(job.nodes[number][1], job.first_rank(number), job.world, job.master, job.port)
-    ended = run_share(job.module, job.argv, share, stop, lambda _: None, logs)
+    ended = run_share(job.module, job.argv, share, stop, tell, logs)
     logs.finish()
     if ended.rank is None:
         return Report(ended.code)

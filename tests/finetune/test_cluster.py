@@ -50,6 +50,7 @@ def test_where_a_run_takes_place(values: dict[str, Any], env: dict[str, str], wa
     where = taken(dict(values), env)
     assert (where.remote, where.here, [node.slots for node in where.nodes], where.by_hand) == wanted
     assert where.processes == sum(wanted[2])
+    assert where.leads == (not where.by_hand or where.here == 0)
 
 
 @pytest.mark.parametrize(

@@ -276,23 +276,29 @@ def test_a_node_on_which_the_job_cannot_run_says_why(tmp_path: Path, change: dic
 
 def test_nodes_started_by_hand_find_each_other(fake: Runs) -> None:
     second = fake.start("codes", "0", "0", "9", flags=("--no_ssh", "--node_rank=1"), LOCAL_IP="")
-    while not (fake.said / "2.json").exists():
-        time.sleep(0.02)
-    command = [
-        *second.args[: second.args.index("::")],
-        "--no_ssh",
-        "--node_rank=0",
-        *second.args[second.args.index("::") :],
-    ]
-    command = [word for word in command if word != "--node_rank=1"]
+    ours = ["--no_ssh", "--node_rank=0", "::", "node_rank_helper", str(fake.said), "codes", "0", "0", "9"]
     first = subprocess.run(
-        command, cwd=fake.folder, env={**fake.env, "LOCAL_IP": ""}, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-P", "-m", "loopback_nodes", *ours],
+        cwd=fake.folder, env={**fake.env, "LOCAL_IP": ""}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     _, said = second.communicate(timeout=60)
     assert first.returncode == 0
+    assert first.stdout == "a line of rank 0\n"
     assert second.returncode == 9
     assert "error: rank 2 on 127.0.0.3 ended with exit code 9" in said
+    assert [one["env"]["RANK"] for one in fake.got()] == ["0", "1", "2"]
     assert [one["env"]["MASTER_PORT"] for one in fake.got()] == ["29500"] * 3
+
+
+def test_a_node_started_by_hand_stops_as_one_machine_does(fake: Runs) -> None:
+    process = fake.start("saves", flags=("--no_ssh", "--node_rank=1"), LOCAL_IP="")
+    got = fake.running(process, ranks=2)
+    (fake.said / "0.json").write_text("{}")  # rank 0, which another machine has
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert said.count("SIGTERM: the ranks save a checkpoint") == 1
+    assert all_gone([one["pid"] for one in got])
 
 
 def train_flags(base: Path, data: Path, out: Path, settings: Path) -> list[object]:
@@ -344,6 +350,7 @@ def test_two_nodes_train_as_two_ranks_of_one(
         ("stop", 75, r"rank 1 \(host .* has said nothing for"),
         ("terminate", 143, r"stopped by SIGTERM at step [0-9]+, checkpoint .* saved"),
     ],
+    ids=["kill", "raise", "launcher", "stop", "terminate"],
 )
 def test_a_run_whose_second_node_fails(
     real: Runs,
