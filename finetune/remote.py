@@ -111,7 +111,7 @@ class Remote:
 
     def _watch(self) -> int:
         """Wait until all nodes are done, or one has failed; the exit code."""
-        while len(self.ended) < len(self.job.nodes):
+        while True:
             self._hear(0.2)
             now = time.monotonic()
             if now - self._beaten > BEAT_EVERY:
@@ -121,8 +121,9 @@ class Remote:
                 self._pass_on_stop()
             if bad := {number: told for number, told in self.ended.items() if told.code not in (0, EXIT_STOPPED)}:
                 return self._failed(bad)
-            lost = self._lost()
-            if lost is not None:
+            if len(self.ended) == len(self.job.nodes):
+                break
+            if (lost := self._lost()) is not None:
                 return self._tell_lost(*lost)
             if now - self._began > _START_WITHIN and (late := self._not_started()):
                 say(f"error: {late} has not started within {_START_WITHIN:.0f} s; the run stops")

@@ -174,6 +174,25 @@ def test_a_node_that_is_lost_ends_the_others(real: Runs) -> None:
     assert all_gone([one["pid"] for one in got])
 
 
+@pytest.mark.slow
+def test_a_node_whose_connection_falls_silent_is_lost_on_both_sides(real: Runs) -> None:
+    """Its sshd is frozen, as when the network is cut. With pdsh only the ranks' own heartbeat ends those of that node."""
+    process = real.start("wait")
+    got = real.running(process)
+    session = int(Path(f"/proc/{got[1]['launcher']}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    os.kill(session, signal.SIGSTOP)
+    try:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 75
+        assert "error: 127.0.0.3 was lost" in said
+        assert all_gone([got[0]["pid"]])
+        if "--launcher=ssh" in real.flags:
+            assert all_gone([one["pid"] for one in got], within=60)
+    finally:
+        os.kill(session, signal.SIGCONT)
+    assert all_gone([one["pid"] for one in got], within=60)
+
+
 def test_a_killed_launcher_leaves_nothing_on_any_node(real: Runs) -> None:
     process = real.start("wait")
     got = real.running(process)
