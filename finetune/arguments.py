@@ -20,7 +20,11 @@ class RunArguments:
     """The flags of ``finebridge run`` that are the launcher's own; ranks never see them. Raises ArgumentsError."""
 
     stage: Literal["sft", "pretrain"] = _arg("sft", "what is trained on: conversations, or plain text")
-    dry_run: bool = _arg(False, "check everything and print the plan; nothing is made but hashes of the sources")
+    dry_run: bool = _arg(
+        False,
+        "check everything and print the plan, with several nodes their commands; nothing is made but hashes",
+        _TRAINING,
+    )
     overwrite_output_dir: bool = _arg(False, "remove the checkpoints that another run left in --output_dir")
     export_hf: bool = _arg(True, "leave the trained model alone in OUTPUT_DIR/hf-STEP, with LoRA merged into its base")
     save_dtype: Literal["bf16", "fp16", "fp32"] | None = _arg(

@@ -106,11 +106,15 @@ def _train_help(verb: str) -> int:
     from ..train.arguments import HF_DEFAULTS, own_flags
     from ..train.hf_flags import hf_flags
     from .arguments import RUN_FLAGS
+    from .cluster import NODE_FLAGS
 
     print(f"finebridge {verb} [recipe.yaml ...] [key=value ...] [--flag value ...]\n")
     for name, entry in RUN_FLAGS.items():
         if verb == "run" or entry.metadata["verb"] != "run":
             print(f"  --{name} (default {entry.default})\n      {entry.metadata['help']}")
+    for name, text in NODE_FLAGS.items():
+        if name not in RUN_FLAGS:
+            print(f"  --{name} {text}")
     for name, (kind, default, text) in own_flags().items():
         plain = kind.removeprefix("<class '").removesuffix("'>").replace("typing.", "")
         print(f"  --{name} ({plain}, default {default})\n      {text}")

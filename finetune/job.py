@@ -10,11 +10,11 @@ from typing import Any
 from ..storage.publish import write_text
 from ..train.arguments import build
 from ..train.hf_flags import hf_value
+from . import cluster
 from .arguments import take
 from .export import parse_export
 from .launch import gpu_count
 from .ledger import Ledger
-from .nodes import local_processes
 from .weights import start_of
 
 
@@ -45,6 +45,8 @@ class Job:
     def __init__(self, values: dict[str, Any], verb: str) -> None:
         self.run = take(values, verb)
         self.verb = self.run.stage if verb == "run" else verb
+        values["dry_run"] = self.run.dry_run
+        self.where = cluster.take(values, os.environ, self.run.nproc_per_node, gpu_count)
         self.values = values
         self.args = build(values, "document" if self.verb == "pretrain" else "chat")
         self.output_dir = Path(self.args.hf["output_dir"])
@@ -53,7 +55,6 @@ class Job:
         self.start = start_of(self.args, self.run)
         self.saves = str(hf_value(self.args.hf, "save_strategy")) != "no"
         self.export = parse_export(self.run.export_mcore) if self.run.export_mcore else None
-        self.ranks = self.run.nproc_per_node or local_processes(os.environ) or gpu_count() or 1
         self.ledger = Ledger(self.output_dir, self.cache)
         self._check()
 
@@ -70,6 +71,15 @@ class Job:
             raise ValueError("--export_mcore needs a checkpoint; leave --save_strategy no out")
         if self.export and model.use_lora and self.start.model is None:
             raise ValueError(f"--export_mcore with --use_lora needs a folder as --model_name_or_path, not {named}")
+
+    @property
+    def ranks(self) -> int:
+        """How many there are, on all nodes."""
+        return self.where.processes
+
+    def start_ranks(self, argv: Sequence[str]) -> int:
+        """Start the ranks of the training, here or on all nodes, and wait for them; the exit code. Raises NodesError."""
+        return self.where.run(f"finebridge.train.{self.verb}", argv, str(self.output_dir), self.run.stop_grace)
 
     @property
     def step(self) -> int | str:

@@ -10,10 +10,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from ..train.orphans import LAUNCHER
 from ..train.verdicts import EXIT_HANG
+from .rank_logs import RankLogs
 
 STOP_GRACE = 600.0  # seconds that a checkpoint may take after SIGTERM
 _GRACE_SECONDS = 2.0
@@ -33,49 +35,31 @@ def gpu_count() -> int:
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
 
 
-def run_ranks(module: str, argv: Sequence[str], processes: int, stop_grace: float = STOP_GRACE) -> int:
-    """Run ``python -P -m module argv`` as ranks 0 to ``processes`` - 1; the exit code of the run.
+@dataclass(frozen=True, slots=True)
+class Share:
+    """This machine's part of a run: ``processes`` ranks from ``first`` on, of ``world``, that meet at ``master``:``port``."""
 
-    Arguments reach the ranks as a list, no shell reads them. When a rank fails, or on Ctrl-C, the others get SIGTERM and
-    after 2 s SIGKILL; the code is that of the rank that failed first. SIGTERM is passed on, and the ranks get
-    ``stop_grace`` seconds to save a checkpoint and end; a second one ends them as Ctrl-C does. When the launcher itself is
-    killed the ranks end too (``train/orphans.py``).
-    """
-    port = _free_port()
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // processes))
-    ranks: list[subprocess.Popen[bytes]] = []
-    stop = _Stop(stop_grace)
-    previous = signal.signal(signal.SIGTERM, stop.asked)
-    try:
-        for rank in range(processes):
-            env = {
-                **os.environ,
-                **_cpu_only(),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(processes),
-                "LOCAL_WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": threads,
-                "PYTHONUNBUFFERED": "1",  # losses reach a log file when they are printed
-                LAUNCHER: str(os.getpid()),
-            }
-            ranks.append(subprocess.Popen([sys.executable, "-P", "-m", module, *argv], env=env))  # noqa: S603 - no shell
-        return _wait(ranks, stop)
-    except KeyboardInterrupt:
-        print("interrupted: stopping the ranks", file=sys.stderr, flush=True)
-        return _SIGNAL_EXIT + (signal.SIGTERM if stop.began else signal.SIGINT)
-    finally:
-        _end(ranks)
-        signal.signal(signal.SIGTERM, previous)
+    processes: int
+    first: int
+    world: int
+    master: str
+    port: int
 
 
-class _Stop:
-    """What the launcher was asked by SIGTERM, and until when the ranks have time for it."""
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a run ended on this machine: its exit code, the rank that failed and why, when that should be told."""
+
+    code: int
+    rank: int | None = None
+    why: str = ""
+
+
+class Stop:
+    """What the launcher was asked (by SIGTERM, or ``now``), and until when the ranks have time for it."""
 
     def __init__(self, grace: float) -> None:
-        self.grace, self.began = grace, 0.0
+        self.grace, self.began, self.now = grace, 0.0, False
 
     def asked(self, _signal: int, _frame: object) -> None:
         """The handler of SIGTERM."""
@@ -89,44 +73,110 @@ class _Stop:
         return bool(self.began) and time.monotonic() > self.began + self.grace
 
 
+def run_ranks(module: str, argv: Sequence[str], processes: int, stop_grace: float = STOP_GRACE) -> int:
+    """Run ``python -P -m module argv`` as ranks 0 to ``processes`` - 1, all of a run; its exit code.
+
+    Arguments reach the ranks as a list, no shell reads them. When a rank fails, or on Ctrl-C, the others get SIGTERM and
+    after 2 s SIGKILL; the code is that of the rank that failed first. SIGTERM is passed on, and the ranks get
+    ``stop_grace`` seconds to save a checkpoint and end; a second one ends them as Ctrl-C does. When the launcher itself is
+    killed the ranks end too (``train/orphans.py``).
+    """
+    share = Share(processes, 0, processes, "127.0.0.1", free_port("127.0.0.1"))
+    ended = run_share(module, argv, share, Stop(stop_grace), say)
+    if ended.why:
+        say(f"error: {ended.why}; the run stops")
+    return ended.code
+
+
+def run_share(
+    module: str,
+    argv: Sequence[str],
+    share: Share,
+    stop: Stop,
+    tell: Callable[[str], None],
+    logs: RankLogs | None = None,
+) -> Ended:
+    """Run this machine's ranks as ``run_ranks`` does; what is not about one rank is told. Their output goes into ``logs``."""
+    ranks: list[subprocess.Popen[bytes]] = []
+    previous = signal.signal(signal.SIGTERM, stop.asked)
+    try:
+        for local in range(share.processes):
+            env, command = _env(share, local), [sys.executable, "-P", "-m", module, *argv]
+            ranks.append(
+                logs.start(share.first + local, command, env) if logs else subprocess.Popen(command, env=env)  # noqa: S603 - no shell
+            )
+        return _wait(ranks, stop, share.first, tell)
+    except KeyboardInterrupt:
+        tell("interrupted: stopping the ranks")
+        return Ended(_SIGNAL_EXIT + (signal.SIGTERM if stop.began else signal.SIGINT))
+    finally:
+        _end(ranks)
+        signal.signal(signal.SIGTERM, previous)
+
+
+def say(text: str) -> None:
+    """Tell the user, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def free_port(host: str) -> int:
+    """A port that is free on this machine at an address, "" for all of them."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _env(share: Share, local: int) -> dict[str, str]:
+    """The environment of a rank."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // share.processes))
+    return {
+        **os.environ,
+        **_cpu_only(),
+        "RANK": str(share.first + local),
+        "LOCAL_RANK": str(local),
+        "WORLD_SIZE": str(share.world),
+        "LOCAL_WORLD_SIZE": str(share.processes),
+        "MASTER_ADDR": share.master,
+        "MASTER_PORT": str(share.port),
+        "OMP_NUM_THREADS": threads,
+        "PYTHONUNBUFFERED": "1",  # losses reach a log file when they are printed
+        LAUNCHER: str(os.getpid()),
+    }
+
+
 def _cpu_only() -> dict[str, str]:
     """Without a GPU DeepSpeed need not look for one, and warn on every rank that it found none."""
     return {} if gpu_count() or "DS_ACCELERATOR" in os.environ else {"DS_ACCELERATOR": "cpu"}
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], stop: _Stop) -> int:
-    """Wait until all ranks are done, one has failed, or a stop takes too long; the exit code of the run."""
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], stop: Stop, first: int, tell: Callable[[str], None]) -> Ended:
+    """Wait until all ranks are done, one has failed, or a stop takes too long."""
     passed_on = False
     while True:
         time.sleep(0.1)
         codes = [rank.poll() for rank in ranks]
         if not passed_on and (stop.began or EXIT_STOPPED in codes):
             passed_on, stop.began = True, stop.began or time.monotonic()
-            print(
+            tell(
                 f"SIGTERM: the ranks save a checkpoint when this step is done, within {stop.grace:.0f} s (--stop_grace); "
-                "a second SIGTERM or Ctrl-C ends them at once",
-                file=sys.stderr,
-                flush=True,
+                "a second SIGTERM or Ctrl-C ends them at once"
             )
             for rank in ranks:
                 if rank.poll() is None:
                     rank.terminate()
         in_order = (None, 0, EXIT_STOPPED, -signal.SIGTERM) if passed_on else (None, 0)
         if any(code not in in_order for code in codes):
-            return _failed(ranks)
+            return _failed(ranks, first)
         if None not in codes:
-            return EXIT_STOPPED if any(codes) else 0
+            return Ended(EXIT_STOPPED if any(codes) else 0)
+        if stop.now:
+            return Ended(_SIGNAL_EXIT + signal.SIGINT)
         if stop.over:
-            print(
-                "error: the ranks did not stop in time; they are ended, see the last checkpoint",
-                file=sys.stderr,
-                flush=True,
-            )
-            return EXIT_STOPPED
+            return Ended(EXIT_STOPPED, why="the ranks did not stop in time and are ended, see the last checkpoint")
 
 
-def _failed(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    """The exit code of the rank that failed (128 + signal when it was killed), which is said.
+def _failed(ranks: Sequence[subprocess.Popen[bytes]], first: int) -> Ended:
+    """The rank that failed, with its exit code (128 + signal when it was killed), and why if its output does not tell.
 
     Ranks that found another one missing end with EXIT_HANG; that one may need a moment to end, and its code tells more.
     """
@@ -138,13 +188,13 @@ def _failed(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
             break
         time.sleep(0.05)
     number, code = min((causes or codes).items())
+    rank, why = first + number, ""
     if code < 0:
         name = next((s.name for s in signal.Signals if s == -code), f"signal {-code}")
-        why = " (out of memory?)" if name == "SIGKILL" else ""
-        print(f"error: rank {number} was ended by {name}{why}; the run stops", file=sys.stderr, flush=True)
-    elif number > 0 and code != EXIT_HANG:
-        print(f"error: rank {number} ended with exit code {code}; the run stops", file=sys.stderr, flush=True)
-    return code if code > 0 else _SIGNAL_EXIT - code
+        why = f"rank {rank} was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    elif rank > 0 and code != EXIT_HANG:
+        why = f"rank {rank} ended with exit code {code}"
+    return Ended(code if code > 0 else _SIGNAL_EXIT - code, rank, why)
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -158,9 +208,3 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             rank.kill()
             rank.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -12,6 +12,7 @@ import yaml
 from ..train.arguments import as_word, known_flags, read_flags
 from ..train.hf_flags import nearest
 from .arguments import OTHER_NAMES, RUN_FLAGS
+from .cluster import NODE_FLAGS
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -98,4 +99,4 @@ def _check_key(key: str, where: str) -> None:
 
 
 def _known() -> list[str]:
-    return [*known_flags(), *RUN_FLAGS, *OTHER_NAMES]
+    return [*known_flags(), *RUN_FLAGS, *OTHER_NAMES, *NODE_FLAGS]

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 from ..storage.once import locked
 from ..storage.space import free_bytes
-from . import launch
 from .export import check_export, export_last
 from .job import Job, Step, size
 from .recipe import gather, to_argv
@@ -30,20 +29,26 @@ def run(words: Sequence[str]) -> int:
     data = DataStages(job, pack)
     training = TrainStage(job, weights, data)
     before = [*weights.plan(), *data.plan()]
-    after = [*data.plan_tokens(), training.plan(), *AfterStages(job, weights, training).plan()]
+    trained = training.plan()
+    after = [*data.plan_tokens(), trained, *AfterStages(job, weights, training).plan()]
     for step in (*before, *after):
         job.say(str(step))
     if job.run.dry_run:
         job.say(f"plan: {size(free_bytes(job.output_dir))} are free where {job.output_dir} lies")
-        return 0
-    return _work(job, before, after)
+        return job.start_ranks(to_argv(job.values)) if job.where.remote else 0  # which shows how they would be
+    return _work(job, before, trained, after)
 
 
-def _work(job: Job, before: Sequence[Step], after: Sequence[Step]) -> int:
-    """Do the stages; an output folder is one launcher's at a time, the others wait and find the work done."""
+def _work(job: Job, before: Sequence[Step], training: Step, after: Sequence[Step]) -> int:
+    """Do the stages; an output folder is one launcher's at a time, the others wait and find the work done.
+
+    Of nodes that are started by hand each prepares what it needs and trains; all else is the first one's.
+    """
     for step in before:
         if code := step.do():  # also where it stands: then it is verified
             return code
+    if not job.where.leads:
+        return training.do() or 0
     with locked(job.output_dir / ".run.lock", job.say) as tell:
         for step in after:
             tell.note(f"{step.stage}, {step.what}")
@@ -55,6 +60,8 @@ def _work(job: Job, before: Sequence[Step], after: Sequence[Step]) -> int:
 def train(verb: str, words: Sequence[str]) -> int:
     """The training alone, with the Megatron checkpoints at its ends that its flags name; the exit code of the ranks."""
     job = Job(gather(words), verb)
+    if job.run.dry_run:
+        return job.start_ranks(to_argv(job.values))
     folder = job.start.make(job.say)
     if job.start.megatron:
         job.values.pop("load", None)
@@ -63,7 +70,7 @@ def train(verb: str, words: Sequence[str]) -> int:
         check_export(job.export, folder)
     elif job.export:
         job.say("export: no folder holds the model yet, so the export is planned when it is trained")
-    code = launch.run_ranks(f"finebridge.train.{verb}", to_argv(job.values), job.ranks, job.run.stop_grace)
-    if code == 0 and job.export:
+    code = job.start_ranks(to_argv(job.values))
+    if code == 0 and job.export and job.where.leads:
         export_last(job.export, folder, job.output_dir, job.say)
     return code

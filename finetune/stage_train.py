@@ -8,7 +8,6 @@ from ..storage.manifest import steps
 from ..storage.once import forget
 from ..storage.publish import remove, write_text
 from ..train.record import command_line
-from . import launch
 from .export import last_checkpoint
 from .job import Job, Step
 from .ledger import Standing
@@ -55,7 +54,7 @@ class TrainStage:
         what += f" -> {standing.artifact or job.output_dir / f'checkpoint-{job.step}'}"
         if standing.artifact is None and standing.begun and self._goes_on:
             what += ", from the newest checkpoint on"
-        words = [f"--nproc_per_node={job.ranks}", *self._argv(standing)]
+        words = [*([] if job.where.remote else [f"--nproc_per_node={job.ranks}"]), *self._argv(standing)]
         return Step(_STAGE, what, standing.artifact is not None, self._do, command_line(words, job.verb))
 
     @property
@@ -90,12 +89,14 @@ class TrainStage:
         if standing.artifact:
             job.say(f"train: reused {standing.artifact}; remove it to train again")
             return 0
+        if not job.where.leads:  # the first node's process does what is done once a run
+            return job.start_ranks(self._argv(standing))
         self._refuse_other_run(standing)  # it may have come meanwhile
         if not standing.begun and not job.args.hf.get("resume_from_checkpoint"):
             self._clear()
         write_text(job.output_dir / "recipe.yaml", recipe_text(job.run, job.args))
         job.ledger.begin(_STAGE, self.inputs)
-        code = launch.run_ranks(f"finebridge.train.{job.verb}", self._argv(standing), job.ranks, job.run.stop_grace)
+        code = job.start_ranks(self._argv(standing))
         if code == 0 and job.saves:
             job.ledger.done(_STAGE, self.inputs, last_checkpoint(job.output_dir)[0])
         return code

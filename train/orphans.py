@@ -1,4 +1,7 @@
-"""No process outlives the one that started it, however that one ended. Linux only; torch is not needed here."""
+"""No process outlives the one that started it, however that one ended. Linux only; torch is not needed here.
+
+``python -P -m finebridge.train.orphans PARENT COMMAND ...`` becomes a command that ends with the process PARENT.
+"""
 
 import ctypes
 import os
@@ -32,3 +35,9 @@ def _die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the kernel was told
         os._exit(1)
+
+
+if __name__ == "__main__":
+    if sys.platform == "linux":
+        _die_with(int(sys.argv[1]))
+    os.execvp(sys.argv[2], sys.argv[2:])  # noqa: S606 - an argument list, no shell

@@ -120,14 +120,6 @@ def test_a_recipes_value_of_the_wrong_type_is_exit_code_2_and_named(
     assert key in refused(capsys, "r.yaml")
 
 
-def test_several_machines_are_refused(
-    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert run_folder
-    monkeypatch.setenv("NODE_IP_LIST", "10.0.0.1:8,10.0.0.2:8")
-    assert "torchrun --nnodes 2" in refused(capsys, *GOOD)
-
-
 @pytest.mark.parametrize(
     ("words", "env", "processes"),
     [

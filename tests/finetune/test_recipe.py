@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finebridge.finetune.arguments import take
 from finebridge.finetune.recipe import RecipeError, gather, read_recipe, to_argv
 from finebridge.train.arguments import Arguments, build, known_flags, read_flags
 from hypothesis import given, settings
@@ -162,4 +163,6 @@ def test_the_shipped_recipes_are_read(needed: dict[str, Any]) -> None:
     recipes = sorted((Path(finebridge.__file__).parent / "finetune" / "example_data").glob("*.yaml"))
     assert [path.name for path in recipes] == ["full.yaml", "lora.yaml"]
     for path in recipes:
-        assert build(read_recipe(path) | needed).hf["deepspeed"] == "ds_zero2_no_offload"
+        values = read_recipe(path) | needed
+        assert take(values, "run").stage == "sft"
+        assert build(values).hf["deepspeed"] == "ds_zero2_no_offload"
