@@ -3,6 +3,7 @@
 import os
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,11 @@ class Job:
         print(text, flush=True)
 
     def note_done(self, artifact: Path, recipe: str) -> None:
-        """Leave the resolved recipe beside an artifact; hidden, for the folder of a model is read as a whole."""
-        write_text(artifact.with_name(f".{artifact.name}.recipe.yaml"), recipe)
+        """Leave the resolved recipe beside an artifact that has none; hidden, for the folder of a model is read as a whole."""
+        path = artifact.with_name(f".{artifact.name}.recipe.yaml")
+        if not path.exists():
+            with suppress(OSError):  # a place that is only read, in which somebody else made it
+                write_text(path, recipe)
 
 
 def size(count: int) -> str:

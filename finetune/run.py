@@ -19,6 +19,10 @@ from .stage_train import TrainStage
 from .stages_after import AfterStages
 from .stages_before import DataStages, WeightStages, asked_pack
 
+# Seconds without a heartbeat after which a launcher elsewhere is taken for dead. Longer than for what is built once: of two
+# that build, one drops its work, but two trainings in a folder would spoil it, and a disk on the network may pause.
+_DEAD = 120.0
+
 
 def run(words: Sequence[str]) -> int:
     """Say the plan of all stages and do them; the exit code is that of the stage that failed."""
@@ -49,7 +53,7 @@ def _work(job: Job, before: Sequence[Step], training: Step, after: Sequence[Step
             return code
     if not job.where.leads:
         return training.do() or 0
-    with locked(job.output_dir / ".run.lock", job.say) as tell:
+    with locked(job.output_dir / ".run.lock", job.say, dead=_DEAD) as tell:
         for step in after:
             tell.note(f"{step.stage}, {step.what}")
             if code := step.do():

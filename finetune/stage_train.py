@@ -66,22 +66,38 @@ class TrainStage:
         values = dict(self._job.values)
         if standing.begun and self._goes_on:
             values["resume_from_checkpoint"] = "true"
+            if values.pop(
+                "init_from_checkpoint", None
+            ):  # which says of a new run what its own checkpoint says of this one
+                values |= self._told_by_init()
         if self._job.start.megatron:
             for other in ("load", "model_name_or_path"):
                 values.pop(other, None)
             values["model_name_or_path"] = str(self._weights.folder)
         return to_argv(values)
 
+    def _told_by_init(self) -> dict[str, Any]:
+        """The flags that ``--init_from_checkpoint`` stood for."""
+        model = self._job.args.model
+        names = ("use_lora", "lora_rank", "lora_alpha", "lora_dropout", "lora_target") if model.use_lora else ()
+        return {name: str(getattr(model, name)) for name in ("model_name_or_path", *names)}
+
+    def _made_here(self) -> list[Path]:
+        """What a run left in the output folder: checkpoints, and what was made of them."""
+        job = self._job
+        left = [path for path in job.ledger.artifacts() if path.parent == job.output_dir and path.is_dir()]
+        return list(dict.fromkeys([*(folder for _, folder in steps(job.output_dir)), *left]))
+
     def _refuse_other_run(self, standing: Standing) -> None:
         job = self._job
-        there = [folder for _, folder in steps(job.output_dir)]
+        there = self._made_here()
         asked = job.args.hf.get("resume_from_checkpoint") or job.run.overwrite_output_dir
         if standing.artifact or standing.begun or not there or asked:
             return
         why = standing.why or "finebridge run did not make it"
         raise ValueError(
             f"--output_dir {job.output_dir} holds {there[0].name} of another run ({why}). Choose another --output_dir, go on "
-            "from it with --resume_from_checkpoint true, or have the checkpoints there removed by --overwrite_output_dir"
+            "from it with --resume_from_checkpoint true, or have what it left there removed by --overwrite_output_dir"
         )
 
     def _do(self) -> int:
@@ -92,21 +108,14 @@ class TrainStage:
         if not job.where.leads:  # the first node's process does what is done once a run
             return job.start_ranks(self._argv(standing))
         self._refuse_other_run(standing)  # it may have come meanwhile
-        if not standing.begun and not job.args.hf.get("resume_from_checkpoint"):
-            self._clear()
+        if job.run.overwrite_output_dir and not standing.begun and not job.args.hf.get("resume_from_checkpoint"):
+            for folder in self._made_here():
+                job.say(f"train: removing {folder} of another run (--overwrite_output_dir)")
+                remove(folder)
+                forget(folder)
         write_text(job.output_dir / "recipe.yaml", recipe_text(job.run, job.args))
         job.ledger.begin(_STAGE, self.inputs)
         code = job.start_ranks(self._argv(standing))
         if code == 0 and job.saves:
             job.ledger.done(_STAGE, self.inputs, last_checkpoint(job.output_dir)[0])
         return code
-
-    def _clear(self) -> None:
-        """Remove what another run left, as ``--overwrite_output_dir`` allowed."""
-        job = self._job
-        made = [folder for _, folder in steps(job.output_dir)]
-        made += [path for path in job.ledger.artifacts() if path.parent == job.output_dir and path.is_dir()]
-        for folder in dict.fromkeys(made):
-            job.say(f"train: removing {folder} of another run (--overwrite_output_dir)")
-            remove(folder)
-            forget(folder)

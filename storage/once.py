@@ -102,8 +102,8 @@ class _LockFile:
 class _Watch:
     """What a waiter sees of the process that holds a lock file."""
 
-    def __init__(self, path: Path, say: Say, every: float) -> None:
-        self.path, self._say, self._every = path, say, every
+    def __init__(self, path: Path, say: Say, every: float, dead: float | None = None) -> None:
+        self.path, self._say, self._every, self._dead = path, say, every, dead
         self.record: dict[str, Any] = {}  # the newest that was read
         self.attempts: set[object] = set()  # that were waited for: other waiters hold the lock for a moment too
         self._content: bytes | None = None
@@ -127,7 +127,7 @@ class _Watch:
                 self.record = dict(json.loads(content))
                 self.attempts.add(self.record.get("attempt"))
         owner = str(self.record.get("owner", ""))
-        if now - self._changed > _DEAD or lives(owner) is False or (once and _stands_still(self.path)):
+        if now - self._changed > (self._dead or _DEAD) or lives(owner) is False or (once and _stands_still(self.path)):
             self._take_away(owner)
         elif now - self._said > self._every:
             self._said = now
@@ -157,13 +157,15 @@ class _Watch:
 
 
 @contextmanager
-def locked(path: Path, say: Say = print, every: float = _TOLD) -> Generator[Tell]:
+def locked(path: Path, say: Say = print, every: float = _TOLD, dead: float | None = None) -> Generator[Tell]:
     """Hold an exclusive lock, the file ``path``, telling every ``every`` seconds what is waited for.
+
+    One that stands still for ``dead`` seconds (20) is taken away, sooner when its owner is seen to be dead from here.
 
     What it gives says what is done meanwhile, to those who wait too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    watch = _Watch(path, say, every)
+    watch = _Watch(path, say, every, dead)
     while True:
         try:
             lock = _LockFile(path)

@@ -54,7 +54,7 @@ def quick_ranks(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
         with publish(out / f"checkpoint-{step}", kind="checkpoint", made_from={}, replace=True) as folder:
             shutil.copytree(flags.get("model_name_or_path") or flags["load"], folder, dirs_exist_ok=True)
             (folder / "manifest.json").unlink(missing_ok=True)
-            (folder / "optimizer.pt").write_text("state")
+            (folder / "optimizer.pt").write_text(f"state at {step}")
         (out / "trainer_state.json").write_text(json.dumps({"global_step": int(step)}))
         return 0
 
@@ -148,6 +148,10 @@ def test_two_runs_are_never_mixed(here: Path, said: Run, quick_ranks: list[dict[
     ]
     said(*FLAGS, "--resume_from_checkpoint", "true")
     assert quick_ranks[-1]["resume_from_checkpoint"] == "true"
+    shutil.rmtree(here / "out" / "checkpoint-2")
+    assert "out holds checkpoint-3 of another run" in said(*FLAGS, "--seed", "9", code=2)[0]
+    shutil.rmtree(here / "out" / "checkpoint-3")
+    assert "out holds hf-2 of another run" in said(*FLAGS, "--seed", "9", code=2)[0], "it is not removed unasked"
     shutil.rmtree(here / "out")
     (here / "out" / "checkpoint-9").mkdir(parents=True)
     assert "finebridge run did not make it" in said(*FLAGS, code=2)[0]
@@ -161,6 +165,19 @@ def test_a_changed_artifact_is_made_again(here: Path, said: Run, quick_ranks: li
     assert plan_of(told)["train"] == plan_of(told)["model"] == "make"
     assert quick_ranks[-1]["resume_from_checkpoint"] == "true", "its own unfinished run goes on"
     assert verify(here / "out" / "hf-2")
+
+
+def test_what_starts_from_a_checkpoint_goes_on_from_its_own(here: Path, quick_ranks: list[dict[str, str]]) -> None:
+    """``--init_from_checkpoint`` and a resume exclude each other; the second start means its own checkpoints."""
+    words = ("--train_data_file", "d.jsonl", "--max_steps", "2", "--output_dir", "out", "--init_from_checkpoint", "m")
+    assert main(["run", *words, "--model_name_or_path", "m", "--save_strategy", "no"]) == 0
+    assert main(["run", *words, "--model_name_or_path", "m", "--save_strategy", "no"]) == 0
+    first, second = quick_ranks
+    assert first["init_from_checkpoint"] == "m"
+    assert second["resume_from_checkpoint"] == "true"
+    assert second["model_name_or_path"] == "m"
+    assert "init_from_checkpoint" not in second
+    assert (here / "out" / "checkpoint-2").is_dir()
 
 
 def test_the_resolved_recipe_does_the_same_again(here: Path, said: Run, quick_ranks: list[dict[str, str]]) -> None:
