@@ -404,3 +404,28 @@ def those_of(folder: Path) -> list[int]:
         except OSError:
             continue
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_whole_way_over_two_nodes(
+    real: Runs, models: Callable[[str], Path], train_file: Path, tmp_path: Path, zero: Callable[..., Path]
+) -> None:
+    """``finebridge run``: the stages around the training once, on this machine; said again all of it stands."""
+    flags = map(str, train_flags(models("hunyuan_v1_dense"), train_file, tmp_path / "two", zero(3)))
+    command = [sys.executable, "-P", "-m", "finebridge.finetune.cli", "run", *flags, *real.flags, "--use_lora"]
+    env = {
+        **real.env, "NODE_IP_LIST": "127.0.0.2:1,127.0.0.3:1", "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    shown = subprocess.run([*command, "--dry_run"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    assert "plan: train   make   sft, 2 ranks" in shown.stdout
+    assert "127.0.0.3" in shown.stdout
+    assert not (tmp_path / "two" / "checkpoint-4").exists()
+    for word in ("make", "reuse"):
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        plan = [line.split()[1:3] for line in done.stdout.splitlines() if line.startswith("plan: ")]
+        assert plan == [["data", word], ["train", word], ["model", word]]
+    merged, base = load_weights(tmp_path / "two" / "hf-4"), load_weights(models("hunyuan_v1_dense"))
+    assert any((merged[name] != base[name]).any() for name in base)
