@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ..storage.assets import is_asset
 from ..storage.manifest import ManifestError, read
@@ -27,6 +27,12 @@ class Key(str):
     __slots__ = ("files",)
     files: Mapping[str, str]
 
+    def __new__(cls, text: str, files: Mapping[str, str]) -> Self:
+        """``text`` is the key itself."""
+        key = super().__new__(cls, text)
+        key.files = files
+        return key
+
 
 def key_of(load: Path, config: Path | None, target: Target, memory: Path, say: Say = print) -> Key:
     """A hash of all that shapes the conversion of ``load``: its files, those of ``config``, and the target.
@@ -42,9 +48,8 @@ def key_of(load: Path, config: Path | None, target: Target, memory: Path, say: S
     files = sorted(weights | described)
     hashes = source_sha256(files, memory, say)
     settings = [FORMAT, str(replace(target, workers=1)), [[file.name, hashes[file]] for file in files]]
-    key = Key(hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16])
-    key.files = {str(file.absolute()): hashes[file] for file in files}
-    return key
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    return Key(key, {str(file.absolute()): hashes[file] for file in files})
 
 
 def convert_once(

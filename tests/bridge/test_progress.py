@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from finebridge.bridge.convert import Target, convert, plan
-from finebridge.bridge.kept import convert_once
+from finebridge.bridge.kept import Key, convert_once
 from finebridge.bridge.source import Form, Source, open_source
 from finebridge.finetune.cli import main
 from finebridge.storage import progress
@@ -73,7 +73,7 @@ def test_those_who_wait_for_a_kept_conversion_read_how_far_it_is(
         return open_source(hf_models("qwen3"))
 
     builder = threading.Thread(
-        target=convert_once, args=(opened, Target("torch", workers=1), tmp_path / "x", "key", say)
+        target=convert_once, args=(opened, Target("torch", workers=1), tmp_path / "x", Key("key", {}), say)
     )
     builder.start()
     assert half_way.wait(60)
