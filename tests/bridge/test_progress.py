@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,15 @@ def test_those_who_wait_for_a_kept_conversion_read_how_far_it_is(
     assert any(map(told.fullmatch, heard))
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C interrupts; a shell's background jobs inherit that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("to", ["torch_dist", "hf"])
 def test_threads_of_a_conversion_that_is_stopped_end_at_their_next_tensor(
     to: Form, hf_models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
