@@ -366,12 +366,22 @@ def test_a_run_that_is_killed_goes_on(here: Path, said: Run) -> None:
     assert plan_of(straight)["train"] == "make"
     one, other = load_weights(here / "out" / "hf-6"), load_weights(here / "straight" / "hf-6")
     assert all((one[name] == other[name]).all() for name in other)
+
+
+@pytest.mark.slow
+def test_a_run_that_ended_without_a_word_ends_at_once(here: Path, said: Run) -> None:
+    """Killed between the last checkpoint and the note of it: nothing is trained twice."""
+    words = (*FLAGS, "--report_to", "none", "--disable_tqdm", "true")
+    said(*words)
+    before = load_weights(here / "out" / "hf-2")
     ledger = here / "out" / "stages.json"
     entries = json.loads(ledger.read_text())
-    entries["train"]["artifact"] = None  # killed between the last checkpoint and the note of it
+    entries["train"]["artifact"] = None
     ledger.write_text(json.dumps(entries))
     assert plan_of(said(*words))["train"] == "make"
     assert plan_of(said(*words)) == dict.fromkeys(("data", "train", "model"), "reuse")
+    after = load_weights(here / "out" / "hf-2")
+    assert all((before[name] == after[name]).all() for name in before)
 
 
 @pytest.mark.slow

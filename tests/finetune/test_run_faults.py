@@ -14,7 +14,7 @@ from run_trials import launch
 
 Trial = Callable[[int, str], dict[str, Any]]
 TRIALS = int(os.environ.get("FINEBRIDGE_TRIALS", "50"))
-SHOWN = 12
+SHOWN = 8
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,8 @@ def test_a_disk_full_from_any_point_on(trial: Trial, overwrite: bool, stride: in
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 from finebridge.finetune.cli import main
 from finebridge.merge import stream
 merged = stream._merged
