@@ -74,7 +74,8 @@ def _train(args: Arguments, words: Sequence[str]) -> int:
         return _refuse(error)
     try:
         with _recorded(run, args, words):
-            result = run.trainer.train(resume_from_checkpoint=run.resume_from)
+            over = _is_over(run)
+            result = None if over else run.trainer.train(resume_from_checkpoint=run.resume_from)
     except (AttentionError, ArgumentsError) as error:
         return _refuse(error)
     except DiskFullError as error:  # on every rank
@@ -93,6 +94,10 @@ def _train(args: Arguments, words: Sequence[str]) -> int:
     except StoppedError:  # on all ranks, after the same step
         runtime.finish()
         raise
+    if result is None:
+        runtime.say(f"done: {run.resume_from} is the end of this run already; nothing is left to train")
+        runtime.finish()
+        return 0
     saved = Path(args.hf["output_dir"]) / f"checkpoint-{result.global_step}"
     runtime.say(
         f"done: {result.global_step} steps, mean loss {result.training_loss:.4f}, "
@@ -103,6 +108,21 @@ def _train(args: Arguments, words: Sequence[str]) -> int:
         runtime.say("error: the mean loss is not finite; lower --learning_rate or lengthen the warm-up")
         return EXIT_FAILED
     return 0
+
+
+def _is_over(run: "Run") -> bool:
+    """Whether the checkpoint to go on from has all steps already: the stock Trainer would train one more within an epoch."""
+    from transformers import TrainerState
+
+    last = run.trainer.args.max_steps
+    file = Path(run.resume_from or "") / "trainer_state.json"
+    if last <= 0 or run.resume_from is None or not file.is_file():
+        return False
+    state = TrainerState.load_from_json(str(file))
+    if state.global_step < last:
+        return False
+    run.trainer.state = state
+    return True
 
 
 @contextmanager

@@ -368,19 +368,20 @@ def test_a_run_that_is_killed_goes_on(here: Path, said: Run) -> None:
     assert all((one[name] == other[name]).all() for name in other)
 
 
-@pytest.mark.slow
 def test_a_run_that_ended_without_a_word_ends_at_once(here: Path, said: Run) -> None:
-    """Killed between the last checkpoint and the note of it: nothing is trained twice."""
-    words = (*FLAGS, "--report_to", "none", "--disable_tqdm", "true")
+    """Killed between the last checkpoint and the note of it, within an epoch: no step more is trained."""
+    words = (*FLAGS, "--max_steps", "4", "--save_steps", "3", "--report_to", "none", "--disable_tqdm", "true")
     said(*words)
-    before = load_weights(here / "out" / "hf-2")
+    before = load_weights(here / "out" / "hf-4")
     ledger = here / "out" / "stages.json"
     entries = json.loads(ledger.read_text())
     entries["train"]["artifact"] = None
     ledger.write_text(json.dumps(entries))
+    (here / "out" / "trainer_state.json").unlink()
     assert plan_of(said(*words))["train"] == "make"
     assert plan_of(said(*words)) == dict.fromkeys(("data", "train", "model"), "reuse")
-    after = load_weights(here / "out" / "hf-2")
+    assert sorted(path.name for path in (here / "out").glob("[ch]*-*")) == ["checkpoint-3", "checkpoint-4", "hf-4"]
+    after = load_weights(here / "out" / "hf-4")
     assert all((before[name] == after[name]).all() for name in before)
 
 
