@@ -30,5 +30,5 @@ def resolved(run: RunArguments, args: Arguments) -> dict[str, Any]:
 
 def recipe_text(run: RunArguments, args: Arguments) -> str:
     """The resolved recipe as YAML."""
-    head = f"# finebridge {__version__}: every flag of this run; finebridge run THIS_FILE does the same again\n"
+    head = f"# finebridge {__version__}: every flag of this run but those about nodes; finebridge run THIS_FILE does the same\n"
     return head + yaml.safe_dump(resolved(run, args), sort_keys=False, allow_unicode=True, width=1000)

@@ -7,6 +7,7 @@ from ..data_tools.arguments import DataArguments
 from ..ds_configs.resolve import resolve
 from ..train.arguments import Arguments
 from ..train.model_arguments import ModelArguments
+from ..train.record import default_of
 
 # Paths, in whose place the hashes of what lies there count.
 _PLACES = frozenset({
@@ -33,7 +34,7 @@ def shaping_flags(args: Arguments) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for part, cls in ((args.model, ModelArguments), (args.data, DataArguments)):
         found |= {f.name: getattr(part, f.name) for f in fields(cls) if getattr(part, f.name) != f.default}
-    found |= args.hf
+    found |= {name: value for name, value in args.hf.items() if value != default_of(name)}
     kept = {
         name: value
         for name, value in found.items()

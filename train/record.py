@@ -63,12 +63,13 @@ def changed_arguments(args: Arguments) -> dict[str, str]:
     changed: dict[str, str] = {}
     for part in (args.model, args.data):
         changed |= {f.name: str(getattr(part, f.name)) for f in fields(part) if getattr(part, f.name) != f.default}
-    changed |= {name: str(value) for name, value in args.hf.items() if value != _default(name)}
+    changed |= {name: str(value) for name, value in args.hf.items() if value != default_of(name)}
     order = [f.name for cls in (ModelArguments, DataArguments) for f in fields(cls)] + list(hf_flags())
     return {name: masked(name, changed[name]) for name in order if name in changed}
 
 
-def _default(name: str) -> Any:
+def default_of(name: str) -> Any:
+    """What a field of TrainingArguments is when it is not given; None where only transformers itself can tell."""
     try:
         return hf_value(HF_DEFAULTS, name)
     except ValueError:  # made when transformers is imported

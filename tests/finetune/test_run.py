@@ -117,6 +117,7 @@ def test_only_what_depends_on_a_change_is_made_again(here: Path, said: Run, quic
         (("--enable_thinking", "false"), {"data", "train", "model"}),
         (("--learning_rate", "1e-3"), {"train", "model"}),
         (("--logging_steps", "1"), set()),
+        (("--learning_rate", "5e-5"), set()),  # the default
         (("--nproc_per_node", "2"), {"train", "model"}),
     ):
         told = plan_of(said(*MINDSPEED, *change, "--overwrite_output_dir", "--dry_run"))
