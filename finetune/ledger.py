@@ -52,6 +52,10 @@ class Ledger:
             return Standing(None, begun=True, why=str(error))
         return Standing(artifact, begun=True) if whole else Standing(None, begun=True, why=f"{artifact} was changed")
 
+    def inputs(self, stage: str) -> Mapping[str, Any]:
+        """What a stage was last made from, or begun with; empty for one that never was."""
+        return self._read().get(stage, {"inputs": {}})["inputs"]
+
     def begin(self, stage: str, inputs: Mapping[str, Any]) -> None:
         """Note that a stage is being made from these inputs, and that what it made before stands no more."""
         self._write(stage, {"inputs": _plain(inputs), "artifact": None})

@@ -190,9 +190,15 @@ class DataStages:
         def write() -> None:
             if job.ledger.look("tokens", inputs).artifact:
                 return
-            ours = Path(prefix).absolute() in [path.absolute() for path in job.ledger.artifacts()]
+            if job.ledger.inputs("tokens").get("prefix") != inputs["prefix"] and (
+                there := _token_files_of(Path(prefix))
+            ):
+                raise ValueError(
+                    f"--output_prefix {prefix}: {there[0]} is there, and not of this run; name another prefix"
+                )
+            job.ledger.begin("tokens", inputs)  # from here on what lies there is ours, however this ends
             files = export_tokens(
-                planned.target, prefix, self._tokenizer, job.args.data, pack=self._pack, limited=limited, replace=ours
+                planned.target, prefix, self._tokenizer, job.args.data, pack=self._pack, limited=limited, replace=True
             )
             job.ledger.done("tokens", inputs, Path(prefix), files)
 
@@ -205,6 +211,14 @@ def asked_pack(values: dict[str, Any]) -> Pack:
     if values.get("neat_pack") in _YES or values.get("packing") in _YES:
         return "neat"
     return "pack" if values.get("pack") in _YES else "none"
+
+
+def _token_files_of(prefix: Path) -> list[Path]:
+    """The token files whose names begin with a prefix."""
+    beside = prefix.parent.iterdir() if prefix.parent.is_dir() else ()
+    return sorted(
+        path for path in beside if path.name.startswith(f"{prefix.name}_") and path.suffix in (".bin", ".idx")
+    )
 
 
 def _stands(target: Path) -> bool:

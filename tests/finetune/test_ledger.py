@@ -19,7 +19,9 @@ def made(folder: Path, text: str = "x") -> Path:
 def test_a_stage_stands_for_its_inputs_alone(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, tmp_path / "memory")
     assert ledger.look("model", INPUTS).artifact is None
+    assert ledger.inputs("model") == {}
     ledger.begin("model", INPUTS)
+    assert ledger.inputs("model") == INPUTS
     assert ledger.look("model", INPUTS) == (standing := ledger.look("model", INPUTS))
     assert (standing.artifact, standing.begun) == (None, True)
     ledger.done("model", INPUTS, made(tmp_path))
