@@ -99,7 +99,7 @@ def outcome(text: str) -> list[str]:
     return [words[word] for word in re.findall(r"(?:^|; )(prepared|wrote|reused) /", text, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("what", WHAT)
+@pytest.mark.parametrize("what", [pytest.param("data", marks=slow), "weights"])
 def test_eight_at_once_make_one(what: str, commands: dict[str, list[str]], ranks: RankRunner, tmp_path: Path) -> None:
     words = [*commands[what], tmp_path / "out"]
     done = ranks.run(words, tmp_path / "logs", ranks=8, entry="finebridge.finetune.cli:main").check()

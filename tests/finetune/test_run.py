@@ -348,6 +348,7 @@ def test_where_files_cannot_be_shared_they_are_copied(
     assert verify(here / "o")["files"]["model.safetensors"] == verify(here / "c")["files"]["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on(here: Path, said: Run) -> None:
     """SIGKILL of launcher and ranks after the first checkpoint: the rest is trained, and the bits are those of one run."""
     words = (
