@@ -46,7 +46,7 @@ class Job:
     def __init__(self, values: dict[str, Any], verb: str) -> None:
         self.run = take(values, verb)
         self.verb = self.run.stage if verb == "run" else verb
-        values["dry_run"] = self.run.dry_run
+        values["dry_run"] = self.run.dry_run  # a flag of both; taken out again here
         self.where = cluster.take(values, os.environ, self.run.nproc_per_node, gpu_count)
         self.values = values
         self.args = build(values, "document" if self.verb == "pretrain" else "chat")

@@ -167,10 +167,8 @@ class DataStages:
 
     def _prepare(self, name: str) -> None:
         job = self._job
-        threads = (
-            job.start.megatron or job.run.enable_hf2mg_convert
-        )  # torch has some by now, which a fork may not survive
-        method = "spawn" if threads else "fork"
+        converted = job.start.megatron or job.run.enable_hf2mg_convert
+        method = "spawn" if converted else "fork"  # torch has threads by then, which a fork may not survive
         folder = prepare([name], self._tokenizer, job.args.data, job.cache, job.say, method, job.args.kind)
         job.note_done(folder, recipe_text(job.run, job.args))
 
@@ -189,6 +187,7 @@ class DataStages:
 
         def write() -> None:
             if job.ledger.look("tokens", inputs).artifact:
+                job.say(f"tokens: reused {prefix}_*")
                 return
             if job.ledger.inputs("tokens").get("prefix") != inputs["prefix"] and (
                 there := _token_files_of(Path(prefix))

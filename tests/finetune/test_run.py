@@ -322,6 +322,27 @@ def test_every_shipped_recipe_is_planned(name: str, here: Path, said: Run, model
     assert ("export" in told) == ("weights" in told) == (name == "from_megatron.yaml")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.name for path in SHIPPED.glob("*.yaml")))
+def test_every_shipped_recipe_trains(name: str, here: Path, said: Run, models: Models) -> None:
+    """With real ranks, all of its own settings but the lengths of rows and run."""
+    model: Path = {"moe_lora.yaml": models("qwen3_moe"), "hunyuan_think.yaml": models("hunyuan_v1_dense")}.get(
+        name, here / "m"
+    )
+    if name == "from_megatron.yaml":
+        model = here / "mcore"
+        assert main(["convert", "--to", "mcore", "--load", "m", "--save", str(model)]) == 0
+    (here / "t.jsonl").write_text('{"text": "one and one is two"}\n' * 60)
+    data = "t.jsonl" if name == "pretrain.yaml" else "d.jsonl"
+    short = ("max_steps=2", "max_seq_length=128", "report_to=none", "disable_tqdm=true")
+    told = said(name, f"model_name_or_path={model}", f"train_data_file={data}", "output_dir=out", *short)
+    assert set(plan_of(told).values()) == {"make"}
+    before = load_weights(model if model != here / "mcore" else here / "m")
+    after = load_weights(here / "out" / "hf-2")
+    assert any((before[key].float() != after[key].float()).any() for key in before)
+    assert (here / "out" / "mcore-2").is_dir() == (name == "from_megatron.yaml")
+
+
 def test_a_checkpoint_is_shared_not_copied(here: Path, said: Run, quick_ranks: list[dict[str, str]]) -> None:
     """The model alone costs no room, and stays when the checkpoint goes."""
     said(*FLAGS)
