@@ -44,18 +44,24 @@ class FlatteningCollator:
     There is no ``attention_mask`` and no cache: transformers reads the samples' borders from ``position_ids`` only
     without either (``masking_utils.find_packed_sequence_indices``), and attends across them in silence otherwise. With
     ``borders`` the batch has what attention without masks takes instead: ``cu_seq_lens_q`` and ``_k`` (int32, shape
-    [samples + 1], where each sample starts and the last one ends) and ``max_length_q`` and ``_k`` (int).
+    [samples + 1], where each sample starts and the last one ends) and ``max_length_q`` and ``_k`` (int). With ``tokens``
+    the row is filled up to so many by one more sample, of tokens 0 without loss.
     """
 
-    def __init__(self, *, borders: bool) -> None:
-        self.borders = borders
+    def __init__(self, *, borders: bool, tokens: int = 0) -> None:
+        self.borders, self.tokens = borders, tokens
 
     def __call__(self, packs: Sequence[Item]) -> dict[str, Any]:
         lengths = np.concatenate([pack["lengths"] for pack in packs])
+        lacking = self.tokens - int(lengths.sum())
+        if lacking > 0:
+            lengths = np.append(lengths, lacking)
         ends = np.cumsum(lengths)
         batch: dict[str, Any] = {
-            name: torch.from_numpy(np.concatenate([pack[name] for pack in packs]))[None]
-            for name in ("input_ids", "labels")
+            name: torch.from_numpy(
+                np.concatenate([*(pack[name] for pack in packs), np.full(max(0, lacking), fill, packs[0][name].dtype)])
+            )[None]
+            for name, fill in (("input_ids", 0), ("labels", IGNORE_INDEX))
         }
         batch["position_ids"] = torch.from_numpy(np.arange(ends[-1]) - np.repeat(ends - lengths, lengths))[None]
         if self.borders:

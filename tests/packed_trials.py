@@ -1,6 +1,7 @@
 """Tiny models on packed rows: their loss and gradients beside those of the samples alone, and the flags of a packed run."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import torch
 from finebridge.data_tools.collator import FlatteningCollator
 from finebridge.data_tools.dataset import DummyDataset, PackedDataset
 from finebridge.data_tools.packing import pack
+from finebridge.train import flash
 from finebridge.train.attention import takes_borders
+from finebridge.train.attention_kernels import Kernel, Need, by_operator, plain
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 CPU = torch.device("cpu")
+OPERATOR = "plain products as an operator"
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "pad_token_id": 0, "use_cache": False,
@@ -74,3 +78,33 @@ def flags(model: Path, data: Path, out: Path, **more: Any) -> list[object]:
         "packing": "true", "max_seq_length": 160,
     } | more  # fmt: skip
     return [word for name, value in values.items() for word in (f"--{name}", value)]
+
+
+def forward(query: Any, key: Any, value: Any, borders: Any, rule: Any, sinks: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    need = Need(
+        query.device, query.dtype, query.shape[1], key.shape[1], query.shape[2], value.shape[2], rule.scale, rule.causal,
+        rule.window, rule.softcap, sinks is not None,
+    )  # fmt: skip
+    out = plain(query, key, value, borders, need, sinks, 0.0)
+    return out.contiguous(), torch.zeros(query.shape[1], query.shape[0])
+
+
+def backward(
+    outer: Any, query: Any, key: Any, value: Any, _: Any, __: Any, borders: Any, rule: Any, sinks: Any
+) -> tuple[Any, ...]:
+    """By autograd, in a thread: where an operator works, torch records nothing."""
+
+    def differentiate() -> tuple[Any, ...]:
+        leaves = [part.detach().requires_grad_() for part in (query, key, value, *([] if sinks is None else [sinks]))]
+        out, _ = forward(*leaves[:3], borders, rule, leaves[3] if sinks is not None else None)
+        return torch.autograd.grad(out, leaves, outer)
+
+    with ThreadPoolExecutor(1) as thread:
+        made = thread.submit(differentiate).result()
+    return (*made, *([None] if sinks is None else []))
+
+
+def operator() -> Kernel:
+    """A kernel for the CPU that stands in a graph."""
+    flash.PAIRS[OPERATOR] = flash.Pair(forward, backward)
+    return Kernel(OPERATOR, flash=True, call=by_operator(OPERATOR))

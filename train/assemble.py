@@ -38,6 +38,7 @@ from .attention import IsolationProof, check_trainable, takes_borders
 from .callbacks import SaveLastStep
 from .checkpoint import check_shared, on_main, put_back
 from .chunked_loss import HeadSearch
+from .compiled import CompiledLayers, static_tokens
 from .defaults import default_lines
 from .drift import allowed_names
 from .freeze import choose_trained
@@ -130,6 +131,15 @@ def assemble(args: Arguments) -> Run:
     trainer.renewed = resume.renewed if resume else frozenset()
     rows = max(hf_args.per_device_train_batch_size, hf_args.per_device_eval_batch_size if eval_data else 1)
     trainer.add_callback(HeadSearch(trainer, rows * args.data.max_seq_length))
+    if args.shares_rows and takes_borders(model):
+        longest = args.data.max_seq_length if args.data.packing else int(train_data.lengths.max())
+        tokens = static_tokens(
+            model, zero_stage(settings or {}), hf_args.per_device_train_batch_size * longest,
+            asked=args.model.compile_layers, whole_model=hf_args.torch_compile,
+        )  # fmt: skip
+        if tokens:
+            trainer.train_collator = FlatteningCollator(borders=True, tokens=tokens)
+            trainer.add_callback(CompiledLayers(tokens))
     progress = _watch(trainer, model, args)
     about = {
         "model": f"{shape['model']}, {model_size(model)}",

@@ -3,10 +3,10 @@
 ==================== ============================================== ====================================================
 kernel               from                                           lacks
 ==================== ============================================== ====================================================
-FlashAttention-4     flash_attn.cute                                dropout
+FlashAttention-4     flash_attn.cute (``flash``)                    dropout
 FlashAttention-3     flash_attn_interface                           dropout
+torch's FA2          torch itself (``flash``)                       dropout, sinks, soft caps
 FlashAttention-2     flash_attn                                     dropout, sinks
-torch's FA2          torch itself (``_flash_attention_forward``)    dropout, sinks, soft caps
 FlexAttention        torch itself, compiled                         dropout
 SDPA by sample       torch itself                                   sinks, soft caps
 plain, by sample     a few products; also what the others are held  nothing
@@ -20,21 +20,18 @@ samples lie one behind the other: query [tokens, heads, width], key and value [t
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from .flash import Borders, LackError, flash, lacks, remember
+
 _FLEX_BLOCK = 128  # tokens; rows are filled up to whole blocks
-
-
-class LackError(ValueError):
-    """A kernel does not have what is asked of it, or is not here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +50,6 @@ class Need:
     softcap: float | None = None
     sinks: bool = False  # a learnt score in each head that no token takes
     dropout: bool = False
-
-
-@dataclass(frozen=True)
-class Borders:
-    """Where the samples of a row begin: ``starts`` int32, [samples + 1], the last one the row's end; the longest sample."""
-
-    starts: torch.Tensor
-    longest: int
-    kept: dict[Any, Any] = field(default_factory=dict[Any, Any])  # what a kernel makes of them, once for all layers
-
-    def spans(self) -> Sequence[tuple[int, int]]:
-        """First token and end of each sample; the first call waits for the device."""
-        if "spans" not in self.kept:
-            self.kept["spans"] = [(a, b) for a, b in pairwise(self.starts.tolist()) if a < b]
-        return self.kept["spans"]
 
 
 Call = Callable[
@@ -109,9 +91,9 @@ def _package(module: str) -> Call:
         borders: Borders,
         need: Need,
         sinks: torch.Tensor | None,
-        dropout: float,  # noqa: ARG001 - see _lacks
+        dropout: float,  # noqa: ARG001 - see lacks
     ) -> torch.Tensor:
-        _lacks("dropout", need.dropout)
+        lacks("dropout", need.dropout)
         function, takes = _function(module)
         given: dict[str, Any] = {"softmax_scale": need.scale, "causal": need.causal}
         if need.window:
@@ -121,7 +103,7 @@ def _package(module: str) -> Call:
         if sinks is not None:
             given["learnable_sink" if "learnable_sink" in takes else "s_aux"] = sinks
         for name in given:
-            _lacks(name, name not in takes)
+            lacks(name, name not in takes)
         given |= {"cu_seqlens_q": borders.starts, "cu_seqlens_k": borders.starts}
         given |= {"max_seqlen_q": borders.longest, "max_seqlen_k": borders.longest}
         made = function(query, key, value, **{name: value for name, value in given.items() if name in takes})
@@ -140,25 +122,23 @@ def _function(module: str) -> tuple[Callable[..., Any], frozenset[str]]:
     return function, frozenset(inspect.signature(function).parameters)
 
 
-def _torch_flash(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    borders: Borders,
-    need: Need,
-    sinks: torch.Tensor | None,
-    dropout: float,  # noqa: ARG001 - see _lacks
-) -> torch.Tensor:
-    _lacks("dropout", need.dropout)
-    _lacks("sinks", sinks is not None)
-    _lacks("softcap", need.softcap is not None)
-    _lacks("CUDA", query.device.type != "cuda")
-    starts, longest = borders.starts, borders.longest
-    left, right = (need.window - 1, 0 if need.causal else need.window - 1) if need.window else (None, None)
-    return torch.ops.aten._flash_attention_forward(  # noqa: SLF001 - torch's wrapper of it repeats keys for grouped heads
-        query, key, value, starts, starts, longest, longest, 0.0, need.causal, False,
-        scale=need.scale, window_size_left=left, window_size_right=right,
-    )[0]  # fmt: skip
+def by_operator(name: str) -> Call:
+    """A kernel of ``flash.PAIRS``."""
+
+    def call(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        borders: Borders,
+        need: Need,
+        sinks: torch.Tensor | None,
+        dropout: float,  # noqa: ARG001 - see lacks
+    ) -> torch.Tensor:
+        lacks("dropout", need.dropout)
+        starts = remember(borders.starts, borders.longest).starts
+        return flash(query, key, value, starts, sinks, name, need.scale, need.causal, need.window, need.softcap)[0]
+
+    return call
 
 
 def _flex(
@@ -168,12 +148,12 @@ def _flex(
     borders: Borders,
     need: Need,
     sinks: torch.Tensor | None,
-    dropout: float,  # noqa: ARG001 - see _lacks
+    dropout: float,  # noqa: ARG001 - see lacks
 ) -> torch.Tensor:
     from torch.nn.attention.flex_attention import AuxRequest
 
-    _lacks("dropout", need.dropout)
-    _lacks("a backward pass on a CPU", query.device.type == "cpu")
+    lacks("dropout", need.dropout)
+    lacks("a backward pass on a CPU", query.device.type == "cpu")
     tokens, cap = len(query), need.softcap
     filled = (_pad_tokens(value, -tokens % _FLEX_BLOCK) for value in (query, key, value))
 
@@ -230,8 +210,8 @@ def _sdpa(
     sinks: torch.Tensor | None,
     dropout: float,
 ) -> torch.Tensor:
-    _lacks("sinks", sinks is not None)
-    _lacks("softcap", need.softcap is not None)
+    lacks("sinks", sinks is not None)
+    lacks("softcap", need.softcap is not None)
     parts: list[torch.Tensor] = []
     for one_query, one_key, one_value in _samples(query, key, value, borders, need):
         made = functional.scaled_dot_product_attention(
@@ -286,17 +266,12 @@ def _seen(query: torch.Tensor, need: Need) -> torch.Tensor:
     return seen & (back.abs() < need.window) if need.window else seen
 
 
-def _lacks(what: str, asked: bool) -> None:
-    if asked:
-        raise LackError(f"has no {what}")
-
-
 PLAIN = Kernel("plain products, sample by sample", flash=False, call=plain)
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("FlashAttention-4", flash=True, call=_package("flash_attn.cute")),
+    Kernel("FlashAttention-4", flash=True, call=by_operator("FlashAttention-4")),
     Kernel("FlashAttention-3", flash=True, call=_package("flash_attn_interface")),
+    Kernel("torch's own FlashAttention-2", flash=True, call=by_operator("torch's own FlashAttention-2")),
     Kernel("FlashAttention-2", flash=True, call=_package("flash_attn")),
-    Kernel("torch's own FlashAttention-2", flash=True, call=_torch_flash),
     Kernel("FlexAttention", flash=False, call=_flex),
     Kernel("SDPA, sample by sample", flash=False, call=_sdpa),
     PLAIN,

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from .attention_kernels import Borders, Kernel, LackError, Need, plain
+from .attention_kernels import Kernel, Need, plain
+from .flash import Borders, LackError
 
 _LENGTHS = (67, 1, 129, 200, 31, 150)  # odd, and over a kernel's blocks of 64 and 128
 _WINDOW = 96  # of the trial, for any that is wider

@@ -69,6 +69,9 @@ class ModelArguments:
         None,
         "names, comma-separated: resume although these differ from the checkpoint's run; a refused resume tells them",
     )
+    compile_layers: bool | None = _arg(
+        None, "compile decoder layers where packed rows allow it; default: on CUDA GPUs, false leaves it out"
+    )
     peak_tflops: float | None = _arg(
         None, "dense bf16 TFLOP/s of one device, which MFU is a share of; default: the maker's figure where it is known"
     )

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import AttentionInterface
 
-from .attention_kernels import KERNELS, PLAIN, Borders, Kernel, Need
+from .attention_kernels import KERNELS, PLAIN, Kernel, Need
 from .attention_proof import refusal, seconds
+from .flash import PAIRS, Borders, flash, remember
 
 NAME = "packed"
 _FASTER = 0.95  # of an earlier kernel's time, for a later one to be taken
@@ -33,7 +35,7 @@ class PackedAttention:
     ) -> None:
         self.say, self.kernels, self.only_flash = say, kernels, only_flash
         self.chosen: dict[Need, Kernel] = {}
-        self._row: tuple[Any, Borders] | None = None
+        self.compiled = ""  # which kernel compiled layers hold, by its name in ``PAIRS``
 
     def __call__(
         self,
@@ -62,12 +64,21 @@ class PackedAttention:
             what = "a cache" if query.shape[2] != key.shape[2] else "a mask or a bias of the model's own"
             raise AttentionError(f"{type(module).__name__} attends with {what}, which packed rows have no place for")
         rows, heads, tokens, width = query.shape
+        scale = width**-0.5 if scaling is None else float(scaling)
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         device = query.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else value.dtype
+        if torch.compiler.is_compiling() and cu_seq_lens_q is not None:
+            query, key, value = (part.transpose(1, 2).flatten(0, 1).to(dtype) for part in (query, key, value))
+            filled = functional.pad(value, (0, width - value.shape[-1]))
+            out = flash(
+                query, key, filled, cu_seq_lens_q, s_aux, self.compiled, scale, causal,
+                sliding_window or None, softcap or None,
+            )[0]  # fmt: skip
+            return out[..., : value.shape[-1]].unflatten(0, (rows, tokens)), None
         need = Need(
             device=device, dtype=dtype, heads=heads, key_heads=key.shape[1], width=width, value_width=value.shape[3],
-            scale=width**-0.5 if scaling is None else float(scaling),
-            causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal),
+            scale=scale, causal=causal,
             window=sliding_window or None, softcap=softcap or None, sinks=s_aux is not None, dropout=dropout > 0,
         )  # fmt: skip
         kernel = self.chosen.get(need) or self._choose(need)
@@ -76,15 +87,15 @@ class PackedAttention:
         if cu_seq_lens_q is None or max_length_q is None:
             borders = _of_rows(rows, tokens, device)
         else:
-            borders = self._borders(cu_seq_lens_q, max_length_q)
+            borders = remember(cu_seq_lens_q, max_length_q)
         out = kernel(query, key, value, borders, need, sinks, dropout)
         return out.unflatten(0, (rows, tokens)), None
 
-    def _borders(self, starts: torch.Tensor, longest: int) -> Borders:
-        """Those of the row at hand, made once for all its layers and for what is computed again in backward."""
-        if self._row is None or self._row[0] is not starts:
-            self._row = (starts, Borders(starts, int(longest)))
-        return self._row[1]
+    def for_compiled(self) -> str | None:
+        """Settle on the kernel that compiled layers hold; why there is none."""
+        names = {kernel.name for kernel in self.chosen.values()}
+        self.compiled = name = next(iter(names), "")
+        return None if len(names) == 1 and name in PAIRS else f"{' and '.join(sorted(names))} is no operator of torch"
 
     def _choose(self, need: Need) -> Kernel:
         """The fastest proven kernel. Raises AttentionError when only a flash kind will do and there is none."""

@@ -42,6 +42,7 @@ class StepTrainer(Trainer):
 
     normalization: Normalization
     head: ChunkedHead | None = None
+    train_collator: Any = None  # that of training batches alone
     loss_is_scaled_for_ga = True  # compute_loss divides by the whole step's tokens
     _batches: StepBatches
     _step: Step
@@ -64,13 +65,15 @@ class StepTrainer(Trainer):
             cast("Samples", self.train_dataset), window, cast("Order", args.train_sampling_strategy),
             drop_last=args.dataloader_drop_last,
         )  # fmt: skip
-        return self._loader(cast("Samples", self.train_dataset), self._batches)
+        return self._loader(
+            cast("Samples", self.train_dataset), self._batches, self.train_collator or self.data_collator
+        )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Micro-batches of this rank in the data's own order."""
         data = cast("Samples", self.eval_dataset if eval_dataset is None else eval_dataset)
         window = Window(self.args.world_size, self.args.per_device_eval_batch_size, 1)
-        return self._loader(data, self._batches_of(data, window, "sequential", drop_last=False))
+        return self._loader(data, self._batches_of(data, window, "sequential", drop_last=False), self.data_collator)
 
     def _batches_of(self, data: Samples, window: Window, kind: Order, *, drop_last: bool) -> StepBatches:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -78,12 +81,12 @@ class StepTrainer(Trainer):
         cost = getattr(data, "cost", data.lengths)
         return StepBatches(order, cost, window, self.args.process_index, drop_last=drop_last)
 
-    def _loader(self, data: Samples, batches: StepBatches) -> DataLoader[Any]:
+    def _loader(self, data: Samples, batches: StepBatches, collate: Any) -> DataLoader[Any]:
         args = self.args
         return DataLoader(
             cast("Any", CheckedSamples(data, int(cast("Any", self.model).config.get_text_config().vocab_size))),
             batch_sampler=cast("Any", batches),
-            collate_fn=self.data_collator,
+            collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and runtime.has_accelerator(),
             persistent_workers=args.dataloader_persistent_workers,

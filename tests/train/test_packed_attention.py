@@ -13,8 +13,9 @@ from finebridge.data_tools.collator import FlatteningCollator
 from finebridge.train import assemble, packed_attention, runtime
 from finebridge.train.arguments import parse
 from finebridge.train.attention import AttentionError, IsolationProof, check_isolation
-from finebridge.train.attention_kernels import KERNELS, PLAIN, Borders, Kernel, LackError, Need, plain
+from finebridge.train.attention_kernels import KERNELS, PLAIN, Kernel, Need, plain
 from finebridge.train.attention_proof import refusal, seconds
+from finebridge.train.flash import Borders, LackError
 from finebridge.train.hf_flags import ArgumentsError
 from finebridge.train.packed_attention import PackedAttention, give, take_packed
 from packed_trials import CPU, build, flags, losses
