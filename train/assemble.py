@@ -46,6 +46,7 @@ from .guards import StepGuard
 from .hf_flags import ArgumentsError, hf_value
 from .lora import add_lora
 from .meeting import together
+from .micro_batches import micro_batches
 from .model import load_model
 from .moe import LeafCheck, has_listed_experts, make_leaf_modules
 from .packed_attention import take_packed
@@ -291,6 +292,7 @@ def _training_arguments(args: Arguments, settings: dict[str, Any] | None) -> Tra
     if args.model.early_stopping_patience:
         values.setdefault("metric_for_best_model", "eval_loss")
     values["deepspeed"] = settings
+    values |= micro_batches(args, settings, runtime.say, on_gpu=runtime.has_accelerator())
     if not runtime.has_accelerator():
         values["use_cpu"] = True
     try:

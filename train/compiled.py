@@ -43,7 +43,6 @@ class CompiledLayers(TrainerCallback):
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
-        self._on = False
 
     def on_train_begin(
         self,
@@ -58,29 +57,16 @@ class CompiledLayers(TrainerCallback):
         layers = decoder_layers(model)
         why = trial(model, layers, args.device, self.tokens)
         if why := next(filter(None, runtime.gather(why)), None):
-            torch.compiler.reset()
             runtime.say(f"layers: not compiled, as {why}")
             return
         for layer in layers:
             compile_layer(layer)
+            _for_full_rows(layer, self.tokens)
         model.register_forward_pre_hook(_tell_row, with_kwargs=True)
-        self._on = True
         runtime.say(
             f"layers: {len(layers)} compiled for rows of {self.tokens} tokens, proven here against plain ones "
             f"({time.monotonic() - began:.0f} s)"
         )
-        torch.compiler.set_stance("force_eager")
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """The first step may still compile: it sees what the trial did not, as the checkpointing of activations."""
-        if self._on:
-            torch.compiler.set_stance("default")
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """From now on what would need another graph runs uncompiled."""
-        if self._on:
-            self._on = False
-            torch.compiler.set_stance("eager_on_recompile")
 
 
 def _hindrance(model: Any, layers: list[nn.Module]) -> str | None:
@@ -122,7 +108,19 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
 def compile_layer(layer: nn.Module) -> None:
     """Compile it in its place; its name and parameters stay. The first call makes the graph."""
-    layer.compile(dynamic=False, fullgraph=True)
+    layer.compile(dynamic=False)
+
+
+def _for_full_rows(layer: nn.Module, tokens: int) -> None:
+    """Leave all but training on rows of this length uncompiled: each other shape would take a graph of its own."""
+    own: Any = layer
+    compiled, plain = own._compiled_call_impl, own._call_impl  # noqa: SLF001 - torch's own two ways
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        full = torch.is_grad_enabled() and kwargs.get("cu_seq_lens_q") is not None and args[0].shape[1] == tokens
+        return (compiled if full else plain)(*args, **kwargs)
+
+    own._compiled_call_impl = call  # noqa: SLF001
 
 
 def trial(model: Any, layers: list[nn.Module], device: torch.device, tokens: int) -> str | None:
@@ -143,6 +141,8 @@ def trial(model: Any, layers: list[nn.Module], device: torch.device, tokens: int
                     return why
     except Exception as error:  # noqa: BLE001 - compilers may raise anything, and a run goes on without
         return f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
+    if breaks := next(iter(counters["graph_break"]), None):
+        return f"a graph ends within them: {breaks}".splitlines()[0][:160]
     graphs = int(counters["stats"]["unique_graphs"])
     return None if graphs <= _GRAPHS else f"{len(chosen)} of its layers need {graphs} graphs"
 

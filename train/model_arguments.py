@@ -69,6 +69,11 @@ class ModelArguments:
         None,
         "names, comma-separated: resume although these differ from the checkpoint's run; a refused resume tells them",
     )
+    tokens_per_micro_batch: str | None = _arg(
+        None,
+        "packed rows: cut a step's rows into micro-batches of at most so many tokens; the step stays the same; auto is 16384 on "
+        "GPUs (default when --per_device_train_batch_size is not given)",
+    )
     compile_layers: bool | None = _arg(
         None, "compile decoder layers where packed rows allow it; default: on CUDA GPUs, false leaves it out"
     )
@@ -136,6 +141,9 @@ class ModelArguments:
             raise ArgumentsError(f"--router_aux_loss_coef {self.router_aux_loss_coef:g}: 0 or more is expected")
         if self.loss_spike_factor <= 1:
             raise ArgumentsError(f"--loss_spike_factor {self.loss_spike_factor:g} must be over 1")
+        tokens = self.tokens_per_micro_batch
+        if tokens is not None and tokens != "auto" and not (tokens.isdecimal() and int(tokens)):
+            raise ArgumentsError(f"--tokens_per_micro_batch {tokens}: a number of tokens, or auto, is expected")
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
             raise ArgumentsError("--early_stopping_patience must be at least 1")
         if self.peak_tflops is not None and self.peak_tflops <= 0:

@@ -24,13 +24,10 @@ TOKENS = 48
 @pytest.fixture(autouse=True)
 def without_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Graphs are made and differentiated as always; the machine code for them, which takes a minute, is not."""
-    monkeypatch.setattr(
-        compiled, "compile_layer", lambda layer: layer.compile(backend="aot_eager", dynamic=False, fullgraph=True)
-    )
+    monkeypatch.setattr(compiled, "compile_layer", lambda layer: layer.compile(backend="aot_eager", dynamic=False))
     monkeypatch.setattr(packed_attention, "seconds", lambda *_: 1.0)
     torch.compiler.reset()
     yield
-    torch.compiler.set_stance("default")
     torch.compiler.reset()
     flash.PAIRS.pop(OPERATOR, None)
 
@@ -79,12 +76,9 @@ def test_compiled_layers_are_the_same(model_type: str, recompute: bool) -> None:
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     plain_ones = [outcome(model, batch) for batch in rows]
-    callback = begin(model)
+    begin(model)
     assert all(layer._compiled_call_impl for layer in decoder_layers(model))
     counters.clear()
-    callback.on_step_begin()
-    outcome(model, rows[0])
-    callback.on_step_end()
     made = [outcome(model, batch) for batch in rows]
     graphs = counters["stats"]["unique_graphs"]
     assert graphs <= (2 if model_type == "gemma2" else 1), counters["stats"]
@@ -96,14 +90,12 @@ def test_compiled_layers_are_the_same(model_type: str, recompute: bool) -> None:
         torch.testing.assert_close(one[0], other[0], rtol=1e-4, atol=1e-5)
 
 
-def test_what_comes_later_runs_uncompiled() -> None:
+def test_all_but_full_rows_of_training_run_uncompiled() -> None:
     """Another length, no gradients, padded rows: none of them makes a graph or fails."""
     model = model_of("qwen3")
-    callback = begin(model)
+    begin(model)
     assert all(layer._compiled_call_impl for layer in decoder_layers(model))
-    callback.on_step_begin()
     outcome(model, row([7, 30]))
-    callback.on_step_end()
     counters.clear()
     expected = outcome(model_of("qwen3"), row([7, 30], 64))
     for a, b in zip(outcome(model, row([7, 30], 64)), expected, strict=True):
@@ -114,23 +106,12 @@ def test_what_comes_later_runs_uncompiled() -> None:
     assert not counters["stats"]["unique_graphs"]
 
 
-def test_before_the_first_step_nothing_is_compiled_for_other_rows() -> None:
-    """Between the trial and the first step others pass through the model: the search of the head, an evaluation."""
-    model = model_of("qwen3")
-    begin(model)
-    assert all(layer._compiled_call_impl for layer in decoder_layers(model))
-    counters.clear()
-    outcome(model, row([7, 30], 64))
-    assert not counters["stats"]["unique_graphs"]
-
-
 def test_lora_on_frozen_layers_is_compiled() -> None:
     model = model_of("qwen3")
     torch.manual_seed(0)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     before = outcome(adapted, row([7, 30]))
-    callback = begin(adapted)
-    callback.on_step_begin()
+    begin(adapted)
     for a, b in zip(outcome(adapted, row([7, 30])), before, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert any(layer._compiled_call_impl for layer in decoder_layers(adapted))
@@ -182,6 +163,18 @@ def test_layers_that_each_need_a_graph_are_left(monkeypatch: pytest.MonkeyPatch)
     assert trial(model, decoder_layers(model), CPU, TOKENS) == "2 of its layers need 2 graphs"
 
 
+def test_a_graph_that_ends_within_a_layer_is_told() -> None:
+    model = model_of("qwen3")
+    layer = decoder_layers(model)[0].mlp
+    run = layer.forward
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        return run(hidden) * float(hidden.sum() * 0 + 1)  # the device is waited for
+
+    layer.forward = forward
+    assert "a graph ends within them: " in str(trial(model, decoder_layers(model), CPU, TOKENS))
+
+
 def test_the_trial_draws_no_random_number_and_leaves_no_gradient() -> None:
     model = model_of("qwen3")
     before = torch.get_rng_state()
@@ -218,7 +211,7 @@ def as_on_a_gpu() -> None:
 
     kernel = operator()
     assemble.take_packed = lambda model, _, say, **__: give(model, PackedAttention(say, [kernel, PLAIN]))
-    compiled.compile_layer = lambda layer: layer.compile(backend="aot_eager", dynamic=False, fullgraph=True)
+    compiled.compile_layer = lambda layer: layer.compile(backend="aot_eager", dynamic=False)
 
 
 @pytest.mark.distributed
@@ -246,9 +239,8 @@ def test_machine_code_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     model = model_of("qwen3")
     expected = outcome(model, row([7, 30]))
-    callback = begin(model)
+    begin(model)
     assert all(layer._compiled_call_impl for layer in decoder_layers(model))
-    callback.on_step_begin()
     for a, b in zip(outcome(model, row([7, 30])), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
@@ -268,7 +260,6 @@ def test_on_a_gpu_layers_are_compiled_for_a_flash_kernel(capsys: pytest.CaptureF
     nothing: Any = SimpleNamespace()
     callback.on_train_begin(SimpleNamespace(device=torch.device("cuda", 0)), nothing, nothing, model=model)  # pyright: ignore[reportArgumentType]
     assert "layers: 3 compiled for rows of 512 tokens, proven here" in capsys.readouterr().out
-    callback.on_step_begin()
     made = outcome(model, batch)
     assert float(made[0]) == pytest.approx(float(expected[0]), rel=1e-2)
     for a, b in zip(made[1:], expected[1:], strict=True):
