@@ -26,7 +26,7 @@ from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-from .optimizers import takes_scale, total_norm
+from .optimizers import clip_scale, takes_scale, total_norm
 
 _Stock2: Any = DeepSpeedZeroOptimizer
 _Stock3: Any = DeepSpeedZeroOptimizer_Stage3
@@ -127,5 +127,5 @@ def _scale(zero: Any, norm: torch.Tensor) -> torch.Tensor | None:
     """Loss scale and clip in one number; None when there is neither."""
     scale: float = zero.loss_scale
     if zero.clip_grad > 0:
-        return ((norm.float() / scale + 1e-6) / zero.clip_grad).clamp(min=1.0) * scale
+        return clip_scale(norm / scale, zero.clip_grad) * scale
     return None if scale == 1 else norm.new_full((), scale, dtype=torch.float32)

@@ -12,11 +12,10 @@ import hashlib
 import struct
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-MasterWeights = Literal["fp32", "bf16_stochastic", "bf16_kahan"]
 CHUNK = 1 << 26  # elements a kernel takes at once: what it holds in fp32 when it is not compiled stays small
 
 
@@ -89,7 +88,8 @@ class BF16AdamW(torch.optim.Optimizer):
 
 def takes_scale(optimizer: Any) -> bool:
     """Whether an optimizer divides the gradients by its ``grad_scale`` while it reads them, as torch's fused ones do."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    fused = all(group.get("fused", True) for group in optimizer.param_groups)  # a loaded state may say otherwise
+    return fused and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def clip_scale(norm: torch.Tensor, limit: float) -> torch.Tensor:

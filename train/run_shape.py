@@ -32,7 +32,10 @@ def run_shape(
     zero = (settings or {}).get("zero_optimization", {})
     config, dropout = _model_config(args)
     steps = hf.max_steps if hf.max_steps > 0 else None
-    optimizer = [hf.optim, hf.optim_args, (settings or {}).get("optimizer", {}).get("type")]
+    # Fused or not, the moments are the same; without fp32 masters they are others.
+    kind = str(hf.optim).removesuffix("_FUSED")
+    kept = None if model.master_weights == "fp32" else model.master_weights
+    optimizer = [kind, kept, hf.optim_args, (settings or {}).get("optimizer", {}).get("type")]
     values: dict[str, Any] = {
         "model_config": config,
         "trained": _trained(model),
