@@ -144,17 +144,18 @@ def adamw(
     if lost is None:
         weight.copy_(_rounded(value, first >> 16, weight.dtype))
         return
-    nearest = value.to(weight.dtype)
+    # To nearest by its bits: of a cast to bf16 and back the compiler makes nothing, and nothing would be lost.
+    nearest = _rounded(value, 0x7FFF + ((value.view(torch.int32) >> 16) & 1), weight.dtype)
     weight.copy_(nearest)
     lost.copy_(value - nearest.float())
 
 
 def _rounded(value: torch.Tensor, noise: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """fp32 as bf16, up or down by the low 16 bits of ``noise``; in fp32 as it is."""
+    """fp32 with a mantissa that bf16 holds, up or down by the low 16 bits of ``noise``; in fp32 as it is."""
     if dtype == torch.float32:
         return value
     bits = value.view(torch.int32) + (noise & 0xFFFF)
-    return (bits & -0x10000).view(torch.float32).to(dtype)
+    return (bits & -0x10000).view(torch.float32)
 
 
 def _mix(bits: torch.Tensor) -> torch.Tensor:
