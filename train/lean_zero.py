@@ -38,6 +38,11 @@ def install() -> None:
     stage3.DeepSpeedZeroOptimizer_Stage3 = LeanZero3
 
 
+def uninstall() -> None:
+    """Have DeepSpeed make its own again: to compare."""
+    engine.DeepSpeedZeroOptimizer, stage3.DeepSpeedZeroOptimizer_Stage3 = _Stock2, _Stock3
+
+
 class LeanZero(_Stock2):
     """ZeRO-1 and ZeRO-2."""
 

@@ -9,14 +9,10 @@ from finebridge.train import lean_zero, runtime
 from finebridge.train.optimizers import BF16AdamW
 
 BYTES = {"stochastic": 6, "kahan": 8}  # a parameter, without its gradient
-STOCK = lean_zero._Stock2, lean_zero._Stock3
 
 
 def choose(*, lean: bool) -> None:
-    if lean:
-        lean_zero.install()
-    else:
-        lean_zero.engine.DeepSpeedZeroOptimizer, lean_zero.stage3.DeepSpeedZeroOptimizer_Stage3 = STOCK
+    (lean_zero.install if lean else lean_zero.uninstall)()
 
 
 def settings_of(stage: int, accumulation: int, *, bf16: bool, pure: bool = False, **more: Any) -> dict[str, Any]:
