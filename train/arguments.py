@@ -23,6 +23,7 @@ from ..data_tools.token_files import check_reading, read_tokens, token_prefix
 from ..ds_configs.resolve import FIXED_BY_FLAGS, check_fixed, check_precision, resolve, zero_stage
 from ..storage.assets import read_json
 from ..storage.megatron_folder import is_megatron
+from .fp8 import check_fp8
 from .hf_flags import ArgumentsError, convert, hf_flags, hf_value, nearest
 from .masters import check_masters
 from .model_arguments import ADAPTER_CONFIG, ARCHITECTURE, ModelArguments, check_model_path
@@ -341,6 +342,9 @@ def _check_together(args: Arguments) -> None:
         stage = zero_stage(settings)
     if warning := check_masters(model.master_weights, hf, settings, use_lora=model.use_lora):
         args.warnings.append(warning)
+    if model.fp8:
+        in_bf16 = bool(hf.get("bf16")) and (settings is not None or model.master_weights != "fp32")
+        check_fp8(bf16_weights=in_bf16, stage=stage, use_lora=model.use_lora)
     if model.make_moe_param_leaf_module and stage != 3:  # noqa: PLR2004
         args.warnings.append("--make_moe_param_leaf_module has no effect without ZeRO-3 (--deepspeed ds_zero3_...)")
     if model.train_attention_params_only and model.use_lora:

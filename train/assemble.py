@@ -40,6 +40,7 @@ from .checkpoint import check_shared, on_main, put_back
 from .chunked_loss import HeadSearch
 from .defaults import default_lines
 from .drift import allowed_names
+from .fp8 import check_device, use_fp8
 from .freeze import choose_trained
 from .guards import StepGuard
 from .hf_flags import ArgumentsError, hf_value
@@ -82,6 +83,8 @@ def assemble(args: Arguments) -> Run:
         raise ArgumentsError(
             "--use_flash_attn: there is no GPU here; leave the flag out to use PyTorch's own attention"
         )
+    if args.model.fp8:
+        check_device()
     tokenizer = load_tokenizer(
         str(args.model.tokenizer_name_or_path or args.model.model_name_or_path),
         trust_remote_code=args.model.trust_remote_code,
@@ -338,6 +341,8 @@ def _model(args: Arguments, hf_args: TrainingArguments, settings: dict[str, Any]
         model = add_lora(model, args.model, runtime.say)
     else:
         choose_trained(model, args.model)
+    if args.model.fp8:
+        use_fp8(model, runtime.say)
     if stage == 3:  # noqa: PLR2004
         make_leaf_modules(model, args.model.make_moe_param_leaf_module, runtime.say)
     runtime.say(f"model: {model_size(model)}, {dtype}")
