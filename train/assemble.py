@@ -151,7 +151,9 @@ def assemble(args: Arguments) -> Run:
     return Run(trainer, str(resume.folder) if resume else None, progress, about)
 
 
-def _optimizer(args: Arguments, hf_args: TrainingArguments, stage: int) -> tuple[type[BF16AdamW], dict[str, Any]] | None:
+def _optimizer(
+    args: Arguments, hf_args: TrainingArguments, stage: int
+) -> tuple[type[BF16AdamW], dict[str, Any]] | None:
     """The optimizer of a run without fp32 masters; None leaves it to ``--optim``."""
     if args.model.master_weights == "fp32":
         return None

@@ -78,7 +78,11 @@ def use_fp8(model: Any, say: Callable[[str], None], *, emulate: bool = False) ->
     # Rows of a batch are an inner dimension in backward: torchao fills them up where they are no multiple of 16.
     config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
     chosen = set(wanted)
-    convert_to_float8_training(decoder, module_filter_fn=lambda _, name: name in chosen, config=config)
+
+    def is_chosen(_: nn.Module, name: str) -> bool:
+        return name in chosen
+
+    convert_to_float8_training(decoder, module_filter_fn=is_chosen, config=config)
     stay = len(_linears(decoder)) - len(wanted)
     say(
         f"fp8: {len(wanted)} linear layers of the decoder multiply in fp8"

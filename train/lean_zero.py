@@ -14,7 +14,6 @@ offloaded to the CPU, Muon and DeepSpeed's own MoE layers go DeepSpeed's way.
 """
 
 # DeepSpeed has no public door to any of this.
-# ruff: noqa: SLF001
 # pyright: reportUntypedBaseClass=false
 
 from typing import Any
@@ -23,8 +22,8 @@ import torch
 from deepspeed import comm
 from deepspeed.runtime import engine
 from deepspeed.runtime.zero import stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from .optimizers import clip_scale, takes_scale, total_norm
 

@@ -53,7 +53,8 @@ class ModelArguments:
     )
     allow_unexpected: str | None = _arg(None, "tensors of the checkpoint that may go unused, comma-separated patterns")
     master_weights: MasterWeights = _arg(  # noqa: RUF009 - it makes a field
-        "fp32", "with --bf16: fp32 masters beside bf16 weights, or none, with bf16_stochastic rounding or bf16_kahan sums"
+        "fp32",
+        "with --bf16: fp32 masters beside bf16 weights, or none, with bf16_stochastic rounding or bf16_kahan sums",
     )
     fp8: bool = _arg(False, "multiply the decoder's matrices in fp8 (torchao; GPUs from compute capability 8.9 on)")
     loss_normalization: Normalization = _arg(  # noqa: RUF009 - it makes a field

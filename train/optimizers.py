@@ -49,9 +49,7 @@ class BF16AdamW(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update every parameter that has a gradient; there is no closure."""
         assert closure is None
-        work = [
-            (group, weight) for group in self.param_groups for weight in group["params"] if weight.grad is not None
-        ]
+        work = [(group, weight) for group in self.param_groups for weight in group["params"] if weight.grad is not None]
         if not work:
             return
         device = work[0][1].device
@@ -70,8 +68,9 @@ class BF16AdamW(torch.optim.Optimizer):
         for (_, weight), row in zip(work, told, strict=True):
             state = self.state[weight]
             names = ("exp_avg", "exp_avg_sq", "compensation")
-            parts = [part for part in (weight, weight.grad, *(state[name] for name in names if name in state))]
-            for chunk in zip(*(part.view(-1).split(CHUNK) for part in parts), strict=True):
+            parts = [weight.view(-1), weight.grad.reshape(-1)]
+            parts += [state[name].view(-1) for name in names if name in state]
+            for chunk in zip(*(part.split(CHUNK) for part in parts), strict=True):
                 _kernel(device.type)(*chunk, settings=row, scale=scale, key=next(key))
 
     def _state_of(self, weight: torch.Tensor) -> dict[str, Any]:
@@ -100,8 +99,8 @@ def clip_scale(norm: torch.Tensor, limit: float) -> torch.Tensor:
 def total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     """The 2-norm of all elements, a scalar fp64 tensor on their device; summed in fp32 pieces, without copies."""
     pieces = [piece for tensor in tensors for piece in tensor.detach().reshape(-1).split(1 << 24)]
-    norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
-    return torch.linalg.vector_norm(torch.stack(list(norms)).double())
+    foreach: Any = torch
+    return torch.linalg.vector_norm(torch.stack(foreach._foreach_norm(pieces, 2, dtype=torch.float32)).double())  # noqa: SLF001
 
 
 def _settings(group: dict[str, Any], step: int) -> list[float]:

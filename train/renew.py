@@ -11,7 +11,6 @@ import torch
 
 from .drift import GROUP_KEYS, SCHEDULE
 
-
 _HOW = ("fused", "foreach")  # how the same step is computed: never the checkpoint's to say
 
 

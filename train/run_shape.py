@@ -57,6 +57,7 @@ def run_shape(
         "lora_dropout": model.lora_dropout if model.use_lora else None,
         "offload": {name: (zero.get(name) or {}).get("device") for name in ("offload_optimizer", "offload_param")},
         "activation_checkpointing": bool(hf.gradient_checkpointing or hf.activation_checkpointing),
+        "fp8": model.fp8 or None,
         "attention": "flash_attention_2" if model.use_flash_attn else None,
         "model": str(model.model_name_or_path or model.config_name),
         "tokenizer": _tokenizer_hash(tokenizer),

@@ -36,7 +36,7 @@ class FinetuneTrainer(SavingTrainer, StepTrainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """The gradients' norm; what is over the limit is divided by in the optimizer's own pass, where it can."""
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         if self.is_deepspeed_enabled or self.args.fp16 or not takes_scale(inner):
             return super()._clip_grad_norm(model)
         norm = total_norm([weight.grad for weight in model.parameters() if weight.grad is not None]).float()

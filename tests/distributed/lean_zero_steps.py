@@ -70,7 +70,9 @@ def bytes_held(engine: Any) -> int:
     """Bytes of all storages that weights, masters and optimizer states lie in, each counted once."""
     zero = engine.optimizer
     parts = getattr(zero, "bit16_groups_flat", None) or zero.fp16_partitioned_groups_flat
-    states = [v for state in zero.optimizer.state.values() for v in state.values() if torch.is_tensor(v) and v.numel() > 1]
+    states = [
+        v for state in zero.optimizer.state.values() for v in state.values() if torch.is_tensor(v) and v.numel() > 1
+    ]
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*parts, *masters(engine), *states]}
     return sum(held.values())
 

@@ -184,7 +184,10 @@ def test_without_masters_with_other_ranks(
     kahan = more | KAHAN
     ranks.run(words(model, rows, refused, kahan | {"max_steps": 4}), refused / "log", ranks=2).check()
     done = ranks.run(
-        [*words(model, rows, refused, kahan | {"max_steps": 4, "per_device_train_batch_size": 4}), "--resume_from_checkpoint"],
+        [
+            *words(model, rows, refused, kahan | {"max_steps": 4, "per_device_train_batch_size": 4}),
+            "--resume_from_checkpoint",
+        ],
         refused / "log2",
     )
     assert done.codes == [2]
