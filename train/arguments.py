@@ -23,7 +23,9 @@ from ..data_tools.token_files import check_reading, read_tokens, token_prefix
 from ..ds_configs.resolve import FIXED_BY_FLAGS, check_fixed, check_precision, resolve, zero_stage
 from ..storage.assets import read_json
 from ..storage.megatron_folder import is_megatron
+from .fp8 import check_fp8
 from .hf_flags import ArgumentsError, convert, hf_flags, hf_value, nearest
+from .masters import check_masters
 from .model_arguments import ADAPTER_CONFIG, ARCHITECTURE, ModelArguments, check_model_path
 from .obsolete import OBSOLETE, RENAMED, map_obsolete
 from .schedule import schedule
@@ -53,7 +55,7 @@ class Arguments:
 # HF's own defaults that a fine-tuning run wants otherwise; a given flag always wins.
 HF_DEFAULTS: dict[str, Any] = {
     "output_dir": "output",
-    "optim": "adamw_torch",
+    "optim": "adamw_torch_fused",
     "logging_steps": 10,
     "logging_nan_inf_filter": False,
     "report_to": "tensorboard" if find_spec("tensorboard") else "none",
@@ -331,13 +333,18 @@ def _check_together(args: Arguments) -> None:
     if hf.get("bf16") and hf.get("fp16"):
         raise ArgumentsError("--bf16 and --fp16 exclude each other")
     schedule(hf_value(hf, "lr_scheduler_type"), model.min_lr, float(hf_value(hf, "learning_rate")))
-    stage = 0
+    stage, settings = 0, None
     if hf.get("deepspeed"):
         settings = resolve(str(hf["deepspeed"]))
         check_precision(settings, bf16=bool(hf.get("bf16")), fp16=bool(hf.get("fp16")), where=str(hf["deepspeed"]))
         fixed = {name: hf_value(hf, name) for name in FIXED_BY_FLAGS.values()}
         check_fixed(settings, fixed, where=str(hf["deepspeed"]))
         stage = zero_stage(settings)
+    if warning := check_masters(model.master_weights, hf, settings, use_lora=model.use_lora):
+        args.warnings.append(warning)
+    if model.fp8:
+        in_bf16 = bool(hf.get("bf16")) and (settings is not None or model.master_weights != "fp32")
+        check_fp8(bf16_weights=in_bf16, stage=stage, use_lora=model.use_lora)
     if model.make_moe_param_leaf_module and stage != 3:  # noqa: PLR2004
         args.warnings.append("--make_moe_param_leaf_module has no effect without ZeRO-3 (--deepspeed ds_zero3_...)")
     if model.train_attention_params_only and model.use_lora:

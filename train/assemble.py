@@ -41,14 +41,17 @@ from .chunked_loss import HeadSearch
 from .compiled import CompiledLayers, static_tokens
 from .defaults import default_lines
 from .drift import allowed_names
+from .fp8 import check_device, use_fp8
 from .freeze import choose_trained
 from .guards import StepGuard
 from .hf_flags import ArgumentsError, hf_value
 from .lora import add_lora
+from .masters import without_masters
 from .meeting import together
 from .micro_batches import micro_batches
 from .model import load_model
 from .moe import LeafCheck, has_listed_experts, make_leaf_modules
+from .optimizers import BF16AdamW
 from .packed_attention import take_packed
 from .precision import asked_in_fp32, keep_in_fp32
 from .progress import ProgressLine
@@ -82,6 +85,8 @@ def assemble(args: Arguments) -> Run:
         raise ArgumentsError(
             "--use_flash_attn: there is no GPU here; leave the flag out to use PyTorch's own attention"
         )
+    if args.model.fp8:
+        check_device()
     tokenizer = load_tokenizer(
         str(args.model.tokenizer_name_or_path or args.model.model_name_or_path),
         trust_remote_code=args.model.trust_remote_code,
@@ -94,6 +99,11 @@ def assemble(args: Arguments) -> Run:
         settings = resolve(str(args.hf["deepspeed"]), has_accelerator=runtime.has_accelerator())
         if args.model.make_moe_param_leaf_module is False:  # DeepSpeed marks some classes by itself
             settings["zero_optimization"].setdefault("leaf_module", {"classes": []})
+        if args.model.master_weights != "fp32":
+            settings = without_masters(settings)
+        from .lean_zero import install
+
+        install()
     runtime.start(settings)
     refuse_pickles(deepspeed=settings is not None)
     hf_args = _training_arguments(args, settings)
@@ -120,6 +130,7 @@ def assemble(args: Arguments) -> Run:
         eval_dataset=eval_data,  # pyright: ignore[reportArgumentType]
         data_collator=_collator(args, model, tokenizer),
         processing_class=tokenizer,
+        optimizer_cls_and_kwargs=_optimizer(args, hf_args, zero_stage(settings or {})),
         callbacks=_callbacks(args, hf_args, zero_stage(settings or {}), model),
         guard=StepGuard(args.model.loss_spike_policy, args.model.loss_spike_factor, runtime.say, fp16=hf_args.fp16),
         normalization=args.model.loss_normalization,
@@ -149,6 +160,19 @@ def assemble(args: Arguments) -> Run:
         "data": {use: about_data(data) for use, data in (("training", train_data), ("evaluation", eval_data)) if data},
     }
     return Run(trainer, str(resume.folder) if resume else None, progress, about)
+
+
+def _optimizer(
+    args: Arguments, hf_args: TrainingArguments, stage: int
+) -> tuple[type[BF16AdamW], dict[str, Any]] | None:
+    """The optimizer of a run without fp32 masters; None leaves it to ``--optim``."""
+    if args.model.master_weights == "fp32":
+        return None
+    seed = (hf_args.seed, hf_args.process_index if stage else 0)  # without ZeRO all ranks have the same weights
+    return BF16AdamW, {
+        "lr": hf_args.learning_rate, "betas": (hf_args.adam_beta1, hf_args.adam_beta2), "eps": hf_args.adam_epsilon,
+        "kahan": args.model.master_weights == "bf16_kahan", "seed": seed,
+    }  # fmt: skip
 
 
 def _callbacks(args: Arguments, hf_args: TrainingArguments, stage: int, model: Any) -> list[TrainerCallback]:
@@ -314,7 +338,7 @@ def _stop_at(model: Any, terminators: list[int], tokenizer: Any) -> None:
 def _model(args: Arguments, hf_args: TrainingArguments, settings: dict[str, Any] | None, tokenizer: Any) -> Any:
     stage = zero_stage(settings or {})
     dtype = torch.float32
-    if settings or args.model.use_lora:
+    if settings or args.model.use_lora or args.model.master_weights != "fp32":
         # DeepSpeed keeps fp32 master weights and a frozen base needs none; a plain run's weights stay fp32 under autocast.
         dtype = torch.bfloat16 if hf_args.bf16 else torch.float16 if hf_args.fp16 else torch.float32
     set_seed(hf_args.seed)  # random weights and the adapter's A must not depend on what ran before
@@ -331,6 +355,8 @@ def _model(args: Arguments, hf_args: TrainingArguments, settings: dict[str, Any]
         model = add_lora(model, args.model, runtime.say)
     else:
         choose_trained(model, args.model)
+    if args.model.fp8:
+        use_fp8(model, runtime.say)
     if stage == 3:  # noqa: PLR2004
         make_leaf_modules(model, args.model.make_moe_param_leaf_module, runtime.say)
     runtime.say(f"model: {model_size(model)}, {dtype}")

@@ -65,6 +65,7 @@ TABLE: dict[str, tuple[Effect, str]] = {
     "gradient_accumulation_steps": (_N, "another split of the global batch"),
     "offload": (_N, "the same state elsewhere; the last bits may round otherwise"),
     "activation_checkpointing": (_N, "the same gradients, other memory"),
+    "fp8": (_N, "the same weights; losses differ by fp8's rounding"),
     "attention": (_N, "the same sums in another order"),
     "model": (_N, "its weights are replaced by the checkpoint's; with LoRA it must be the same base"),
     "tokenizer": (_N, "the tokens trained are the same; it is saved with new checkpoints"),

@@ -11,6 +11,7 @@ from ..storage.megatron_folder import is_megatron
 from ..storage.space import parse_size
 from .drift import allowed_names
 from .hf_flags import ArgumentsError
+from .masters import MasterWeights
 
 Normalization = Literal["token", "sequence", "batch"]
 SpikePolicy = Literal["warn", "stop", "off"]
@@ -51,6 +52,11 @@ class ModelArguments:
         None, "weights that the checkpoint may lack (made at random), comma-separated patterns"
     )
     allow_unexpected: str | None = _arg(None, "tensors of the checkpoint that may go unused, comma-separated patterns")
+    master_weights: MasterWeights = _arg(  # noqa: RUF009 - it makes a field
+        "fp32",
+        "with --bf16: fp32 masters beside bf16 weights, or none, with bf16_stochastic rounding or bf16_kahan sums",
+    )
+    fp8: bool = _arg(False, "multiply the decoder's matrices in fp8 (torchao; GPUs from compute capability 8.9 on)")
     loss_normalization: Normalization = _arg(  # noqa: RUF009 - it makes a field
         "token", "mean of a step's loss over its tokens, over its samples' means, or over its micro-batches' means"
     )

@@ -51,6 +51,12 @@ def find_resume(
     if not ours:
         check_pickles(needed)
     if now["zero_stage"] and then["world_size"] != now["world_size"]:
+        if "bf16_kahan" in str(now["optimizer"]).split():  # DeepSpeed's universal form has Adam's moments alone
+            raise ArgumentsError(
+                f"--resume_from_checkpoint {found}: {then['world_size']} ranks wrote it, and what --master_weights bf16_kahan "
+                "keeps beside each weight cannot be given to another number of them; resume with as many, or start from its "
+                "weights with --init_from_checkpoint"
+            )
         # ZeRO-3's loader gives all groups the first one's settings; the flags' are the checkpoint's or were allowed.
         return Resume(reshaped(found, output_dir, say), universal=True, renewed=renewed | GROUP_KEYS.keys())
     return Resume(found, renewed=renewed)

@@ -32,7 +32,10 @@ def run_shape(
     zero = (settings or {}).get("zero_optimization", {})
     config, dropout = _model_config(args)
     steps = hf.max_steps if hf.max_steps > 0 else None
-    optimizer = [hf.optim, hf.optim_args, (settings or {}).get("optimizer", {}).get("type")]
+    # Fused or not, the moments are the same; without fp32 masters they are others.
+    kind = str(hf.optim).removesuffix("_FUSED")
+    kept = None if model.master_weights == "fp32" else model.master_weights
+    optimizer = [kind, kept, hf.optim_args, (settings or {}).get("optimizer", {}).get("type")]
     values: dict[str, Any] = {
         "model_config": config,
         "trained": _trained(model),
@@ -54,6 +57,7 @@ def run_shape(
         "lora_dropout": model.lora_dropout if model.use_lora else None,
         "offload": {name: (zero.get(name) or {}).get("device") for name in ("offload_optimizer", "offload_param")},
         "activation_checkpointing": bool(hf.gradient_checkpointing or hf.activation_checkpointing),
+        "fp8": model.fp8 or None,
         "attention": "flash_attention_2" if model.use_flash_attn else None,
         "model": str(model.model_name_or_path or model.config_name),
         "tokenizer": _tokenizer_hash(tokenizer),

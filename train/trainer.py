@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from . import heartbeat
+from .optimizers import clip_scale, takes_scale, total_norm
 from .precision import split_groups
 from .renew import FreshSettings, separate_steps
 from .runtime import say
@@ -32,6 +33,15 @@ class FinetuneTrainer(SavingTrainer, StepTrainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         split_groups(optimizer)
         return optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """The gradients' norm; what is over the limit is divided by in the optimizer's own pass, where it can."""
+        inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        if self.is_deepspeed_enabled or self.args.fp16 or not takes_scale(inner):
+            return super()._clip_grad_norm(model)
+        norm = total_norm([weight.grad for weight in model.parameters() if weight.grad is not None]).float()
+        inner.grad_scale = clip_scale(norm, self.args.max_grad_norm)
+        return norm
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule; DeepSpeed's ZeRO optimizers get the ``defaults`` that schedules with a floor read the peak from."""

@@ -81,6 +81,8 @@ ADAPTER: Flags = {
     "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "use_lora": "true", "lora_rank": 4,
     "lora_dropout": 0.3,
 }  # fmt: skip
+NO_MASTERS: Flags = {"per_device_train_batch_size": 2, "bf16": "true", "master_weights": "bf16_stochastic"}
+KAHAN: Flags = {"master_weights": "bf16_kahan"}
 
 
 @pytest.mark.parametrize(
@@ -89,6 +91,9 @@ ADAPTER: Flags = {
         pytest.param(1, 0, PLAIN, 5, id="plain, accumulated, workers, mid-epoch"),
         pytest.param(2, 3, PACKED, 3, id="ZeRO-3, packed, mid-epoch"),
         pytest.param(2, 2, ADAPTER, 7, id="ZeRO-2, LoRA, accumulated, end of epoch"),
+        pytest.param(2, 2, NO_MASTERS, 5, id="ZeRO-2, stochastic rounding", marks=pytest.mark.slow),
+        pytest.param(2, 3, NO_MASTERS | KAHAN, 5, id="ZeRO-3, Kahan", marks=pytest.mark.slow),
+        pytest.param(1, 0, NO_MASTERS | KAHAN, 5, id="plain, Kahan", marks=pytest.mark.slow),
     ],
 )
 def test_killed_and_resumed_equals_straight(
@@ -157,6 +162,36 @@ def test_deepspeed_with_other_ranks(
     (built,) = (tmp_path / "resumed" / "reshaped").glob("checkpoint-4-*")
     assert f"resume: {built} holds the state for any number of ranks" in said
     assert not list((tmp_path / "resumed" / "reshaped").glob(".checkpoint*.tmp-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_without_masters_with_other_ranks(
+    stage: int, ranks: RankRunner, models: Models, rows: Path, zero: dict[int, Path], tmp_path: Path
+) -> None:
+    """bf16 weights and moments come back as they were; each part rounds by other noise from there on. Kahan is refused."""
+    more = NO_MASTERS | {"max_steps": 8, "save_steps": 4, "deepspeed": zero[stage]}
+    model, straight = models("hunyuan_v1_dense"), tmp_path / "straight"
+    ranks.run(words(model, rows, straight, more), straight / "log", ranks=2).check()
+    resumed, refused = tmp_path / "resumed", tmp_path / "refused"
+    shutil.copytree(straight / "checkpoint-4", resumed / "checkpoint-4")
+    argv = words(model, rows, resumed, more | {"per_device_train_batch_size": 4})
+    ranks.run([*argv, "--resume_from_checkpoint"], resumed / "log").check()
+    one, other = steps_of(straight), steps_of(resumed)
+    assert one.keys() == other.keys()
+    assert other[5][:2] == pytest.approx(one[5][:2], rel=1e-3)  # nothing was rounded yet
+    assert other[8][0] == pytest.approx(one[8][0], rel=5e-3)
+    kahan = more | KAHAN
+    ranks.run(words(model, rows, refused, kahan | {"max_steps": 4}), refused / "log", ranks=2).check()
+    done = ranks.run(
+        [
+            *words(model, rows, refused, kahan | {"max_steps": 4, "per_device_train_batch_size": 4}),
+            "--resume_from_checkpoint",
+        ],
+        refused / "log2",
+    )
+    assert done.codes == [2]
+    assert "--master_weights bf16_kahan keeps beside each weight" in done.text
 
 
 @pytest.mark.slow

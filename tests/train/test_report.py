@@ -83,7 +83,7 @@ def test_only_changed_arguments_are_listed(tmp_path: Path) -> None:
         tmp_path,
         "--use_dummy_data",
         "--optim",
-        "adamw_torch",
+        "adamw_torch_fused",
     ]
     more = ["--learning_rate", "5e-5", "--max_steps", "7", "--hub_token", "abc", "--lora_rank", "64"]
     changed = changed_arguments(parse([str(word) for word in [*words, *more]]))
@@ -176,7 +176,7 @@ def test_a_run_tells_what_it_does(ranks: RankRunner, models: Models, train_file:
     assert steps == ["step 2/5", "step 4/5", "eval at step 4", "step 5/5", "eval at step 5"]
     assert "{'" not in done.text
     defaults = done.text[done.text.index("defaults, as not given:") : done.text.index("step 2/5")]
-    assert "--optim adamw_torch" in defaults
+    assert "--optim adamw_torch_fused" in defaults
     assert "float32 weights" in defaults
     assert "--learning_rate" not in defaults
 
