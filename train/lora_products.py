@@ -16,13 +16,14 @@ which gathers the parameters of each module by hooks that these products pass by
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
+from torch.nn.functional import linear
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from . import runtime
@@ -42,7 +43,7 @@ class LoraProducts(TrainerCallback):
     ) -> None:
         """Do it."""
         if args.torch_compile:
-            runtime.say("LoRA: PEFT's own forward, as --torch_compile compiles it with the model")
+            runtime.say("LoRA: by PEFT's own forward, as --torch_compile compiles the whole model, trial passes too")
             return
         take_products(model, args.device, runtime.say)
 
@@ -105,15 +106,15 @@ def _readers_of_one(
     model: Any, taken: dict[str, LoraLinear], device: torch.device, say: Callable[[str], None]
 ) -> dict[type[nn.Module], list[tuple[str, ...]]]:
     """By the class of a module, which of its linears read the same tensor in its forward, in their order."""
-    seen: dict[str, list[tuple[torch.Tensor, list[str]]]] = {}
+    seen: dict[str, list[tuple[torch.Tensor, int, list[str]]]] = {}
 
     def note(parent: str, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            for tensor, names in seen.setdefault(parent, []):
-                if inputs and inputs[0] is tensor:
+            for tensor, version, names in seen.setdefault(parent, []):
+                if inputs and inputs[0] is tensor and _version(tensor) == version:
                     names.extend([] if name in names else [name])
                     return
-            seen[parent].extend([(tensor, [name]) for tensor in inputs[:1]])
+            seen[parent].extend([(tensor, _version(tensor), [name]) for tensor in inputs[:1]])
 
         return hook
 
@@ -130,7 +131,7 @@ def _readers_of_one(
     found: dict[type[nn.Module], list[tuple[str, ...]]] = {}
     for parent, groups in seen.items():
         known = found.setdefault(type(model.get_submodule(parent)), [])
-        for kin in (tuple(names) for _, names in groups if len(names) > 1):
+        for kin in (tuple(names) for _, _, names in groups if len(names) > 1):
             if not any(set(kin) & set(other) for other in known):
                 known.append(kin)
     return {kind: kin for kind, kin in found.items() if kin}
@@ -144,11 +145,7 @@ def _serve(layer: Any, group: "_Group", place: int) -> None:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         changed = layer.merged or layer.disable_adapters or layer.active_adapters != [name] or len(layer.lora_A) != 1
-        # A compiler traces PEFT's operations well, and this bookkeeping badly. Inference tensors have no version.
-        if (
-            changed or args or kwargs or layer.base_layer.weight.dtype != dtype
-            or torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
-        ):  # fmt: skip
+        if changed or args or kwargs or layer.base_layer.weight.dtype != dtype:
             return stock(x, *args, **kwargs)
         return group.forward(place, x, dtype)
 
@@ -160,34 +157,48 @@ class _Group:
 
     def __init__(self, layers: list[LoraLinear]) -> None:
         self.layers: list[Any] = layers
-        self._read: tuple[torch.Tensor, int] | None = None  # what is read, and its version
-        self._handed_on: torch.Tensor  # the same for autograd, behind the linears that were called
-        self._thin: dict[int, torch.Tensor] = {}
+        self._read: torch.Tensor | None = None
+        self._version = 0  # of what is read
+        self._handed_on: torch.Tensor | None = None  # what is read, for autograd: behind the linears that were called
+        self._thin: dict[int, torch.Tensor] = {}  # for those that were not
 
     def forward(self, place: int, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The output of the linear at this place."""
-        if not (self._read and self._read[0] is x and self._read[1] == x._version and place in self._thin):  # noqa: SLF001
+        if not (self._read is x and self._version == _version(x) and place in self._thin):
             self._begin(place, x, dtype)
         layer: Any = self.layers[place]
         (name,) = layer.lora_A
-        base, wide = layer.base_layer, layer.lora_B[name].weight.to(dtype)
-        given = self._handed_on
-        out, onward = _Add.apply(given, self._thin.pop(place), wide, base.weight, base.bias, layer.scaling[name])
-        self._handed_on = onward if given.requires_grad else given
+        base, wide, scale = layer.base_layer, layer.lora_B[name].weight.to(dtype), layer.scaling[name]
+        given, thin = cast("torch.Tensor", self._handed_on), self._thin.pop(place)
+        if torch.compiler.is_compiling():  # which joins the sum to what is computed next
+            out = linear(given, base.weight, base.bias) + linear(thin, wide).view(*given.shape[:-1], -1) * scale
+        else:
+            out, onward = _Add.apply(given, thin, wide, base.weight, base.bias, scale)
+            self._handed_on = onward if given.requires_grad else given
         if not self._thin:
-            self._read = None
-            del self._handed_on
+            self._read = self._handed_on = None
         return out
 
     def _begin(self, place: int, x: torch.Tensor, dtype: torch.dtype) -> None:
         layers = self.layers[place:]
         factors = [next(iter(layer.lora_A.values())).weight for layer in layers]
+        ranks = [factor.shape[0] for factor in factors]
         stacked = (torch.cat(factors) if len(factors) > 1 else factors[0]).to(dtype)
         given = x.to(dtype)
-        onward, *thin = _Shrink.apply(given, stacked, [factor.shape[0] for factor in factors])
-        self._read = (x, x._version)  # noqa: SLF001
-        self._handed_on = onward if given.requires_grad else given
+        self._read, self._version, self._handed_on = x, _version(x), given
+        if torch.compiler.is_compiling():
+            thin = linear(_rows(given), stacked).split(ranks, 1)
+        else:
+            onward, *thin = _Shrink.apply(given, stacked, ranks)
+            self._handed_on = onward if given.requires_grad else given
         self._thin = dict(enumerate(thin, place))
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Changes when the tensor does. A compiler cannot ask, nor do tensors of inference mode know."""
+    if torch.compiler.is_compiling() or tensor.is_inference():
+        return 0
+    return tensor._version  # noqa: SLF001
 
 
 class _Shrink(torch.autograd.Function):
@@ -210,8 +221,7 @@ class _Shrink(torch.autograd.Function):
             return dx, None, None
         rows = next(part.shape[0] for part in thin if part is not None)
         parts = [
-            stacked.new_zeros(rows, rank) if part is None else part
-            for part, rank in zip(thin, ctx.ranks, strict=True)
+            stacked.new_zeros(rows, rank) if part is None else part for part, rank in zip(thin, ctx.ranks, strict=True)
         ]
         joined = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         factor = joined.t() @ _rows(x) if ctx.needs_input_grad[1] else None
@@ -249,9 +259,7 @@ class _Add(torch.autograd.Function):
         return _plus(dx, rows, ctx.weight, ctx.shape) if of_x else None, dthin, dwide, None, None, None
 
 
-def _plus(
-    buffer: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, shape: torch.Size
-) -> torch.Tensor:
+def _plus(buffer: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """``buffer + left @ right``, in the buffer, which nobody else has; without one in a new one."""
     if buffer is None:
         return (left @ right).view(shape)
