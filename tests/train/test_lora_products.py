@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 from families import tiny
+from finebridge.train import chunked_loss
 from finebridge.train.lora_products import take_products
+from finebridge.train.losses import summed_loss
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from transformers import set_seed
@@ -271,6 +273,24 @@ def test_what_is_not_plain_lora_stays_with_peft(name: str) -> None:
     expected, theirs = trained(other)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert off(gradients, theirs) < 1e-10
+
+
+def test_an_adapted_head_gives_the_loss_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_loss, "WORTH", 0)
+    monkeypatch.setitem(chunked_loss._PIECE, "cpu", 64 * 5)  # pyright: ignore[reportPrivateUsage]
+    model = ours(adapted("llama", torch.float32, target_modules=["q_proj", "lm_head"]))
+    own = model.get_output_embeddings().forward
+    head = chunked_loss.find_head(model, CPU, 100, 0.0, print)
+    assert head is not None
+    assert model.get_output_embeddings().forward is own
+    inputs = {"labels": torch.arange(40).view(2, 20) * 3 % 60}
+    ids = torch.arange(40).view(2, 20) % 60
+    sources = [p for p in model.parameters() if p.requires_grad]
+    whole = torch.autograd.grad(summed_loss(model(input_ids=ids).logits, inputs, "token"), sources)
+    with head.loss_for(chunked_loss.targets(inputs, "token"), 0.0):
+        pieces = torch.autograd.grad(model(input_ids=ids).logits, sources)
+    for one, other in zip(pieces, whole, strict=True):
+        assert float((one - other).norm() / other.norm()) < 1e-5
 
 
 def test_a_trial_that_fails_leaves_each_a_alone() -> None:
