@@ -236,13 +236,17 @@ class _Add(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, thin: torch.Tensor, wide: torch.Tensor, weight: torch.Tensor,
         bias: torch.Tensor | None, scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        rows = _rows(x)
-        out = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-        out.addmm_(thin, wide.t(), alpha=scale)
+        out = x.new_empty(*x.shape[:-1], weight.shape[0])  # not a view: its readers may change it
+        rows = _rows(out)
+        if bias is None:
+            torch.mm(_rows(x), weight.t(), out=rows)
+        else:
+            torch.addmm(bias, _rows(x), weight.t(), out=rows)
+        rows.addmm_(thin, wide.t(), alpha=scale)
         ctx.save_for_backward(thin, wide)
         ctx.set_materialize_grads(False)
         ctx.weight, ctx.scale, ctx.shape = weight, scale, x.shape
-        return out.view(*x.shape[:-1], -1), x
+        return out, x
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -172,6 +172,7 @@ CALLS: dict[str, Callable[[Any, Any, Any, torch.Tensor], Iterator[torch.Tensor]]
     "one of them twice": lambda q, k, v, x: (part(x) for part in (q, q, k, v, k)),
     "not all of them": lambda q, k, v, x: (part(x) for part in (q, k, v) if part is not k),
     "of other tensors": lambda q, k, v, x: (part(y) for part, y in ((q, x), (k, x * 2), (v, x))),
+    "and changed behind it": lambda q, k, v, x: (part(x).mul_(2) for part in (q, k, v)),
     "of equal tensors": lambda q, k, v, x: (part(x.clone()) for part in (q, k, v)),
 }
 
