@@ -46,6 +46,7 @@ from .freeze import choose_trained
 from .guards import StepGuard
 from .hf_flags import ArgumentsError, hf_value
 from .lora import add_lora
+from .lora_products import LoraProducts
 from .masters import without_masters
 from .meeting import together
 from .micro_batches import micro_batches
@@ -178,6 +179,8 @@ def _optimizer(
 def _callbacks(args: Arguments, hf_args: TrainingArguments, stage: int, model: Any) -> list[TrainerCallback]:
     """What is done at steps beside training, in this order."""
     callbacks: list[TrainerCallback] = [SpaceCheck(args.hf.get("save_total_limit"))]
+    if args.model.use_lora:
+        callbacks.append(LoraProducts())  # before all that proves something by the model's forward
     if args.model.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(args.model.early_stopping_patience, args.model.early_stopping_threshold))
     if stage == 3 and args.model.make_moe_param_leaf_module is not False:  # noqa: PLR2004

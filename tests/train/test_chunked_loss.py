@@ -108,16 +108,17 @@ def test_evaluation_in_pieces_counts_the_same() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that an operation made, in bytes."""
+    """Remembers the largest tensor that an operation made, in bytes; views of the given ones are none."""
 
-    def __init__(self) -> None:
+    def __init__(self, *given: torch.Tensor) -> None:
         super().__init__()
         self.bytes = 0
+        self._given = {tensor.untyped_storage().data_ptr() for tensor in given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         for value in made if isinstance(made, (tuple, list)) else (made,):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in self._given:
                 self.bytes = max(self.bytes, value.numel() * value.element_size())
         return made
 
@@ -131,6 +132,23 @@ def test_logits_are_never_there_as_a_whole() -> None:
         head_loss(head.forward, [head.weight], hidden, targets(inputs, "token"), 0.0, 16).backward()
     assert whole.bytes >= 4 * 8 * 63 * 4000
     assert pieces.bytes <= 4 * max(16 * 4000, head.weight.numel(), hidden.numel())
+
+
+def test_a_frozen_head_is_only_read() -> None:
+    """LoRA: no gradient of its weights, no copy of them, and of a prompt no logits."""
+    head, inputs = nn.Linear(WIDTH, 4000, bias=False).requires_grad_(False), batch(8, 64)
+    hidden, seen = torch.randn(8, 64, WIDTH, requires_grad=True), list[int]()
+
+    def run(rows: torch.Tensor) -> torch.Tensor:
+        seen.append(len(rows))
+        return head(rows)
+
+    with Largest(head.weight, hidden) as made:
+        head_loss(run, [head.weight], hidden, targets(inputs, "token"), 0.0, 8).backward()
+    assert made.bytes <= 4 * 8 * 4000 < 4 * head.weight.numel()
+    assert sum(seen) == int((inputs["labels"][:, 1:] != -100).sum()) < 8 * 64
+    assert head.weight.grad is None
+    assert hidden.grad is not None
 
 
 def build(model_type: str, **more: Any) -> Any:
