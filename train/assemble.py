@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -142,17 +142,7 @@ def assemble(args: Arguments) -> Run:
     trainer.max_shard_size = parse_size(args.model.max_shard_size)
     trainer.made_from = {"train_data_file": args.data.train_data_file, "run": shape}
     trainer.renewed = resume.renewed if resume else frozenset()
-    rows = max(hf_args.per_device_train_batch_size, hf_args.per_device_eval_batch_size if eval_data else 1)
-    trainer.add_callback(HeadSearch(trainer, rows * args.data.max_seq_length))
-    if args.shares_rows and takes_borders(model):
-        longest = args.data.max_seq_length if args.data.packing else int(train_data.lengths.max())
-        tokens = static_tokens(
-            model, zero_stage(settings or {}), hf_args.per_device_train_batch_size * longest,
-            asked=args.model.compile_layers, whole_model=hf_args.torch_compile,
-        )  # fmt: skip
-        if tokens:
-            trainer.train_collator = FlatteningCollator(borders=True, tokens=tokens)
-            trainer.add_callback(CompiledLayers(tokens))
+    _fast_parts(trainer, args, zero_stage(settings or {}))
     progress = _watch(trainer, model, args)
     about = {
         "model": f"{shape['model']}, {model_size(model)}",
@@ -161,6 +151,22 @@ def assemble(args: Arguments) -> Run:
         "data": {use: about_data(data) for use, data in (("training", train_data), ("evaluation", eval_data)) if data},
     }
     return Run(trainer, str(resume.folder) if resume else None, progress, about)
+
+
+def _fast_parts(trainer: FinetuneTrainer, args: Arguments, stage: int) -> None:
+    """The head in pieces and compiled layers: what is looked for when the engine stands, and proven before it is used."""
+    hf_args, model, data = trainer.args, trainer.model, cast("Samples", trainer.train_dataset)
+    rows = max(hf_args.per_device_train_batch_size, hf_args.per_device_eval_batch_size if trainer.eval_dataset else 1)
+    trainer.add_callback(HeadSearch(trainer, rows * args.data.max_seq_length))
+    if args.shares_rows and takes_borders(model):
+        longest = args.data.max_seq_length if args.data.packing else int(data.lengths.max())
+        tokens = static_tokens(
+            model, stage, hf_args.per_device_train_batch_size * longest,
+            asked=args.model.compile_layers, whole_model=hf_args.torch_compile,
+        )  # fmt: skip
+        if tokens:
+            trainer.train_collator = FlatteningCollator(borders=True, tokens=tokens)
+            trainer.add_callback(CompiledLayers(tokens))
 
 
 def _optimizer(

@@ -171,7 +171,7 @@ class _Group:
         base, wide, scale = layer.base_layer, layer.lora_B[name].weight.to(dtype), layer.scaling[name]
         given, thin = cast("torch.Tensor", self._handed_on), self._thin.pop(place)
         if torch.compiler.is_compiling():  # which joins the sum to what is computed next
-            out = linear(given, base.weight, base.bias) + linear(thin, wide).view(*given.shape[:-1], -1) * scale
+            out = linear(given, base.weight, base.bias) + linear(thin * scale, wide).view(*given.shape[:-1], -1)
         else:
             out, onward = _Add.apply(given, thin, wide, base.weight, base.bias, scale)
             self._handed_on = onward if given.requires_grad else given
