@@ -8,7 +8,8 @@ backward the scaled gradient and a sum of input gradients), and casts the input 
 
 and autograd keeps x (once, no copy) and the thin x A^T. The input gradients of q, k and v meet in one buffer as each linear
 hands its input on to the next one: behind it they are summed by the products themselves. Adapters in fp32 are cast to the
-dtype of the products, not the inputs to theirs.
+dtype of the products, not the inputs to theirs. A compiler that traces a layer gets the plain sum, with all A at once, and
+joins it to what is computed next.
 
 No model is known by name: which linears read the same tensor is seen in a trial pass, and looked at again in every forward
 (the tensor itself, unchanged). What PEFT has beside plain LoRA is PEFT's own (``_reason``), and so is everything under ZeRO-3,

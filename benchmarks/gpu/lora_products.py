@@ -4,10 +4,11 @@
 
 Needs no download: weights are random, rank 16 on all seven linears, everything in bf16 as DeepSpeed trains it, rows of 1,024
 tokens. ``frozen`` has no adapter and is what nothing can be below; ``peft`` and ``ours`` differ in the linears' forward alone,
-``-compiled`` compiles each layer, ``-autocast`` has adapters in fp32 under autocast, as a run without DeepSpeed. Milliseconds
-are medians of a layer, bytes those that a forward keeps for its backward (``kept``) and the most that is there at a time
-beside weights (``peak``), for a layer and a token. ``off`` is how far the adapters' gradients are from PEFT's, whose own
-distance from fp32 is of the same size in bf16. About a minute on an H100; ``--tiny`` tries the script on a CPU.
+``-compiled`` compiles each layer, ``-lean`` has the compiler compute again what needs no product (norms, SwiGLU) in place of
+keeping it, ``-autocast`` has adapters in fp32 under autocast, as a run without DeepSpeed. Milliseconds are medians of a layer,
+bytes those that a forward keeps for its backward (``kept``) and the most that is there at a time beside weights (``peak``), for
+a layer and a token. ``off`` is how far the adapters' gradients are from those of the first way that has adapters. About a minute
+and a half on an H100; ``--tiny`` tries the script on a CPU.
 """
 
 import argparse
@@ -26,7 +27,16 @@ from results import add_rows, circumstances  # noqa: E402 - found through the li
 from speed import LORA, PACKAGES, device, environment, qwen3  # noqa: E402
 
 ROW = 1024
-WAYS = ("frozen", "peft", "ours", "peft-autocast", "ours-autocast", "peft-compiled", "ours-compiled")
+WAYS = (
+    "frozen",
+    "peft",
+    "ours",
+    "peft-autocast",
+    "ours-autocast",
+    "peft-compiled",
+    "ours-compiled",
+    "ours-compiled-lean",
+)
 WARM = 3
 
 
@@ -52,7 +62,7 @@ def build(way: str, config: dict[str, Any], place: Any) -> Any:
             factor.weight.data.mul_(0.1)
     if way.startswith("ours"):
         take_products(model, place, lambda text: print(f"   {text}", flush=True))
-    if way.endswith("compiled"):
+    if "compiled" in way:
         for layer in model.get_base_model().model.layers:
             layer.compile()
     return model
@@ -148,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def table(ways: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each number of tokens and each way, printed as it is done."""
     import torch
+    from torch._functorch import config as partitioner
 
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = (
@@ -158,7 +169,8 @@ def table(ways: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]
     for way in ways:
         model = build(way, config, place)
         for tokens in map(int, str(args.tokens).split(",")):
-            figures, gradients = measure(way, model, tokens, min(ROW, tokens), args.repeats, place)
+            with partitioner.patch(ban_recompute_materialized_backward=not way.endswith("lean")):
+                figures, gradients = measure(way, model, tokens, min(ROW, tokens), args.repeats, place)
             expected = theirs.setdefault(tokens, gradients) if way != "frozen" else []
             off = max((float((a - b).norm() / b.norm()) for a, b in zip(gradients, expected, strict=True)), default=0.0)
             rows.append({**figures, "off": round(off, 5)})

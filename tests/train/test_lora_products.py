@@ -1,17 +1,18 @@
 """LoRA's products made at once are PEFT's: loss, gradients, what is saved for backward, and where PEFT's own forward stays."""
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from families import tiny
 from finebridge.train import chunked_loss
-from finebridge.train.lora_products import take_products
+from finebridge.train.lora_products import LoraProducts, take_products
 from finebridge.train.losses import summed_loss
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
-from transformers import set_seed
+from transformers import TrainerControl, TrainerState, set_seed
 
 CPU = torch.device("cpu")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -324,3 +325,11 @@ def test_a_compiler_traces_it_whole_once_for_all_layers() -> None:
     assert graphs == [8]
     assert own_loss.item() == pytest.approx(loss.item(), rel=1e-12)
     assert off(own_gradients, gradients) < 1e-10
+
+
+def test_torch_compile_keeps_pefts_forward(capsys: pytest.CaptureFixture[str]) -> None:
+    model: Any = adapted()
+    args: Any = SimpleNamespace(torch_compile=True)
+    LoraProducts().on_train_begin(args, TrainerState(), TrainerControl(), model=model)
+    assert "LoRA: by PEFT's own forward, as --torch_compile" in capsys.readouterr().out
+    assert not any("forward" in module.__dict__ for module in model.modules())
