@@ -49,9 +49,9 @@ class SshNode(Node):
 
     def stop_sshd(self) -> None:
         """End sshd; sessions that are open go on."""
-        assert self.sshd is not None
-        self.sshd.terminate()
-        self.sshd.wait()
+        if self.sshd is not None:
+            self.sshd.terminate()
+            self.sshd.wait()
 
     def running(self, having: str = "") -> list[str]:
         """The commands that run on the node and contain a text; not sshd, nor the one that keeps the node."""
