@@ -7,13 +7,24 @@ other nodes are not in; gloo then offers that address, or loopback, and no other
 import array
 import fcntl
 import ipaddress
+import os
 import socket
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from .node_job import Job
+
 _SIOCGIFCONF = 0x8912  # Linux: the IPv4 addresses with the names of their interfaces, as struct ifreq
 _IFREQ, _MOST = 40, 1024  # bytes of one: 16 for the name, 4 others, 4 for the address, and so on; how many are read
+
+
+def lead_gloo(job: Job) -> None:
+    """Set GLOO_SOCKET_IFNAME on a node of a job to the interface that leads to the other nodes, unless it is set."""
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (
+        found := interface_to([job.master, *(host for host, _ in job.nodes)])
+    ):
+        os.environ["GLOO_SOCKET_IFNAME"] = found
 
 
 def interface_to(hosts: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .interface import interface_to
+from .interface import lead_gloo
 from .launch import Share, Stop, run_share
 from .node_job import Job
 from .nodes import NodesError
@@ -64,13 +64,9 @@ class Report:
 
 
 def run_node(job: Job, number: int, stop: Stop, logs: RankLogs, tell: Callable[[str], None]) -> Report:
-    """Run the ranks of node ``number`` with the job's environment.
-
-    gloo's interface is the one that leads to the others unless it is set; this Python's tools (ninja) are on the PATH.
-    """
+    """Run the ranks of node ``number`` with the job's environment, and this Python's tools (ninja) on the PATH."""
     os.environ.update(job.env)
-    if "GLOO_SOCKET_IFNAME" not in os.environ and (way := interface_to([job.master, *(host for host, _ in job.nodes)])):
-        os.environ["GLOO_SOCKET_IFNAME"] = way
+    lead_gloo(job)
     os.environ["PATH"] = os.pathsep.join(filter(None, [str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     share = Share(job.nodes[number][1], job.first_rank(number), job.world, job.master, job.port)
     ended = run_share(job.module, job.argv, share, stop, tell, logs)
