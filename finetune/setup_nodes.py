@@ -91,7 +91,9 @@ def main(words: Sequence[str]) -> int:
     hosts = [node.host for number, node in enumerate(where.nodes) if number != where.here]
     with ThreadPoolExecutor(min(64, len(hosts))) as pool:
         doors = list(pool.map(knock, hosts, [where.ssh] * len(hosts)))
-    steps = _here(doors) + [step for door in doors if door.missing for step in _there(door)]
+    steps = _here(doors)
+    explained = ("login",) if steps else ()  # without a key of this machine that ssh takes, none can be known there
+    steps += [step for door in doors if door.missing and door.missing not in explained for step in _there(door)]
     if not steps:
         print(f"ssh reaches {'all ' if len(hosts) > 1 else ''}{', '.join(hosts)} without a password")
         return 0
@@ -120,51 +122,45 @@ def knock(host: str, ssh: Ssh) -> Door:
 
 
 def _here(doors: Sequence[Door]) -> list[Step]:
-    """What this machine lacks: a key that needs nobody to type, and files that only this user may read or change."""
-    steps: list[Step] = []
-    home = _home()
-    wrong = [
-        (path, mode) for path, mode in ((home / ".ssh", "700"), (home / ".ssh" / "config", "600")) if _open(path, 0o022)
-    ]
-    lacking = [door for door in doors if door.missing in _SHOWN and door.user]
-    for door in lacking:
-        if not (keys := _keys(door)):
-            (place,) = (
-                [key for key in door.keys if key.endswith("ed25519")][:1] or door.keys[:1] or ["~/.ssh/id_ed25519"]
-            )
-            commands = (
-                f"mkdir -p -m 700 {_shown(_path(place).parent)}",
-                f"ssh-keygen -q -t ed25519 -N '' -f {_shown(_path(place))}",
-            )
-            steps.append(
-                Step("this machine", "no key is here that ssh would offer; one without a passphrase:", commands)
-            )
-        elif not any(map(_usable, keys)) and not _agent():
-            commands = ('eval "$(ssh-agent)"', f"ssh-add {_shown(keys[0])}")
-            steps.append(
-                Step("this machine", "the key has a passphrase, and no agent is here that knows it:", commands)
-            )
-    wrong += [(key, "600") for key in {key for door in doors for key in _keys(door)} if _open(key, 0o077)]
+    """What this machine lacks: files that only its user may read or change, and a key that needs nobody to type."""
+    private = [(_home() / ".ssh", "700", 0o022), (_home() / ".ssh" / "config", "600", 0o022)]
+    private += [(key, "600", 0o077) for key in dict.fromkeys(key for door in doors for key in _keys(door))]
+    wrong = [(path, mode) for path, mode, rights in private if path.exists() and path.stat().st_mode & rights]
     if wrong:
         commands = tuple(f"chmod {mode} {_shown(path)}" for path, mode in wrong)
-        steps.append(Step("this machine", "others may change or read what is only this user's:", commands))
-    return list(dict.fromkeys(steps))
+        return [Step("this machine", "others may change or read what is only this user's:", commands)]
+    return list(dict.fromkeys(step for door in doors if door.missing and door.user for step in _key(door)))
+
+
+def _key(door: Door) -> list[Step]:
+    """A key for a node, unless one is here that ssh can use."""
+    keys = _keys(door)
+    if any(map(_usable, keys)) or _run(["ssh-add", "-l"]).returncode == 0:
+        return []
+    if keys:
+        commands = ('eval "$(ssh-agent)"', f"ssh-add {_shown(keys[0])}")
+        return [Step("this machine", "the key has a passphrase, and no agent is here that knows it:", commands)]
+    place = _path(next((key for key in door.keys if key.endswith("ed25519")), "~/.ssh/id_ed25519"))
+    commands = (
+        f"mkdir -p -m 700 {_shown(place.parent)}",
+        f"ssh-keygen -q -t ed25519 -N '' -f {_shown(place)}",
+    )
+    return [Step("this machine", "no key is here that ssh would offer; this one is without a passphrase:", commands)]
 
 
 def _there(door: Door) -> list[Step]:
     """What is to be done for a node, beginning with what is missing; what comes after that could not be tried."""
     machine = f"{door.host}, as {door.user}" if door.user else door.host
+    if door.found.startswith("ssh: "):  # in words that are not known here
+        port = f"-p {door.port} " if door.port else ""
+        why = f"{door.host}: {door.found}; this shows all that is tried:"
+        return [Step("this machine", why, (f"ssh -v {port}{shlex.quote(door.host)} true",))]
     if door.missing == "name":
-        why = (
-            f"{door.found}; give the node's address in the list of nodes, or name it here (hostname -I there shows it):"
-        )
-        return [Step("this machine", f"{door.host} {why}", (f"echo 'ADDRESS {door.host}' >> /etc/hosts",))]
+        why = f"{door.host} {door.found}. Give its address in the list of nodes, or name it here; hostname -I there shows it:"
+        return [Step("this machine", why, (f"echo 'ADDRESS {door.host}' >> /etc/hosts",))]
     steps = [_sshd(door, machine)] if door.missing == "sshd" else []
     if door.missing == "host key":
         steps += _host_key(door, machine)
-    if door.found.startswith("ssh: "):
-        why = f"{door.host} says {door.found.removeprefix('ssh: ')!r}; all that ssh does:"
-        return [Step("this machine", why, (f"ssh -v -p {door.port} {shlex.quote(door.host)} true",))]
     if line := _public(door):
         commands = (
             "mkdir -p -m 700 ~/.ssh",
@@ -249,32 +245,24 @@ def _keys(door: Door) -> list[Path]:
 
 
 def _public(door: Door) -> str:
-    """The line of the first key for authorized_keys; "" without a key."""
+    """The line of the first key for authorized_keys, of a file or else of an agent; "" without a key."""
     for key in _keys(door):
         public = key.with_name(f"{key.name}.pub")
-        text = (
-            public.read_text(errors="replace")
-            if public.exists()
-            else _run(["ssh-keygen", "-y", "-P", "", "-f", str(key)]).stdout
-        )
+        text = public.read_text(errors="replace") if public.exists() else _run(_public_of(key)).stdout
         if text.strip():
             return text.strip().splitlines()[0]
-    return ""
+    listed = _run(["ssh-add", "-L"])
+    return "" if listed.returncode else listed.stdout.splitlines()[0]
+
+
+def _public_of(key: Path) -> list[str]:
+    """Derives the public key, if there is no passphrase."""
+    return ["ssh-keygen", "-y", "-P", "", "-f", str(key)]
 
 
 def _usable(key: Path) -> bool:
     """Whether a key has no passphrase."""
-    return _run(["ssh-keygen", "-y", "-P", "", "-f", str(key)]).returncode == 0
-
-
-def _agent() -> bool:
-    """Whether an agent is here that knows a key."""
-    return _run(["ssh-add", "-l"]).returncode == 0
-
-
-def _open(path: Path, rights: int) -> bool:
-    """Whether others have one of these rights to a file."""
-    return path.exists() and bool(path.stat().st_mode & rights)
+    return _run(_public_of(key)).returncode == 0
 
 
 def _home() -> Path:
