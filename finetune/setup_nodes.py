@@ -98,7 +98,7 @@ def main(words: Sequence[str]) -> int:
         print(f"ssh reaches {'all ' if len(hosts) > 1 else ''}{', '.join(hosts)} without a password")
         return 0
     print(_table(doors, None if where.here is None else where.nodes[where.here].host))
-    _tell(steps, shlex.join(["finebridge", "nodes", *words]))
+    _tell(steps)
     return EXIT_INCOMPLETE
 
 
@@ -229,14 +229,14 @@ def _table(doors: Sequence[Door], here: str | None) -> str:
     return "\n".join(lines)
 
 
-def _tell(steps: Sequence[Step], again: str) -> None:
+def _tell(steps: Sequence[Step]) -> None:
     """The steps by machine, each a comment and commands for a shell."""
     for machine in dict.fromkeys(step.machine for step in steps):
         print(f"\non {machine}:")
         for step in steps:
             if step.machine == machine:
                 print("\n".join([f"  # {step.why}", *(f"  {command}" for command in step.commands)]))
-    print(f"\nthen here again: {again}")
+    print("\nthen call nodes setup again")
 
 
 def _keys(door: Door) -> list[Path]:

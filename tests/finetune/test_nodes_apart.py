@@ -121,7 +121,8 @@ def test_a_node_whose_own_name_leads_nowhere(own: str, flags: list[str], one_nod
             node.run(["ip", "address", "add", "10.99.0.1/24", "dev", "docker0"])
             node.run(["ip", "link", "set", "docker0", "up"])
             (tmp_path / f"hosts.{number}").write_text(f"127.0.0.1 localhost\n{own} {node.name}\n" if own else "\n")
-        check_training([one, two], flags, tmp_path, one_node(2), NODE_IP_LIST=listed(one, two))
+        said = check_training([one, two], flags, tmp_path, one_node(2), NODE_IP_LIST=listed(one, two))
+    assert "started by pdsh; " in said
 
 
 @slow

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from finebridge.finetune.cli import main
 from namespaced_nodes import SshNode, cut, ssh_nodes
 
@@ -17,12 +18,19 @@ slow = pytest.mark.slow
 NODES = "10.77.0.1:1,10.77.0.2:1"
 
 
-def setup(node: SshNode, *words: str, **env: str) -> tuple[int, str]:
-    """The verb on a node: its exit code, and what it prints."""
-    command = [sys.executable, "-P", "-m", "finebridge.finetune.cli", "nodes", "setup", *words]
-    own = {**os.environ, "NODE_IP_LIST": NODES, **env}
-    process = node.popen(command, env=own, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    said = process.communicate(timeout=60)[0]
+def setup(node: SshNode, *words: str) -> tuple[int, str]:
+    """The verb on a node."""
+    return call(
+        node, [sys.executable, "-P", "-m", "finebridge.finetune.cli", "nodes", "setup", *words], NODE_IP_LIST=NODES
+    )
+
+
+def call(node: SshNode, command: list[str], **env: str) -> tuple[int, str]:
+    """The exit code of a command on a node, and what it prints."""
+    process = node.popen(
+        command, env={**os.environ, **env}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    said = process.communicate(timeout=120)[0]
     return process.returncode, said
 
 
@@ -102,24 +110,65 @@ def test_the_shown_commands_cure(name: str, tmp_path: Path) -> None:
         assert code == (0 if times else 2), said
 
 
+def make_bare(made: list[SshNode], folder: Path) -> None:
+    """Leave no sshd, no keys, no ~/.ssh: openssh-server was installed, and nothing else done."""
+    for node in made:
+        node.stop_sshd()
+        shutil.rmtree(node.ssh)
+        own = folder / f"etc_ssh.{node.number}"
+        shutil.copytree("/etc/ssh", own, ignore=shutil.ignore_patterns("ssh_host_*"))
+        node.run(["mount", "--bind", own, "/etc/ssh"])
+        node.run(["mount", "-t", "tmpfs", "none", "/run"])
+
+
 def test_two_bare_containers(tmp_path: Path) -> None:
-    """No sshd, no keys, no ~/.ssh: from nothing to a login, by what is shown and nothing else."""
+    """From nothing to a login, by what is shown and nothing else."""
     with ssh_nodes(2, tmp_path) as made:
-        for node in made:
-            node.stop_sshd()
-            shutil.rmtree(node.ssh)
-            own = tmp_path / f"etc_ssh.{node.number}"
-            shutil.copytree("/etc/ssh", own, ignore=shutil.ignore_patterns("ssh_host_*"))
-            node.run(["mount", "--bind", own, "/etc/ssh"])
-            node.run(["mount", "-t", "tmpfs", "none", "/run"])
+        make_bare(made, tmp_path)
         for wanted in ("nobody listens", "not known"):
             code, said = setup(made[0], "--ssh_port", "36007")
             assert code == 2
             assert re.search(rf"^10\.77\.0\.2 +36007 .*{wanted}", said, re.MULTILINE), said
-            assert said.endswith("then here again: finebridge nodes setup --ssh_port 36007\n")
+            assert said.endswith("\n\nthen call nodes setup again\n")
             obey(said, made)
         assert setup(made[0], "--ssh_port", "36007") == (0, "ssh reaches 10.77.0.2 without a password\n")
         assert made[0].run(["ssh", "-p", "36007", "-o", "BatchMode=yes", made[1].address, "hostname"]) == "node2\n"
+
+
+@slow
+@pytest.mark.distributed
+def test_the_chapter_of_the_readme(models: Callable[[str], Path], train_file: Path, tmp_path: Path) -> None:
+    """Each of its commands, from two bare containers to a finished run. What apt-get installs is here already."""
+    chapter = (
+        (ROOT / "README.md").read_text(encoding="utf-8").partition("### Several nodes\n")[2].partition("\n### ")[0]
+    )
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", chapter, re.DOTALL) for line in block.splitlines()]
+    ours = {
+        "10.0.0.": "10.77.0.", ":8": ":1", " MODEL ": f" {models('hunyuan_v1_dense')} ", "data.jsonl": str(train_file),
+        "--output_dir out": f"--output_dir {tmp_path / 'out'} --max_steps 2 --report_to none --save_strategy no",
+    }  # fmt: skip
+    exports, said = [f"cd {ROOT}", f"export FINEBRIDGE_PYTHON={sys.executable}"], list[str]()
+    with ssh_nodes(2, tmp_path) as made:
+        make_bare(made, tmp_path)
+        for line in lines:
+            for old, new in ours.items():
+                line = line.replace(old, new)  # noqa: PLW2901
+            if line.startswith("export "):
+                exports.append(line)
+            elif not line.startswith("apt-get "):
+                code, text = call(made[0], ["bash", "-ec", "\n".join([*exports, line])])
+                if "nodes setup" in line:
+                    for _ in range(2):
+                        assert code == 2
+                        obey(text, made)
+                        code, text = call(made[0], ["bash", "-ec", "\n".join([*exports, line])])
+                assert code == 0, text
+                said.append(text)
+        assert [node.running("finebridge") for node in made] == [[], []]
+    assert len(said) == 4
+    assert said[1] == "ssh reaches 10.77.0.2 without a password\n"
+    assert " pdsh -R ssh -f 1 -w 10.77.0.2 " in said[2]
+    assert "done: 2 steps" in said[3]
 
 
 @slow
