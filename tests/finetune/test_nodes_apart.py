@@ -25,7 +25,7 @@ def flags(models: Callable[[str], Path], train_file: Path, tmp_path_factory: pyt
     """A short training by ZeRO-3, all but its output folder."""
     folder = tmp_path_factory.mktemp("settings")
     words = [
-        "--model_name_or_path", models("hunyuan_v1_dense"), "--train_data_file", train_file, "--max_steps", 3,
+        "--model_name_or_path", models("hunyuan_v1_dense"), "--train_data_file", train_file, "--max_steps", 2,
         "--deepspeed", zero_settings("ds_zero3_no_offload", folder), "--prepared_data_dir", folder / "prepared",
         "--per_device_train_batch_size", 2, "--learning_rate", "1e-2", "--logging_steps", 1, "--report_to", "none",
         "--save_strategy", "no", "--disable_tqdm", "true",
@@ -50,14 +50,14 @@ def losses(folder: Path) -> Losses:
     """What a finished run has logged of each step."""
     entries = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     found = [(entry["loss"], entry["grad_norm"]) for entry in entries if "loss" in entry]
-    assert len(found) == 3
+    assert len(found) == 2
     return found
 
 
-def start(node: SshNode, words: list[str], **env: str) -> "subprocess.Popen[str]":
+def start(node: SshNode, words: list[str], *, script: str = "train/train.sh", **env: str) -> "subprocess.Popen[str]":
     """``bash train/train.sh`` with words, on a node."""
     own = {**os.environ, "FINEBRIDGE_PYTHON": sys.executable, **env}
-    command = ["bash", ROOT / "train" / "train.sh", *words]
+    command = ["bash", ROOT / script, *words]
     return node.popen(command, env=own, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -80,7 +80,7 @@ def check_training(made: Sequence[SshNode], flags: list[str], folder: Path, want
     assert process.returncode == 0, out + err
     assert [node.running() for node in made] == [[]] * len(made)
     assert losses(folder / "out") == wanted
-    assert "done: 3 steps" in out
+    assert "done: 2 steps" in out
     return err
 
 
@@ -127,6 +127,18 @@ def test_a_node_whose_own_name_leads_nowhere(own: str, flags: list[str], one_nod
 
 @slow
 @pytest.mark.distributed
+def test_the_whole_way_over_two_nodes(flags: list[str], one_node: OneNode, tmp_path: Path) -> None:
+    """``bash finetune/finetune.sh``, to the exported model, with the network's interface as a flag."""
+    words = [*flags, "--save_strategy", "steps", "--save_steps", "2", "--net_interface", "eth0"]
+    with ssh_nodes(2, tmp_path) as (one, two):
+        env = {"NODE_IP_LIST": listed(one, two), "script": "finetune/finetune.sh"}
+        said = check_training([one, two], words, tmp_path, one_node(2), **env)
+    assert "forwarded: GLOO_SOCKET_IFNAME, " in said
+    assert list((tmp_path / "out" / "hf-2").glob("*.safetensors"))
+
+
+@slow
+@pytest.mark.distributed
 def test_two_ranks_a_node_by_ssh_where_pdsh_is_absent(flags: list[str], one_node: OneNode, tmp_path: Path) -> None:
     with ssh_nodes(2, tmp_path) as (one, two):
         hosts = tmp_path / "hostfile"
@@ -152,7 +164,7 @@ def test_nodes_started_by_hand(named: bool, flags: list[str], one_node: OneNode,
         assert [process.returncode for process in started] == [0, 0], said
         assert [node.running() for node in made] == [[], []]
     assert losses(tmp_path / "out") == one_node(2)
-    assert "done: 3 steps" in said[0][0]
+    assert "done: 2 steps" in said[0][0]
     assert "node 1 of 2, ranks 1 to 1 of 2; " in said[1][1]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from finebridge.finetune.cli import main
-from namespaced_nodes import SshNode, cut, ssh_nodes
+from namespaced_nodes import SshNode, cut, known_host, ssh_nodes
 
 Break = Callable[[SshNode, SshNode], object]
 slow = pytest.mark.slow
@@ -91,10 +91,10 @@ BREAKS: dict[str, tuple[Break, str, str, int]] = {
         r"ok +ok +ok +refused", 'eval "\\$\\(ssh-agent\\)"', 0,
     ),
 }  # fmt: skip
-QUICK = ("key not taken",)
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=slow) for name in BREAKS])
+@slow
+@pytest.mark.parametrize("name", BREAKS)
 def test_the_shown_commands_cure(name: str, tmp_path: Path) -> None:
     break_it, row, words, times = BREAKS[name]
     with ssh_nodes(2, tmp_path) as made:
@@ -133,6 +133,21 @@ def test_two_bare_containers(tmp_path: Path) -> None:
             obey(said, made)
         assert setup(made[0], "--ssh_port", "36007") == (0, "ssh reaches 10.77.0.2 without a password\n")
         assert made[0].run(["ssh", "-p", "36007", "-o", "BatchMode=yes", made[1].address, "hostname"]) == "node2\n"
+
+
+@slow
+def test_unknown_host_keys_are_taken_over_when_asked_but_no_changed_ones(tmp_path: Path) -> None:
+    with ssh_nodes(2, tmp_path) as made:
+        one, _ = made
+        (one.ssh / "known_hosts").unlink()
+        assert setup(one, "--ssh_host_keys", "accept-new")[0] == 0
+        assert (one.ssh / "known_hosts").is_file()
+        assert setup(one)[0] == 0
+        (one.ssh / "known_hosts").write_text(known_host(made[1]))
+        other_host_key(*made)
+        code, said = setup(one, "--ssh_host_keys", "accept-new")
+    assert code == 2
+    assert "CHANGED" in said
 
 
 @slow
