@@ -33,7 +33,7 @@ _MEANING = (
     (r"Could not resolve hostname|Name or service not known", "name", "does not resolve"),
     (r"Connection refused", "sshd", "nobody listens"),
     (r"timed out|No route to host|Network is unreachable", "sshd", "no answer"),
-    (r"kex_exchange_identification|[Bb]anner|Connection (closed|reset)|onnection to \S+ closed", "sshd", "hangs up"),
+    (r"kex_exchange_identification|[Bb]anner|Connection (closed|reset)", "sshd", "hangs up"),
     (r"REMOTE HOST IDENTIFICATION HAS CHANGED", "host key", "CHANGED"),
     (r"Host key verification failed|host key is known", "host key", "not known"),
     (r"Permission denied", "login", "refused"),
@@ -72,7 +72,7 @@ class Step:
 
 def main(words: Sequence[str]) -> int:
     """Run the verb; exit code 0 when every node is reached, else 2. Raises ValueError for bad input."""
-    if words and words[0] in ("-h", "--help"):
+    if {"-h", "--help"} & set(words):
         print(f"{__doc__}\n{_USAGE}")
         return 0
     if not words or words[0] != "setup":
@@ -110,10 +110,10 @@ def knock(host: str, ssh: Ssh) -> Door:
         door.missing, door.found = "name", f"ssh: {_last(asked.stderr)}"
         return door
     settings = [(name, value) for name, _, value in (line.partition(" ") for line in asked.stdout.splitlines())]
-    one = dict(settings)
-    door.user, door.name, door.port = one["user"], one["hostname"], one["port"]
-    door.keys, door.alias = [value for name, value in settings if name == "identityfile"], one.get("hostkeyalias", "")
-    door.known = one.get("userknownhostsfile", door.known).split()[0]
+    first = dict(reversed(settings))
+    door.user, door.name, door.port = first["user"], first["hostname"], first["port"]
+    door.keys, door.alias = [value for name, value in settings if name == "identityfile"], first.get("hostkeyalias", "")
+    door.known = first.get("userknownhostsfile", door.known).split()[0]
     tried = _run(["ssh", *options, "--", host, "true"])
     if tried.returncode:
         meant = next((words for pattern, *words in _MEANING if re.search(pattern, tried.stderr)), None)
@@ -201,11 +201,11 @@ def _host_key(door: Door, machine: str) -> list[Step]:
     if not lines:
         connect = f"ssh -p {door.port} {shlex.quote(door.host)} true"
         return [Step("this machine", f"the host key of {door.host} is {door.found}; compare it:", (*again, connect))]
-    key = " ".join(lines[0][1:3])
-    print_ = _run(["ssh-keygen", "-lf", "-"], key).stdout.split()[1:2]
+    key = " ".join(min(lines, key=lambda words: "ed25519" not in words[1])[1:3])
+    fingerprint = "".join(_run(["ssh-keygen", "-lf", "-"], key).stdout.split()[1:2])
     show = "for key in /etc/ssh/ssh_host_*_key.pub ~/.ssh/sshd_key.pub; do test ! -e $key || ssh-keygen -lf $key; done"
     changed = " (it was another one: was the node set up anew?)" if again else ""
-    why = f"its host key, as seen from here, is {''.join(print_)}{changed}. Go on only if this shows the same:"
+    why = f"its host key, as seen from here, is {fingerprint}{changed}. Go on only if this shows the same:"
     take = f"echo {shlex.quote(f'{door.label} {key}')} >> {known}"
     return [
         Step(machine, why, (show,)),
