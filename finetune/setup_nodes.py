@@ -73,7 +73,7 @@ class Step:
 def main(words: Sequence[str]) -> int:
     """Run the verb; exit code 0 when every node is reached, else 2. Raises ValueError for bad input."""
     if {"-h", "--help"} & set(words):
-        print(f"{__doc__}\n{_USAGE}")
+        print(__doc__)
         return 0
     if not words or words[0] != "setup":
         raise ValueError(_USAGE)
