@@ -36,6 +36,7 @@ usage: finebridge VERB ...          finebridge VERB --help tells more
   data export|import  files of MindSpeed-LLM, Pai-Megatron-Patch, AutoAlign and Megatron-LM
   cache list|verify|prune
                       prepared data, converted weights and leftovers: look at them, prove them, remove them
+  nodes setup         does ssh reach all nodes without a password? What is missing is shown as commands
   example             the built-in example: a tiny model learns arithmetic, then answers
 
 bash finetune/finetune.sh without arguments runs the example, with arguments: finebridge ARGUMENTS
@@ -174,6 +175,12 @@ def _cache(words: list[str]) -> int:
     return cache(words)
 
 
+def _nodes(words: list[str]) -> int:
+    from .setup_nodes import main as nodes
+
+    return nodes(words)
+
+
 def _stop_like_ctrl_c() -> None:
     """From now on SIGTERM does what Ctrl-C does: nothing half-written stays."""
     with suppress(ValueError):  # not in a thread that is not the first one
@@ -203,6 +210,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "checkpoint": _checkpoint,
     "data": _data,
     "cache": _cache,
+    "nodes": _nodes,
     "example": _example,
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 from . import launch, slurm
 from .connect import HOST_KEYS, LAUNCHERS, Launcher, Ssh, choose, starts
 from .launch import Stop, free_port, say
+from .network import NETWORK_FLAGS, network_variables
 from .node_job import Job, forwarded, here
 from .node_launcher import run_node
 from .nodes import (
@@ -41,6 +42,7 @@ NODE_FLAGS = {
     "ssh_config": "FILE\n      ssh's configuration instead of ~/.ssh/config",
     "ssh_host_keys": "known|accept-new\n      nodes whose host key is not known are refused (default), or taken over once",
     "forward_env": "NAME,NAME\n      variables that reach the nodes, beside NCCL_*, HF_*, TORCH_*, WANDB_* and CUDA_*",
+    **{name: flag.text for name, flag in NETWORK_FLAGS.items()},
     "dry_run": "\n      show the nodes and the commands that would start them, and end",
     "log_dir": "DIR\n      one log for each rank, on its node (default: logs in --output_dir)",
 }
@@ -60,6 +62,7 @@ class Cluster:
     master_port: int | None = None
     ssh: Ssh = field(default_factory=Ssh)
     forward: tuple[str, ...] = ()
+    network: dict[str, str] = field(default_factory=dict[str, str])  # variables that the flags about it set
     log_dir: str = ""
     dry_run: bool = False
 
@@ -81,6 +84,7 @@ class Cluster:
                     f"one machine, {self.processes} ranks, each: {shlex.join([sys.executable, '-P', '-m', module, *argv])}"
                 )
                 return 0
+            os.environ.update(self.network)
             return launch.run_ranks(module, argv, self.processes, stop_grace)
         job = self._job(module, argv, output_dir, stop_grace)
         if self.by_hand:
@@ -102,9 +106,8 @@ class Cluster:
         nodes = [(node.host, node.slots or 1) for node in self.nodes]
         master = self.master_addr or self.nodes[0].host
         logs = self.log_dir or str(Path(output_dir) / "logs")
-        return Job(
-            module, list(argv), forwarded(os.environ, self.forward), nodes, master, port, here(), logs, stop_grace
-        )
+        env = forwarded({**os.environ, **self.network}, self.forward)
+        return Job(module, list(argv), env, nodes, master, port, here(), logs, stop_grace)
 
     def _tell(self, job: Job, launcher: str, why: str) -> None:
         nodes = ", ".join(f"{host} ({slots})" for host, slots in job.nodes)
@@ -152,6 +155,7 @@ def take(values: dict[str, Any], env: Mapping[str, str], asked: int | None, gpus
         "master_port": numbers["master_port"],
         "ssh": ssh,
         "forward": tuple(filter(None, given["forward_env"].split(","))),
+        "network": network_variables(given, env),
         "log_dir": given["log_dir"],
         "dry_run": _switch(given["dry_run"], "dry_run"),
     }

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .interface import lead_gloo
 from .launch import Share, Stop, run_share
 from .node_job import Job
 from .nodes import NodesError
@@ -65,6 +66,7 @@ class Report:
 def run_node(job: Job, number: int, stop: Stop, logs: RankLogs, tell: Callable[[str], None]) -> Report:
     """Run the ranks of node ``number`` with the job's environment, and this Python's tools (ninja) on the PATH."""
     os.environ.update(job.env)
+    lead_gloo(job)
     os.environ["PATH"] = os.pathsep.join(filter(None, [str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     share = Share(job.nodes[number][1], job.first_rank(number), job.world, job.master, job.port)
     ended = run_share(job.module, job.argv, share, stop, tell, logs)

@@ -89,14 +89,20 @@ def test_words_and_environment_arrive_through_sshd(real: Runs) -> None:
 
 @pytest.mark.slow
 def test_5000_words_arrive_through_sshd(real: Runs) -> None:
-    """Random words of what shells, ssh and pdsh could take for something else, 500 a run."""
+    """Random words of what shells, ssh and pdsh could take for something else, 500 a run; paths and a variable's name too."""
     draw = random.Random(11)
     pieces = [*WORDS, "\n", "'", '"', "\\", " ", "%h", "$(touch canary)", "-oProxyCommand=touch canary", "\x01", "ü"]
     for _ in range(10):
         words = ["".join(draw.choices(pieces, k=draw.randint(0, 5))) for _ in range(500)]
-        done = real.run("done", *words, HF_TEXT="".join(words))
+        hosts, logs = (real.folder / f"{start}{word}" for start, word in zip(("-", "$"), words, strict=False))
+        hosts.write_text("127.0.0.2 slots=1\n127.0.0.3 slots=2\n")
+        name = f"HF_{words[2].replace('=', '')}"
+        flags = (f"--hostfile={hosts}", f"--log_dir={logs.name}")
+        done = real.run("done", *words, flags=flags, **{"HF_TEXT": "".join(words), name: words[3]})
         assert done.returncode == 0, done.stderr
         assert all(one["argv"][2:] == words and one["env"]["HF_TEXT"] == "".join(words) for one in real.got())
+        assert all(one["env"][name] == words[3] for one in real.got())
+        assert (logs / "rank-2.log").is_file()
     assert not list(real.folder.rglob("canary"))
 
 
