@@ -19,7 +19,7 @@ _WINDOW = 96  # of the trial, for any that is wider
 _LOUD = 50.0  # every other sample's values, times this
 _OF_TOKEN, _OF_SAMPLE = 0.05, 0.03  # what bf16 may move: of a token's norm, and of the mean norm in its sample
 _OF_TOKEN_FP32, _OF_SAMPLE_FP32 = 2e-3, 2e-3  # TF32 products
-_TIMED = (1400, 900, 2500, 700, 1300)  # tokens of the samples that kernels are timed on
+_TIMED = (1400, 900, 2500, 700, 4000, 300, 1100, 1900, 600, 2900)  # tokens of the samples that kernels are timed on
 
 
 def refusal(kernel: Kernel, need: Need) -> str | None:
@@ -53,7 +53,7 @@ def seconds(kernel: Kernel, need: Need) -> float:
     """Seconds of a forward and backward pass over rows whose samples' lengths change from call to call; inf when it fails."""
     taken: list[float] = []
     for turn in range(5):
-        lengths = [length + 7 * turn for length in _TIMED[: 4 + turn % 2]]
+        lengths = [length + 7 * turn for length in _TIMED[turn % 2 :]]
         row, borders = _row(need, lengths)
         _wait(need.device)
         began = time.perf_counter()

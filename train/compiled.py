@@ -17,6 +17,7 @@ import torch
 import torch._dynamo as dynamo
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -27,6 +28,8 @@ from .attention import at_rest
 from .flash import remember
 from .packed_attention import PackedAttention
 
+# Off: norms, rotations and activations are computed again in backward also where a matrix product reads them; a third less kept.
+_KEEPS_LESS = "ban_recompute_materialized_backward"
 _PARTITIONED = 3  # ZeRO stage
 _SAMPLES = 3  # of the trial's row
 _GRAPHS = 4  # for three layers; more of them, and each layer would be compiled for itself
@@ -55,6 +58,8 @@ class CompiledLayers(TrainerCallback):
         """Prove it, and compile."""
         began = time.monotonic()
         layers = decoder_layers(model)
+        if hasattr(functorch_config, _KEEPS_LESS):
+            setattr(functorch_config, _KEEPS_LESS, False)
         why = trial(model, layers, args.device, self.tokens)
         if why := next(filter(None, runtime.gather(why)), None):
             runtime.say(f"layers: not compiled, as {why}")

@@ -34,7 +34,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from results import add_rows, circumstances  # noqa: E402 - found through the line above
 
-PURE_BF16 = ROOT / "benchmarks" / "gpu" / "pure_bf16.json"
 LONGEST = 4096
 PEER = ":trl"
 EVERY = 4  # steps between two log lines
@@ -73,11 +72,11 @@ def qwen3(hidden: int, inner: int, layers: int, heads: int, *, tied: bool) -> di
     }  # fmt: skip
 
 
-def flags(length: int, accumulation: int, deepspeed: object, **more: object) -> dict[str, object]:
-    """16,384 tokens a step in any case."""
+def flags(length: int, accumulation: int, **more: object) -> dict[str, object]:
+    """16,384 tokens a step in any case, ZeRO-2."""
     return {
         "max_seq_length": length, "gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 1,
-        "deepspeed": deepspeed, "bf16": "true", **more,
+        "deepspeed": "ds_zero2_no_offload", "bf16": "true", **more,
     }  # fmt: skip
 
 
@@ -88,19 +87,21 @@ LORA = {
     "use_lora": "true", "lora_rank": 16, "lora_alpha": 16,
     "lora_target": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
 }  # fmt: skip
-ZERO2 = "ds_zero2_no_offload"
-CHECKPOINTED = {"gradient_checkpointing": "true"}
+PURE = {"master_weights": "bf16_stochastic"}
+RECOMPUTED, KEPT = ({"gradient_checkpointing": value} for value in ("true", "false"))
 ROWS: dict[str, Row] = {
-    "0.6b": Row(B0_6, flags(8192, 2, ZERO2)),
-    "4b": Row(B4, flags(4096, 4, PURE_BF16)),
-    "8b-lora": Row(B8, flags(4096, 4, ZERO2, **LORA)),
-    "4b-gc": Row(B4, flags(16384, 1, PURE_BF16, **CHECKPOINTED)),
-    "8b-lora-gc": Row(B8, flags(16384, 1, ZERO2, **LORA, **CHECKPOINTED)),
+    "0.6b": Row(B0_6, flags(16384, 1, **PURE, **KEPT)),
+    "4b": Row(B4, flags(8192, 2, **PURE, **KEPT)),
+    "8b-lora": Row(B8, flags(4096, 4, **LORA, **KEPT)),
     # when asked for
-    "0.6b-16k": Row(B0_6, flags(16384, 1, ZERO2)),
-    "0.6b-gc": Row(B0_6, flags(16384, 1, ZERO2, **CHECKPOINTED)),
-    "0.6b-pure": Row(B0_6, flags(8192, 2, PURE_BF16)),
-    "0.6b-plain": Row(B0_6, {name: value for name, value in flags(8192, 2, None).items() if value is not None}),
+    "0.6b-masters": Row(B0_6, flags(16384, 1, **KEPT)),
+    "0.6b-4k": Row(B0_6, flags(4096, 4, **PURE, **KEPT)),
+    "4b-16k": Row(B4, flags(16384, 1, **PURE)),  # what is recomputed is chosen by memory
+    "4b-4k": Row(B4, flags(4096, 4, **PURE, **KEPT)),
+    "8b-lora-16k": Row(B8, flags(16384, 1, **LORA)),
+    "8b-lora-8k": Row(B8, flags(8192, 2, **LORA, **KEPT)),
+    "4b-gc": Row(B4, flags(16384, 1, **PURE, **RECOMPUTED)),
+    "8b-lora-gc": Row(B8, flags(16384, 1, **LORA, **RECOMPUTED)),
     "tiny": Row(
         {**qwen3(64, 128, 2, 2, tied=True), "num_key_value_heads": 1, "head_dim": 32},
         {"max_seq_length": 256, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1},
@@ -243,6 +244,7 @@ def result(name: str, told: Told, took: float) -> dict[str, object]:
         "spread": _spread([line["tokens_per_second"] for line in counted if "tokens_per_second" in line]),
         "first_loss": told.lines[0]["loss"] if told.lines else "", "last_loss": told.lines[-1]["loss"] if told.lines else "",
         "seconds": round(took, 1), "attention": said("attention: "), "loss": said("loss: "),
+        "layers": said("layers: "), "recompute": said("recompute: "),
         "error": "" if counted else f"exit code {told.code}: " + " | ".join(told.text.strip().splitlines()[-3:])[-300:],
     }  # fmt: skip
 
@@ -317,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         profiled(words[1:])
     parser = argparse.ArgumentParser("speed.py", allow_abbrev=False, description="training speed on one GPU")
     parser.add_argument(
-        "--rows", default="0.6b,4b-gc,8b-lora-gc,4b,8b-lora", help=f"comma-separated, of {', '.join(ROWS)}"
+        "--rows", default="0.6b,0.6b:trl,4b,4b:trl,8b-lora,8b-lora:trl", help=f"comma-separated, of {', '.join(ROWS)}"
     )
     parser.add_argument(
         "--seconds", type=float, default=25, help="measured, behind the warm lines (default %(default)g)"
