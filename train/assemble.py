@@ -50,7 +50,7 @@ from .moe import LeafCheck, has_listed_experts, make_leaf_modules
 from .packed_attention import take_packed
 from .precision import asked_in_fp32, keep_in_fp32
 from .progress import ProgressLine
-from .recompute import recompute_kwargs
+from .recompute import AUTO, RecomputeBudget, asks_for_budget, recompute_kwargs
 from .record import about_data
 from .resume import Resume, check_init, find_resume
 from .router import set_aux_loss
@@ -92,6 +92,7 @@ def assemble(args: Arguments) -> Run:
         settings = resolve(str(args.hf["deepspeed"]), has_accelerator=runtime.has_accelerator())
         if args.model.make_moe_param_leaf_module is False:  # DeepSpeed marks some classes by itself
             settings["zero_optimization"].setdefault("leaf_module", {"classes": []})
+    stage = zero_stage(settings or {})
     runtime.start(settings)
     refuse_pickles(deepspeed=settings is not None)
     hf_args = _training_arguments(args, settings)
@@ -118,7 +119,7 @@ def assemble(args: Arguments) -> Run:
         eval_dataset=eval_data,  # pyright: ignore[reportArgumentType]
         data_collator=_collator(args, model, tokenizer),
         processing_class=tokenizer,
-        callbacks=_callbacks(args, hf_args, zero_stage(settings or {}), model),
+        callbacks=_callbacks(args, hf_args, stage, model),
         guard=StepGuard(args.model.loss_spike_policy, args.model.loss_spike_factor, runtime.say, fp16=hf_args.fp16),
         normalization=args.model.loss_normalization,
     )
@@ -130,6 +131,7 @@ def assemble(args: Arguments) -> Run:
     trainer.renewed = resume.renewed if resume else frozenset()
     rows = max(hf_args.per_device_train_batch_size, hf_args.per_device_eval_batch_size if eval_data else 1)
     trainer.add_callback(HeadSearch(trainer, rows * args.data.max_seq_length))
+    _budget(trainer, args, train_data, stage)
     progress = _watch(trainer, model, args)
     about = {
         "model": f"{shape['model']}, {model_size(model)}",
@@ -138,6 +140,21 @@ def assemble(args: Arguments) -> Run:
         "data": {use: about_data(data) for use, data in (("training", train_data), ("evaluation", eval_data)) if data},
     }
     return Run(trainer, str(resume.folder) if resume else None, progress, about)
+
+
+def _budget(trainer: FinetuneTrainer, args: Arguments, data: Samples, stage: int) -> None:
+    """Have the trainer find how many layers to recompute, where that was left to it."""
+    device, budget = trainer.args.device, args.model.memory_budget_gib
+    if not asks_for_budget(args.hf, budget, device):
+        return
+    trainer.recompute = RecomputeBudget(
+        trainer.args.activation_checkpointing_kwargs or {"use_reentrant": False},  # pyright: ignore[reportArgumentType]
+        trainer.args.per_device_train_batch_size * int(data.lengths.max()),
+        None if budget is None else int(budget * 2**30),
+        device,
+        retries=stage != 3,  # noqa: PLR2004
+    )
+    trainer.add_callback(trainer.recompute)
 
 
 def _callbacks(args: Arguments, hf_args: TrainingArguments, stage: int, model: Any) -> list[TrainerCallback]:
@@ -275,6 +292,8 @@ def _training_arguments(args: Arguments, settings: dict[str, Any] | None) -> Tra
     values["lr_scheduler_type"] = name
     values["lr_scheduler_kwargs"] = {**kwargs, **(values.get("lr_scheduler_kwargs") or {})} or None
     values["activation_checkpointing_kwargs"] = recompute_kwargs(values, runtime.say)
+    if values.get("activation_checkpointing") == AUTO:
+        values["activation_checkpointing"] = False  # RecomputeBudget turns it on, layer by layer
     values["resume_from_checkpoint"] = None  # decided by find_resume
     values["save_total_limit"] = None  # kept by our own rotation
     values["remove_unused_columns"] = False
