@@ -84,7 +84,7 @@ def test_flags() -> None:
 def begun(budget: int | None, **more: Any) -> tuple[RecomputeBudget, Any]:
     model = build("qwen3", **LAYERS).train()
     found = RecomputeBudget({"use_reentrant": False}, 24, budget, CPU, retries=True)
-    found.on_train_begin(SimpleNamespace(torch_compile=False, **more), None, None, model=model)  # pyright: ignore
+    found.on_train_begin(SimpleNamespace(torch_compile=False, **more), None, None, model=model)  # pyright: ignore[reportArgumentType]
     return found, model
 
 
@@ -110,8 +110,7 @@ def test_steps_find_the_number_that_fits_and_change_no_loss_and_no_gradient(caps
     for share in (1.1, 0.6, 0.1):
         found, model = begun(int(whole * share))
         assert [layer.gradient_checkpointing for layer in found.layers] == [True] * 5 + [False]
-        for _ in range(4):
-            expected.append(one_step(found, model))
+        expected += [one_step(found, model) for _ in range(4)]
         numbers.append(found.recomputed)
         with gauge.counting():
             model(input_ids=ids, labels=ids, use_cache=False)
@@ -131,7 +130,7 @@ def test_a_cpu_without_a_budget_and_what_cannot_be_recomputed_stay_as_they_are(
     assert "recompute: no layers, as a cpu tells no limit of its memory" in capsys.readouterr().out
     assert one_step(found, model)[0] > 0
     found = RecomputeBudget({"use_reentrant": False}, 24, 10, CPU, retries=True)
-    found.on_train_begin(SimpleNamespace(torch_compile=False), None, None, model=torch.nn.Linear(2, 2))  # pyright: ignore
+    found.on_train_begin(SimpleNamespace(torch_compile=False), None, None, model=torch.nn.Linear(2, 2))  # pyright: ignore[reportArgumentType]
     assert "recompute: no layers, as Linear has no layers" in capsys.readouterr().out
 
 
