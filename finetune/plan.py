@@ -29,6 +29,7 @@ _PLAIN = "without DeepSpeed"
 _TFLOPS, _REACHED = 680.0, 0.5  # of sustained bf16 products, and the share of them that training reaches
 _MEMORY, _LINK, _HOST = 2.2e12, 3e11, 5e10  # bytes a second: device memory, between GPUs, to the machine's memory
 _CPU_ADAM = 1e9  # elements a second, by the cores of one machine
+_SIZES = ("weights", "gradients", "optimizer", "buffers", "pass", "step", "save", "host")
 _SAMPLE = 1000  # tokens of a sample, in packed rows
 
 
@@ -168,22 +169,9 @@ def seconds(task: Task, zero: "Zero", recomputed: int) -> float:
 
 def table(choices: Sequence[Choice], best: Choice | None, limit: int) -> Iterator[str]:
     """The lines that show all settings, GiB of one rank."""
-    layers = (
-        "settings",
-        "recompute",
-        "peak",
-        "weights",
-        "gradients",
-        "optimizer",
-        "buffers",
-        "pass",
-        "step",
-        "save",
-        "host",
-        "s/step",
-    )
+    heads = ("settings", "recompute", "peak", *_SIZES, "s/step")
     yield f"GiB of one rank, of which {limit / _GIB:.1f} may be filled; 'pass' to 'save' are the peaks of the three"
-    yield "  ".join(f"{name:>9}" if number else f"{name:<28}" for number, name in enumerate(layers))
+    yield "  ".join(f"{name:>9}" if number else f"{name:<28}" for number, name in enumerate(heads))
     for choice in choices:
         kept = choice.held
         sizes = [
@@ -220,7 +208,7 @@ def _task(args: Arguments, gpus: int, limit: int, *, deepspeed: bool) -> Task:
     from ..train.memory import Batch
     from ..train.memory_runs import activations
     from ..train.throughput import training_flops
-    from ..train.weights import _parts
+    from ..train.weights import parts
     from ..train.zero_memory import weights_of
 
     half = torch.bfloat16 if args.hf.get("bf16") else torch.float16 if args.hf.get("fp16") else None
@@ -241,7 +229,7 @@ def _task(args: Arguments, gpus: int, limit: int, *, deepspeed: bool) -> Task:
         weights=weights,
         activations=activations(model, batch, autocast=None if deepspeed else half),
         flops=training_flops(model),
-        parts={names[0]: sum(bytes_of[name] for name in names) for names in _parts(bytes_of)},
+        parts={names[0]: sum(bytes_of[name] for name in names) for names in parts(bytes_of)},
         lengths=lengths,
         accumulation=accumulation,
         gpus=gpus,

@@ -3,15 +3,15 @@
 Read off the allocations of DeepSpeed 0.19 (``runtime/zero/stage_1_and_2.py``, ``stage3.py``, ``partition_parameters.py``)
 and compared with those of real ranks in ``tests/distributed/test_memory.py``. The optimizer is AdamW with two moments.
 
-========================= ============================================ ==================================================
-\\                         ZeRO-1, ZeRO-2                               ZeRO-3
-========================= ============================================ ==================================================
-parameters                all, trained ones in one buffer a group      this rank's part, small ones whole besides
-master weights, moments   this rank's part                             this rank's part
-gradients between steps   parameters that lie in this rank's part      this rank's part, always
-in backward               one or two buckets, and the gradients once   one bucket, parameters that are gathered
-                          more in a step's later micro-batches
-========================= ============================================ ==================================================
+============================== ======================================== ===========================================
+what                           ZeRO-1 and ZeRO-2                        ZeRO-3
+============================== ======================================== ===========================================
+parameters                     all, trained ones in a buffer a group    this rank's part, small ones whole besides
+master weights, moments        this rank's part                         this rank's part
+gradients between micro-steps  parameters that touch this rank's part   this rank's part, always
+in backward                    one or two buckets, and these gradients  a bucket, the parameters that are gathered
+                               once more
+============================== ======================================== ===========================================
 """
 
 import math
@@ -19,7 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
+from torch import nn
+from transformers.trainer_pt_utils import get_parameter_names
 
 from ..ds_configs.resolve import zero_stage
 from .memory import Moment
@@ -123,10 +124,7 @@ def held(weights: Sequence[Weight], zero: Zero, ranks: int, *, accumulates: bool
     padded = [_padded(group, ranks) for group in groups]
     sizes = [group[0].size for group in groups]
     parts = sum(numel // ranks for numel in padded)
-    inside = max(
-        sum(_inside(group, numel, ranks, rank) for group, numel in zip(groups, padded, strict=True))
-        for rank in range(ranks)
-    )
+    inside = _own_gradients(groups, ranks)
     counters = len(groups) * _STEP
     kept = Held(
         weights=sum(numel * size for numel, size in zip(padded, sizes, strict=True)) + _bytes(frozen),
@@ -171,7 +169,7 @@ def micro_batch(kept: Held, moments: Sequence[Moment], weights: Sequence[Weight]
         gathered = min(total, zero.live + zero.prefetched) * min(size.values())
         return kept.device + max(gathered, largest) + max(moment.peak for moment in moments)
     groups = _groups(weights)
-    once = max(sum(_inside(group, _padded(group, ranks), ranks, rank) for group in groups) for rank in range(ranks))
+    once = _own_gradients(groups, ranks)
     highest = filled = added = waiting = 0
     for moment in moments:
         highest = max(highest, moment.peak + added + waiting)
@@ -195,8 +193,7 @@ def optimizer_step(kept: Held, weights: Sequence[Weight], zero: Zero, ranks: int
     if zero.optimizer_offloaded:
         return kept.device
     if zero.stage == 0:
-        largest = max(weight.numel * weight.size for group in groups for weight in group)
-        return kept.device + (0 if fused else sum(_bytes(group) for group in groups) if ranks else largest)
+        return kept.device + (0 if fused else max(map(_bytes, groups)))
     if zero.stage == 3:  # noqa: PLR2004
         parts, size = max(_sub_groups(groups, zero, ranks)), groups[0][0].size
         gradients = 0
@@ -243,6 +240,11 @@ def _padded(group: Sequence[Weight], ranks: int) -> int:
     return math.ceil(numel / (2 * ranks)) * 2 * ranks
 
 
+def _own_gradients(groups: Sequence[Sequence[Weight]], ranks: int) -> int:
+    """Bytes of the gradients that ZeRO-2 keeps, on the rank that keeps most."""
+    return max(sum(_inside(group, _padded(group, ranks), ranks, rank) for group in groups) for rank in range(ranks))
+
+
 def _inside(group: Sequence[Weight], padded: int, ranks: int, rank: int) -> int:
     """Bytes of the parameters of a group that begin, end or lie in a rank's part."""
     begin, end, place, total = padded // ranks * rank, padded // ranks * (rank + 1), 0, 0
@@ -257,16 +259,11 @@ def _bytes(weights: Iterable[Weight]) -> int:
     return sum(weight.numel * weight.size for weight in weights)
 
 
-def weights_of(model: Any, sizes: Mapping[str, int] | None = None) -> list[Weight]:
-    """The parameters of a model, tied ones once. ``sizes``: bytes an element by name where they differ from the model's."""
-    from transformers.trainer_pt_utils import get_parameter_names
-
+def weights_of(model: Any) -> list[Weight]:
+    """The parameters of a model, tied ones once."""
     patterns = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]  # those of the Trainer
-    decaying = set(get_parameter_names(model, [torch.nn.LayerNorm], patterns))
+    decaying = set(get_parameter_names(model, [nn.LayerNorm], patterns))
     return [
-        Weight(
-            name, parameter.numel(), (sizes or {}).get(name, parameter.element_size()), parameter.requires_grad,
-            name in decaying,
-        )
+        Weight(name, parameter.numel(), parameter.element_size(), parameter.requires_grad, name in decaying)
         for name, parameter in model.named_parameters()
-    ]  # fmt: skip
+    ]
