@@ -79,8 +79,7 @@ def main(words: Sequence[str]) -> int:
     if given.gpus < 1 or not given.gpu_memory > 0:
         raise ArgumentsError("--gpus and --gpu_memory: positive numbers are expected")
     args = arguments_of(given.model, more)
-    room = given.gpu_memory - _CONTEXT[0] - (_CONTEXT[1] if given.gpus > 1 else 0)
-    limit = int(room * (1 - _SPARE) * _GIB)
+    limit = limit_of(given.gpu_memory, given.gpus)
     choices = list(plan(args, given.gpus, limit, print))
     best = min((choice for choice in choices if choice.recomputed is not None), key=lambda c: c.seconds, default=None)
     for line in table(choices, best, limit):
@@ -90,6 +89,12 @@ def main(words: Sequence[str]) -> int:
         return 1
     print("use: " + " ".join(flags_of(best)))
     return 0
+
+
+def limit_of(gpu_memory: float, gpus: int) -> int:
+    """Bytes that torch's tensors may fill of a GPU of so many GiB, one of ``gpus``."""
+    room = gpu_memory - _CONTEXT[0] - (_CONTEXT[1] if gpus > 1 else 0)
+    return int(room * (1 - _SPARE) * _GIB)
 
 
 def arguments_of(model: Path, words: Sequence[str]) -> Arguments:
@@ -115,11 +120,11 @@ def plan(args: Arguments, gpus: int, limit: int, say: Any) -> Iterator[Choice]:
     wanted = args.hf.get("deepspeed")
     names = [*shipped(), *([str(wanted)] if wanted and str(wanted).removesuffix(".json") not in shipped() else [])]
     try:
-        tasks = {zero: _task(args, gpus, limit, deepspeed=zero) for zero in (True, False)}
+        tasks = {zero: task_of(args, gpus, limit, deepspeed=zero) for zero in (True, False)}
     except UnknownMemoryError as error:
         raise ArgumentsError(f"{error}; its memory cannot be foretold") from error
     say(f"plan: {tasks[True].about}")
-    hidden = _config(args).get_text_config().hidden_size
+    hidden = config_of(args).get_text_config().hidden_size
     yield choose(_PLAIN, tasks[False], read_zero(None, hidden))
     for name in names:
         yield choose(name, tasks[True], read_zero(resolve(name), hidden))
@@ -190,7 +195,8 @@ def flags_of(choice: Choice) -> list[str]:
     return [*words, "--gradient_checkpointing", "auto"]
 
 
-def _config(args: Arguments) -> Any:
+def config_of(args: Arguments) -> Any:
+    """The model's config. Raises ArgumentsError."""
     from transformers import AutoConfig
 
     try:
@@ -201,7 +207,8 @@ def _config(args: Arguments) -> Any:
         raise ArgumentsError(f"{args.model.config_name}: not a config that transformers reads: {error}") from error
 
 
-def _task(args: Arguments, gpus: int, limit: int, *, deepspeed: bool) -> Task:
+def task_of(args: Arguments, gpus: int, limit: int, *, deepspeed: bool) -> Task:
+    """What these flags train. Raises ArgumentsError, UnknownMemoryError, UnknownShapeError."""
     import torch
 
     from ..train.chunked_loss import WORTH, rows_of_piece
@@ -250,7 +257,7 @@ def planned_model(args: Arguments, half: Any, *, deepspeed: bool) -> Any:
     from ..train.memory import without_data
     from ..train.precision import asked_in_fp32
 
-    config = _config(args)
+    config = config_of(args)
     base = half if deepspeed or args.model.use_lora else torch.float32
     full: set[int] = set()
 
