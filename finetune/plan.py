@@ -119,15 +119,18 @@ def plan(args: Arguments, gpus: int, limit: int, say: Any) -> Iterator[Choice]:
 
     wanted = args.hf.get("deepspeed")
     names = [*shipped(), *([str(wanted)] if wanted and str(wanted).removesuffix(".json") not in shipped() else [])]
+    hidden = config_of(args).get_text_config().hidden_size
     try:
-        tasks = {zero: task_of(args, gpus, limit, deepspeed=zero) for zero in (True, False)}
+        task = task_of(args, gpus, limit, deepspeed=True)
     except UnknownMemoryError as error:
         raise ArgumentsError(f"{error}; its memory cannot be foretold") from error
-    say(f"plan: {tasks[True].about}")
-    hidden = config_of(args).get_text_config().hidden_size
-    yield choose(_PLAIN, tasks[False], read_zero(None, hidden))
+    say(f"plan: {task.about}")
     for name in names:
-        yield choose(name, tasks[True], read_zero(resolve(name), hidden))
+        yield choose(name, task, read_zero(resolve(name), hidden))
+    try:
+        yield choose(_PLAIN, task_of(args, gpus, limit, deepspeed=False), read_zero(None, hidden))
+    except UnknownMemoryError as error:  # fp32 weights, for which some operations have no kernel
+        say(f"{_PLAIN}: not foretold, as {error}")
 
 
 def choose(name: str, task: Task, zero: "Zero") -> Choice:
