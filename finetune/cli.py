@@ -23,6 +23,8 @@ usage: finebridge VERB ...          finebridge VERB --help tells more
                       the training alone: supervised, full or LoRA, on this machine's GPUs or its CPU
   pretrain [recipe.yaml] [key=value] [--flag value]
                       the same on plain text or Megatron's .bin/.idx, for new models (--config_name) or trained ones
+  plan MODEL --gpus N --gpu_memory GIB [--flag value]
+                      what each ZeRO stage needs and takes, and which flags to use; needs no GPU and no weights
   report OUTPUT_DIR   write report.html and loss.png of a run anew
   merge               merge a LoRA adapter into its base model, offline; merge extract
   convert             checkpoints between Hugging Face and Megatron-Core; convert inspect|verify
@@ -125,6 +127,12 @@ def _train_help(verb: str) -> int:
     return 0
 
 
+def _plan(words: list[str]) -> int:
+    from .plan import main as plan
+
+    return plan(words)
+
+
 def _merge(words: list[str]) -> int:
     _stop_like_ctrl_c()
     if words[:1] == ["extract"]:
@@ -204,6 +212,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "sft": _sft,
     "pretrain": _pretrain,
+    "plan": _plan,
     "report": _report,
     "merge": _merge,
     "convert": _convert,

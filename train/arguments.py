@@ -126,6 +126,8 @@ def build(values: Mapping[str, Any], kind: Kind = "chat") -> Arguments:
         elif name.startswith("no_") and name[3:] in own and str(raw).lower() == "true":
             cls, _ = own[name[3:]]
             parsed[cls][name[3:]] = False
+        elif name == "activation_checkpointing" and str(raw).lower() == "auto":
+            hf[name] = "auto"  # ours, see recompute.py
         elif name in hf_flags():
             hf[name] = convert(hf_flags()[name], raw)
         elif name.startswith("no_") and name[3:] in hf_flags() and str(raw).lower() == "true":
@@ -347,6 +349,8 @@ def _check_together(args: Arguments) -> None:
         check_fp8(bf16_weights=in_bf16, stage=stage, use_lora=model.use_lora)
     if model.make_moe_param_leaf_module and stage != 3:  # noqa: PLR2004
         args.warnings.append("--make_moe_param_leaf_module has no effect without ZeRO-3 (--deepspeed ds_zero3_...)")
+    if model.memory_budget_gib is not None and isinstance(hf.get("activation_checkpointing"), bool):
+        args.warnings.append("--memory_budget_gib has no effect: --gradient_checkpointing says whether to recompute")
     if model.train_attention_params_only and model.use_lora:
         args.warnings.append("--train_attention_params_only has no effect with --use_lora: only the adapter is trained")
     if model.model_name_or_path and (unused := sorted(args.given & set(ARCHITECTURE))):

@@ -56,7 +56,7 @@ from .optimizers import BF16AdamW
 from .packed_attention import take_packed
 from .precision import asked_in_fp32, keep_in_fp32
 from .progress import ProgressLine
-from .recompute import recompute_kwargs
+from .recompute import AUTO, RecomputeBudget, asks_for_budget, recompute_kwargs
 from .record import about_data
 from .resume import Resume, check_init, find_resume
 from .router import set_aux_loss
@@ -105,6 +105,7 @@ def assemble(args: Arguments) -> Run:
         from .lean_zero import install
 
         install()
+    stage = zero_stage(settings or {})
     runtime.start(settings)
     refuse_pickles(deepspeed=settings is not None)
     hf_args = _training_arguments(args, settings)
@@ -131,8 +132,8 @@ def assemble(args: Arguments) -> Run:
         eval_dataset=eval_data,  # pyright: ignore[reportArgumentType]
         data_collator=_collator(args, model, tokenizer),
         processing_class=tokenizer,
-        optimizer_cls_and_kwargs=_optimizer(args, hf_args, zero_stage(settings or {})),
-        callbacks=_callbacks(args, hf_args, zero_stage(settings or {}), model),
+        optimizer_cls_and_kwargs=_optimizer(args, hf_args, stage),
+        callbacks=_callbacks(args, hf_args, stage, model),
         guard=StepGuard(args.model.loss_spike_policy, args.model.loss_spike_factor, runtime.say, fp16=hf_args.fp16),
         normalization=args.model.loss_normalization,
     )
@@ -142,7 +143,8 @@ def assemble(args: Arguments) -> Run:
     trainer.max_shard_size = parse_size(args.model.max_shard_size)
     trainer.made_from = {"train_data_file": args.data.train_data_file, "run": shape}
     trainer.renewed = resume.renewed if resume else frozenset()
-    _fast_parts(trainer, args, zero_stage(settings or {}))
+    _fast_parts(trainer, args, stage)
+    _budget(trainer, args, train_data, stage)
     progress = _watch(trainer, model, args)
     about = {
         "model": f"{shape['model']}, {model_size(model)}",
@@ -180,6 +182,21 @@ def _optimizer(
         "lr": hf_args.learning_rate, "betas": (hf_args.adam_beta1, hf_args.adam_beta2), "eps": hf_args.adam_epsilon,
         "kahan": args.model.master_weights == "bf16_kahan", "seed": seed,
     }  # fmt: skip
+
+
+def _budget(trainer: FinetuneTrainer, args: Arguments, data: Samples, stage: int) -> None:
+    """Have the trainer find how many layers to recompute, where that was left to it."""
+    device, budget = trainer.args.device, args.model.memory_budget_gib
+    if not asks_for_budget(args.hf, budget, device):
+        return
+    trainer.recompute = RecomputeBudget(
+        trainer.args.activation_checkpointing_kwargs or {"use_reentrant": False},  # pyright: ignore[reportArgumentType]
+        trainer.args.per_device_train_batch_size * int(data.lengths.max()),
+        None if budget is None else int(budget * 2**30),
+        device,
+        retries=stage != 3,  # noqa: PLR2004
+    )
+    trainer.add_callback(trainer.recompute)
 
 
 def _callbacks(args: Arguments, hf_args: TrainingArguments, stage: int, model: Any) -> list[TrainerCallback]:
@@ -319,6 +336,8 @@ def _training_arguments(args: Arguments, settings: dict[str, Any] | None) -> Tra
     values["lr_scheduler_type"] = name
     values["lr_scheduler_kwargs"] = {**kwargs, **(values.get("lr_scheduler_kwargs") or {})} or None
     values["activation_checkpointing_kwargs"] = recompute_kwargs(values, runtime.say)
+    if values.get("activation_checkpointing") == AUTO:
+        values["activation_checkpointing"] = False  # RecomputeBudget turns it on, layer by layer
     values["resume_from_checkpoint"] = None  # decided by find_resume
     values["save_total_limit"] = None  # kept by our own rotation
     values["remove_unused_columns"] = False

@@ -209,6 +209,11 @@ class HeadSearch(TrainerCallback):
         self.trainer.head = find_head(model, args.device, self.largest, args.label_smoothing_factor, runtime.say)
 
 
+def rows_of_piece(words: int, device_type: str) -> int:
+    """How many rows of logits of so many words are there at a time."""
+    return max(1, _PIECE.get(device_type, _PIECE_ELSEWHERE) // words)
+
+
 class _NotInPiecesError(Exception):
     """Why a head's loss is made of whole logits."""
 
@@ -233,8 +238,7 @@ def find_head(
     if why := next(filter(None, runtime.gather(why)), ""):
         say(f"loss: from whole logits, {largest * words * 4 / 2**30:.1f} GiB in fp32, as {why}")
         return None
-    piece = _PIECE.get(device.type, _PIECE_ELSEWHERE)
-    rows = max(1, piece // words)
+    rows = rows_of_piece(words, device.type)
     say(f"loss: of the tokens with loss alone, {rows} rows of logits at a time (proven here against whole logits)")
     return ChunkedHead(head, rows)
 

@@ -10,6 +10,7 @@ A model is taken when some of its layers gave the same outputs and gradients com
 
 import time
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any, cast
 
 import numpy as np
@@ -65,7 +66,6 @@ class CompiledLayers(TrainerCallback):
             runtime.say(f"layers: not compiled, as {why}")
             return
         for layer in layers:
-            compile_layer(layer)
             _for_full_rows(layer, self.tokens)
         model.register_forward_pre_hook(_tell_row, with_kwargs=True)
         runtime.say(
@@ -112,20 +112,22 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
 
 def compile_layer(layer: nn.Module) -> None:
-    """Compile it in its place; its name and parameters stay. The first call makes the graph."""
-    layer.compile(dynamic=False)
+    """Compile its forward in its place; name, parameters and hooks stay. The first call makes the graph."""
+    layer.forward = torch.compile(layer.forward, dynamic=False)
 
 
 def _for_full_rows(layer: nn.Module, tokens: int) -> None:
-    """Leave all but training on rows of this length uncompiled: each other shape would take a graph of its own."""
-    own: Any = layer
-    compiled, plain = own._compiled_call_impl, own._call_impl  # noqa: SLF001 - torch's own two ways
+    """Compile it for training on rows of this length: each other shape would take a graph of its own."""
+    plain = layer.forward
+    compile_layer(layer)
+    compiled = layer.forward
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    @wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
         full = torch.is_grad_enabled() and kwargs.get("cu_seq_lens_q") is not None and args[0].shape[1] == tokens
         return (compiled if full else plain)(*args, **kwargs)
 
-    own._compiled_call_impl = call  # noqa: SLF001
+    layer.forward = forward
 
 
 def trial(model: Any, layers: list[nn.Module], device: torch.device, tokens: int) -> str | None:
@@ -193,7 +195,7 @@ def _keeps_logits(model: Any) -> bool:
 def _compare(layer: nn.Module, call: Call) -> str | None:
     """Why a layer is not the same when compiled. Random dropout cannot be compared, so it is left out."""
     random = any(isinstance(part, nn.Dropout) and part.p > 0 for part in layer.modules())
-    mode, recompute = layer.training, layer.gradient_checkpointing
+    before, mode, recompute = layer.__dict__.get("forward"), layer.training, layer.gradient_checkpointing
     layer.train(not random)
     cast("Any", layer).gradient_checkpointing = False
     try:
@@ -201,7 +203,10 @@ def _compare(layer: nn.Module, call: Call) -> str | None:
         compile_layer(layer)
         made = _outcome(layer, call)
     finally:
-        cast("Any", layer)._compiled_call_impl = None  # noqa: SLF001 - torch has no door back
+        if before is None:
+            layer.__dict__.pop("forward", None)
+        else:
+            layer.forward = before
         layer.train(mode)
         cast("Any", layer).gradient_checkpointing = recompute
     for name, one in made.items():

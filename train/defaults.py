@@ -5,6 +5,7 @@ from typing import Any
 
 from .arguments import Arguments
 from .hf_flags import hf_value
+from .recompute import asks_for_budget
 
 # Flags that shape every run, by what they are about.
 _GROUPS: dict[str, tuple[str, ...]] = {
@@ -25,18 +26,19 @@ def default_lines(args: Arguments, hf_args: Any, model: Any) -> Iterator[str]:
         told = [f"--{name} {_value(args, name)}" for name in names if not {name, _INSTEAD.get(name)} & given]
         if told:
             yield f"  {group:<9}  {', '.join(told)}"
-    if told := list(_memory(given, hf_args, model)):
+    if told := list(_memory(args, given, hf_args, model)):
         yield f"  memory     {', '.join(told)}"
 
 
-def _memory(given: frozenset[str], hf_args: Any, model: Any) -> Iterator[str]:
+def _memory(args: Arguments, given: frozenset[str], hf_args: Any, model: Any) -> Iterator[str]:
     """What decides on memory and speed, where no flag did."""
     if not {"bf16", "fp16"} & given:
         yield f"{str(next(model.parameters()).dtype).removeprefix('torch.')} weights (no --bf16 or --fp16)"
     if "use_flash_attn" not in given:
         yield f"{getattr(model.config, '_attn_implementation', None)} attention (no --use_flash_attn)"
     if "activation_checkpointing" not in given:
-        yield f"gradient checkpointing {'on' if hf_args.activation_checkpointing else 'off'}"
+        auto = asks_for_budget(args.hf, args.model.memory_budget_gib, hf_args.device)
+        yield f"gradient checkpointing {'auto' if auto else 'off'}"
     if "deepspeed" not in given:
         yield "no ZeRO (no --deepspeed)"
 

@@ -86,6 +86,9 @@ class ModelArguments:
     peak_tflops: float | None = _arg(
         None, "dense bf16 TFLOP/s of one device, which MFU is a share of; default: the maker's figure where it is known"
     )
+    memory_budget_gib: float | None = _arg(
+        None, "GiB of device memory that --gradient_checkpointing auto may fill; default: the device's, less 5 %"
+    )
     min_lr: float = _arg(0.0, "absolute floor of the learning rate; must lie below --learning_rate")
     max_shard_size: str = _arg("5GB", "largest weight file of a checkpoint; each rank writes some of them")
     heartbeat_timeout: float = _arg(
@@ -154,6 +157,8 @@ class ModelArguments:
             raise ArgumentsError("--early_stopping_patience must be at least 1")
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise ArgumentsError(f"--peak_tflops {self.peak_tflops:g}: a positive number is expected")
+        if self.memory_budget_gib is not None and not self.memory_budget_gib > 0:
+            raise ArgumentsError(f"--memory_budget_gib {self.memory_budget_gib:g}: a positive number is expected")
         if not 0 <= self.heartbeat_timeout < float("inf"):
             raise ArgumentsError("--heartbeat_timeout: seconds are expected, 0 turns the watch off")
 

@@ -1,5 +1,7 @@
 """The HF Trainer with checkpoints that are whole or absent and that load alone."""
 
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from . import heartbeat
 from .optimizers import clip_scale, takes_scale, total_norm
 from .precision import split_groups
+from .recompute import RecomputeBudget
 from .renew import FreshSettings, separate_steps
 from .runtime import say
 from .saving import SavingTrainer
@@ -24,6 +27,7 @@ class FinetuneTrainer(SavingTrainer, StepTrainer):
     """
 
     meter: Meter
+    recompute: RecomputeBudget | None = None
     renewed: frozenset[str] = frozenset()
     _rate: float | None = None
     _fresh: FreshSettings | None = None
@@ -72,7 +76,13 @@ class FinetuneTrainer(SavingTrainer, StepTrainer):
         """Forward and backward. The learning rate is noted before: DeepSpeed moves the schedule on within backward."""
         self.meter.start()
         self._rate = super()._get_learning_rate()
-        return super().training_step(model, inputs, num_items_in_batch)
+        with self.recompute.watched(inputs["input_ids"].numel()) if self.recompute else nullcontext():
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward; a second time with more layers recomputed where memory was out and the budget allows it."""
+        forward = partial(super().compute_loss, *args, **kwargs)
+        return self.recompute.attempt(forward) if self.recompute else forward()
 
     def _get_learning_rate(self) -> float:
         return super()._get_learning_rate() if self._rate is None else self._rate

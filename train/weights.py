@@ -39,7 +39,7 @@ def write_weights(
     stored = stored_tensors(model)
     left = {name: tensor.shape for name, tensor in revert_weight_conversion(model, stored).items()}
     writer = ShardWriter(folder, max_bytes, ledger, rank=rank, world=world)
-    for names in _parts(stored):
+    for names in parts(stored):
         with fetch(names) as tensors:
             for name, tensor in revert_weight_conversion(model, tensors).items():
                 shape = left.pop(name, None)
@@ -116,10 +116,10 @@ def partitioned_only(engine: Any) -> Generator[None]:
         optimizer.checkpoint_event_epilogue()
 
 
-def _parts(names: Mapping[str, Any]) -> list[list[str]]:
+def parts(names: Mapping[str, Any]) -> list[list[str]]:
     """Names that are gathered together: those of a layer, else those of a module."""
-    parts: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}
     for name in names:
         layer = re.match(r".*?\.\d+(?=\.)", name)
-        parts.setdefault(layer.group() if layer else name.rpartition(".")[0], []).append(name)
-    return list(parts.values())
+        found.setdefault(layer.group() if layer else name.rpartition(".")[0], []).append(name)
+    return list(found.values())

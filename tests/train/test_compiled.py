@@ -21,10 +21,19 @@ from torch._dynamo.utils import counters
 TOKENS = 48
 
 
+def graph_alone(layer: torch.nn.Module) -> None:
+    """Compile without machine code, which takes a minute."""
+    layer.forward = torch.compile(layer.forward, backend="aot_eager", dynamic=False)
+
+
+def is_compiled(model: Any) -> bool:
+    return all("forward" in layer.__dict__ for layer in decoder_layers(model))
+
+
 @pytest.fixture(autouse=True)
 def without_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Graphs are made and differentiated as always; the machine code for them, which takes a minute, is not."""
-    monkeypatch.setattr(compiled, "compile_layer", lambda layer: layer.compile(backend="aot_eager", dynamic=False))
+    """Graphs are made and differentiated as always."""
+    monkeypatch.setattr(compiled, "compile_layer", graph_alone)
     monkeypatch.setattr(packed_attention, "seconds", lambda *_: 1.0)
     torch.compiler.reset()
     yield
@@ -77,7 +86,7 @@ def test_compiled_layers_are_the_same(model_type: str, recompute: bool) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     plain_ones = [outcome(model, batch) for batch in rows]
     begin(model)
-    assert all(layer._compiled_call_impl for layer in decoder_layers(model))
+    assert is_compiled(model)
     counters.clear()
     made = [outcome(model, batch) for batch in rows]
     graphs = counters["stats"]["unique_graphs"]
@@ -94,7 +103,7 @@ def test_all_but_full_rows_of_training_run_uncompiled() -> None:
     """Another length, no gradients, padded rows: none of them makes a graph or fails."""
     model = model_of("qwen3")
     begin(model)
-    assert all(layer._compiled_call_impl for layer in decoder_layers(model))
+    assert is_compiled(model)
     outcome(model, row([7, 30]))
     counters.clear()
     expected = outcome(model_of("qwen3"), row([7, 30], 64))
@@ -114,20 +123,20 @@ def test_lora_on_frozen_layers_is_compiled() -> None:
     begin(adapted)
     for a, b in zip(outcome(adapted, row([7, 30])), before, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert any(layer._compiled_call_impl for layer in decoder_layers(adapted))
+    assert is_compiled(adapted)
 
 
 def spoil(layer: torch.nn.Module) -> None:
     """A compiler that gets a layer wrong."""
     run = type(layer).forward
-    layer._compiled_call_impl = lambda *args, **kwargs: 1.1 * run(layer, *args, **kwargs)
+    layer.forward = lambda *args, **kwargs: 1.1 * run(layer, *args, **kwargs)
 
 
 def fail(layer: torch.nn.Module) -> None:
     def call(*_: Any, **__: Any) -> None:
         raise RuntimeError("no compiler\nat all")
 
-    layer._compiled_call_impl = call
+    layer.forward = call
 
 
 @pytest.mark.parametrize(
@@ -144,7 +153,7 @@ def test_a_compiler_that_errs_is_told_and_left(
     assert f"layers: not compiled, as {why}\n" in capsys.readouterr().out
     assert all(torch.equal(a, b) for a, b in zip(outcome(model, row([7, 30])), expected, strict=True))
     assert model.training
-    assert not any(layer._compiled_call_impl for layer in decoder_layers(model))
+    assert not is_compiled(model)
 
 
 def test_attention_that_is_no_operator_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,7 +220,11 @@ def as_on_a_gpu() -> None:
 
     kernel = operator()
     assemble.take_packed = lambda model, _, say, **__: give(model, PackedAttention(say, [kernel, PLAIN]))
-    compiled.compile_layer = lambda layer: layer.compile(backend="aot_eager", dynamic=False)
+
+    def graph_alone(layer: Any) -> None:
+        layer.forward = torch.compile(layer.forward, backend="aot_eager", dynamic=False)
+
+    compiled.compile_layer = graph_alone
 
 
 @pytest.mark.distributed
@@ -240,7 +253,7 @@ def test_machine_code_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("qwen3")
     expected = outcome(model, row([7, 30]))
     begin(model)
-    assert all(layer._compiled_call_impl for layer in decoder_layers(model))
+    assert is_compiled(model)
     for a, b in zip(outcome(model, row([7, 30])), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
