@@ -49,7 +49,7 @@ from .masters import without_masters
 from .meeting import together
 from .model import load_model
 from .moe import LeafCheck, has_listed_experts, make_leaf_modules
-from .optimizers import BF16AdamW
+from .optimizers import BF16AdamW, has_fused
 from .packed_attention import take_packed
 from .precision import asked_in_fp32, keep_in_fp32
 from .progress import ProgressLine
@@ -299,6 +299,9 @@ def _training_arguments(args: Arguments, settings: dict[str, Any] | None) -> Tra
     values["lr_scheduler_type"] = name
     values["lr_scheduler_kwargs"] = {**kwargs, **(values.get("lr_scheduler_kwargs") or {})} or None
     values["activation_checkpointing_kwargs"] = recompute_kwargs(values, runtime.say)
+    if "optim" not in args.given and not has_fused():
+        values["optim"] = "adamw_torch"
+        runtime.say("optimizer: torch has no fused AdamW for this device, so --optim is adamw_torch")
     values["resume_from_checkpoint"] = None  # decided by find_resume
     values["save_total_limit"] = None  # kept by our own rotation
     values["remove_unused_columns"] = False
