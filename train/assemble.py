@@ -52,7 +52,7 @@ from .meeting import together
 from .micro_batches import micro_batches
 from .model import load_model
 from .moe import LeafCheck, has_listed_experts, make_leaf_modules
-from .optimizers import BF16AdamW
+from .optimizers import BF16AdamW, has_fused
 from .packed_attention import take_packed
 from .precision import asked_in_fp32, keep_in_fp32
 from .progress import ProgressLine
@@ -338,6 +338,9 @@ def _training_arguments(args: Arguments, settings: dict[str, Any] | None) -> Tra
     values["activation_checkpointing_kwargs"] = recompute_kwargs(values, runtime.say)
     if values.get("activation_checkpointing") == AUTO:
         values["activation_checkpointing"] = False  # RecomputeBudget turns it on, layer by layer
+    if "optim" not in args.given and not has_fused():
+        values["optim"] = "adamw_torch"
+        runtime.say("optimizer: torch has no fused AdamW for this device, so --optim is adamw_torch")
     values["resume_from_checkpoint"] = None  # decided by find_resume
     values["save_total_limit"] = None  # kept by our own rotation
     values["remove_unused_columns"] = False

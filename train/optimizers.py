@@ -43,7 +43,9 @@ class BF16AdamW(torch.optim.Optimizer):
         self.kahan, self.seed = kahan, seed
         self.grad_scale: torch.Tensor | None = None
         self._step_supports_amp_scaling = True
-        self._numbers: dict[torch.Tensor, int] = {}  # parameters in the order in which they were first updated
+        # Which noise is whose: the given parameters in their order, then those that ZeRO puts in their place, in its own.
+        given = [weight for group in self.param_groups for weight in group["params"]]
+        self._numbers: dict[torch.Tensor, int] = {weight: number for number, weight in enumerate(given)}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -83,6 +85,14 @@ class BF16AdamW(torch.optim.Optimizer):
             if name not in state:
                 state[name] = torch.zeros_like(weight)
         return state
+
+
+def has_fused() -> bool:
+    """Whether torch has a fused AdamW for the device that is trained on."""
+    from torch.utils._foreach_utils import _get_fused_kernels_supported_devices as supported
+
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return (device.type if device else "cpu") in supported()
 
 
 def takes_scale(optimizer: Any) -> bool:

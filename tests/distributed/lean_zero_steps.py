@@ -103,6 +103,7 @@ def quick(argv: Sequence[str]) -> int:
     stage, folder = int(argv[0]), argv[1]
     compare(stage, 2, bf16=True)
     go_on(stage, "kahan", folder)
+    spoil(stage)
     runtime.finish()
     return 0
 
@@ -122,6 +123,22 @@ def compare(stage: int, accumulation: int, *, bf16: bool) -> None:
     near = 2e-7 if stage < 3 or not bf16 else 1e-3  # of weights of 0.25, rounded to bf16
     assert (stock - lean_weights).abs().max() < near, (stage, bf16, accumulation)
     print(f"alike: {stage} {bf16} {accumulation} {norms}")
+
+
+def spoil(stage: int) -> None:
+    """A gradient that is no number on one rank changes no weight on any, and the norm tells of it."""
+    choose(lean=True)
+    engine = make(settings_of(stage, 1, bf16=True), "adamw")
+    train(engine, 1, 1)
+    before = weights(engine)
+    inputs = torch.ones(2, 16, dtype=torch.bfloat16)
+    loss = engine(inputs).float().square().mean()
+    engine.backward(loss * float("nan") if runtime.is_main() else loss)
+    engine.step()
+    assert float(engine.get_global_grad_norm()) == float("inf")
+    assert weights(engine).equal(before)
+    assert all(norm < 10 for norm in train(engine, 1, 1))
+    print(f"spoilt: {stage}")
 
 
 def go_on(stage: int, kind: str, folder: str) -> None:

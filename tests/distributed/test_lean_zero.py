@@ -13,6 +13,13 @@ def test_numbers_are_those_of_stock_deepspeed(ranks: RankRunner, tmp_path: Path)
     done = ranks.run([2, tmp_path], tmp_path / "log", ranks=2, entry="lean_zero_steps:quick").check()
     assert "alike: 2 True 2" in done.text
     assert "pure: 2 kahan" in done.text
+    assert "spoilt: 2" in done.text
+
+
+@pytest.mark.slow
+def test_spoilt_gradients_under_zero_3(ranks: RankRunner, tmp_path: Path) -> None:
+    done = ranks.run([3, tmp_path], tmp_path / "log", ranks=2, entry="lean_zero_steps:quick").check()
+    assert "spoilt: 3" in done.text
 
 
 @pytest.mark.slow

@@ -53,6 +53,20 @@ def test_bf16_masters_of_the_settings_are_warned_of(tmp_path: Path) -> None:
     assert "updates below 1/256 of a weight are lost" in warning
 
 
+def test_without_a_fused_kernel_the_plain_one_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from finebridge.train import assemble, optimizers
+
+    assert optimizers.has_fused()
+    monkeypatch.setattr(assemble, "has_fused", lambda: False)
+    args = parsed(tmp_path)
+    assert assemble._training_arguments(args, None).optim == "adamw_torch"
+    assert "--optim is adamw_torch" in capsys.readouterr().out
+    chosen = parsed(tmp_path, optim="adamw_torch_fused")
+    assert assemble._training_arguments(chosen, None).optim == "adamw_torch_fused"
+
+
 def test_fp8_needs_bf16_weights_without_zero_3(tmp_path: Path) -> None:
     with pytest.raises(ArgumentsError, match="needs weights in bf16"):
         parsed(tmp_path, master_weights="fp32", fp8="true")
