@@ -117,7 +117,8 @@ class Job:
         course = Course(argv, self.output_dir, self.ranks, split, self.told_by_init)
         if not self.run.dry_run:
             course.check()
-        return self.where.run(module, argv, out, grace, Restarts(self.run.max_restarts, self.run.elastic, course))
+        restarts = Restarts(self.run.max_restarts, self.run.elastic, course)
+        return self.where.run(module, argv, out, grace, restarts=restarts)
 
     @property
     def step(self) -> int | str:
