@@ -52,8 +52,9 @@ class Share:
 class Ended:
     """How a run ended, here or on all nodes: its exit code, the rank that failed and why, when that should be told.
 
-    ``step``, ``diverged`` and ``verdict`` are what a machine's first rank had noted (``train/launched.py``); ``asked``: to
-    stop, by SIGTERM; ``lost`` are the hosts that were lost, or with ``EXIT_UNREACHED`` never reached.
+    ``step``, ``diverged``, ``verdict`` and ``hung`` are what a machine's first rank had noted (``train/launched.py``);
+    ``hung``: it found itself that a rank is silent or stuck, and not dead. ``asked``: to stop, by SIGTERM. ``lost`` are the
+    hosts that were lost, or with ``EXIT_UNREACHED`` never reached.
     """
 
     code: int
@@ -62,6 +63,7 @@ class Ended:
     step: int | None = None
     diverged: bool = False
     verdict: str = ""
+    hung: bool = False
     asked: bool = False
     lost: tuple[str, ...] = ()
 

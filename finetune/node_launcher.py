@@ -69,6 +69,7 @@ class Report:
     step: int | None = None
     diverged: bool = False
     verdict: str = ""
+    hung: bool = False
     asked: bool = False
     log: str = ""
     tail: list[str] = field(default_factory=list[str])
@@ -81,7 +82,7 @@ def run_node(job: Job, number: int, stop: Stop, logs: RankLogs, tell: Callable[[
     share = Share(job.nodes[number][1], job.first_rank(number), job.world, job.master, job.port)
     ended = run_share(job.module, job.argv, share, stop, tell, logs)
     logs.finish()
-    report = Report(ended.code, None, "", ended.step, ended.diverged, ended.verdict, ended.asked)
+    report = Report(ended.code, None, "", ended.step, ended.diverged, ended.verdict, ended.hung, ended.asked)
     if ended.rank is None:
         return report
     tail = logs.tail(ended.rank) if ended.rank != logs.shown else []  # the lines of that one were all seen

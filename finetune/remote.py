@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import IO, Any
 
 from ..train.verdicts import EXIT_HANG
@@ -179,9 +180,12 @@ class Remote:
                     self.ended[number] = Report(**words)
 
     def _failed(self, bad: dict[int, Report]) -> Ended:
-        """Tell of the rank that failed first; ranks that noticed that another is gone (75) come after the cause."""
+        """Tell of the rank that failed first; ranks that noticed that another is gone (75) come after the cause.
+
+        One that hangs does not end, so nothing more is waited for when that was found.
+        """
         until = time.monotonic() + _CAUSE_WITHIN
-        while all(told.code == EXIT_HANG for told in bad.values()) and time.monotonic() < until:
+        while all(told.code == EXIT_HANG and not told.hung for told in bad.values()) and time.monotonic() < until:
             if len(self.ended) == len(self.job.nodes):
                 break
             self._hear(0.1)
@@ -275,6 +279,9 @@ class Remote:
                 with suppress(OSError):
                     process.stdin.close()
             if not start.fed and not in_order:
+                for pid in _children(process.pid):  # pdsh leaves its ssh alone, and one whose node is lost waits for it
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 process.kill()
         until = time.monotonic() + _END_WITHIN
         for process in self.processes:
@@ -291,6 +298,15 @@ class Remote:
         for number, reader in enumerate(self.readers):
             if self.processes[number // 2].poll() is not None:
                 reader.join(max(0.0, until - time.monotonic()))
+
+
+def _children(pid: int) -> list[int]:
+    """The processes that a process of ours, which still runs, has started (Linux)."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # a thread that has ended
+            found += map(int, task.read_text().split())
+    return found
 
 
 def tell_failed(told: Report, host: str) -> None:

@@ -163,6 +163,7 @@ class Heartbeat:
                 told = now
                 self._tell(**asdict(self.here()))
             if verdict := self._judge(now):
+                launched.note(hung=True)
                 self._end(verdict)
 
     def _judge(self, now: float) -> str | None:

@@ -26,7 +26,7 @@ class Notes:
         return self._file.fileno()
 
     def read(self) -> dict[str, Any]:
-        """What the rank, which has ended, had noted: ``step``, ``diverged``, ``verdict``, each when there was one."""
+        """What the rank, which has ended, had noted: ``step``, ``diverged``, ``verdict``, ``hung``, each when it was so."""
         with self._file:
             text = os.pread(self.number, _LENGTH, 0)
         with suppress(ValueError):
