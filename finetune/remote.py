@@ -85,7 +85,10 @@ class Remote:
             self._end(in_order)
             signal.signal(signal.SIGTERM, previous)
         self._hear(0.0)  # how far the ranks had come that were ended
-        return self._with_notes(ended)
+        ended = self._with_notes(ended)
+        if ended.code == EXIT_HANG and ended.lost and ended.step is not None:
+            say(f"{', '.join(ended.lost)}: lost at step {ended.step + 1}")
+        return ended
 
     def _with_notes(self, ended: Ended) -> Ended:
         """With what the nodes' first ranks had noted."""
@@ -225,7 +228,7 @@ class Remote:
         alike = tuple(dict.fromkeys(self.job.nodes[one][0] for one, *_ in gone if (one in self.started) == began))
         if began:
             why = f"{', '.join(alike)} was lost (exit code {code})"
-            say(f"error: {why}; the run stops")
+            say(f"error: {why}, and with it {self._ranks_on(alike)}; the run stops")
             return Ended(EXIT_HANG, why=why, lost=alike)
         said = self.said[number].decode(errors="replace")
         if not self.starts[number].fed:
@@ -233,6 +236,13 @@ class Remote:
         advice = next((text for pattern, text in _ADVICE if re.search(pattern, said)), "its own words stand above")
         say(f"error: {', '.join(alike)} could not be started (exit code {code}): {advice}")
         return Ended(EXIT_UNREACHED, why=f"{', '.join(alike)} could not be started", lost=alike)
+
+    def _ranks_on(self, hosts: tuple[str, ...]) -> str:
+        firsts = [
+            (self.job.first_rank(node), slots) for node, (host, slots) in enumerate(self.job.nodes) if host in hosts
+        ]
+        spans = [f"{first}" if slots == 1 else f"{first} to {first + slots - 1}" for first, slots in firsts]
+        return ("rank " if spans == [str(firsts[0][0])] else "ranks ") + ", ".join(spans)
 
     def _not_started(self) -> tuple[str, ...]:
         begun = self.started | self.ended.keys()
