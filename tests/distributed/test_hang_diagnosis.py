@@ -12,14 +12,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from finebridge.train.record import read_record
 from namespaced_nodes import SshNode, cut, ssh_nodes
+from rank_runner import RankRunner
 
 pytestmark = pytest.mark.distributed
 TRIALS = int(os.environ.get("FINEBRIDGE_TRIALS", "1"))
 TESTS = Path(__file__).parents[1]
 HOST = "10.77.0.2"
+CLI = "finebridge.finetune.cli"
 
 # In the place of the trainer, which takes long to import: gloo's collectives under the real watch, whose limit
 # is 3 s. Tells when it is at work.
@@ -70,9 +74,9 @@ def start(nodes: list[SshNode], folder: Path, module: str, *words: object) -> "s
         "NODE_IP_LIST": ",".join(f"{node.address}:1" for node in nodes), "LOCAL_IP": nodes[0].address,
         "GLOO_SOCKET_IFNAME": "eth0",
     }  # fmt: skip
-    command = [sys.executable, "-P", "-m", "loopback_nodes", "--launcher=pdsh", "::", module, *words]
+    command = ["loopback_nodes", "--launcher=pdsh", "::", module, *words] if module != CLI else [CLI, *words]
     with (folder / "said").open("w") as said:
-        return nodes[0].popen(command, cwd=folder, env=env, stdout=said, stderr=said)
+        return nodes[0].popen([sys.executable, "-P", "-m", *command], cwd=folder, env=env, stdout=said, stderr=said)
 
 
 def rank_of(node: SshNode, folder: Path) -> int:
@@ -202,4 +206,44 @@ def test_faults_of_the_real_trainer(
     said = (tmp_path / "said").read_text()
     assert process.returncode in codes, said
     assert re.search(words, said), said
+    check_nothing_left(two, 5.0)
+
+
+@pytest.mark.slow
+def test_an_elastic_run_goes_on_with_the_node_that_is_left(
+    two: list[SshNode], models: Callable[[str], Path], train_file: Path, tmp_path: Path, zero: Callable[..., Path],
+    ranks: RankRunner, history: Callable[[Path], list[dict[str, Any]]],
+) -> None:  # fmt: skip
+    """ZeRO-3 on two nodes, then on one: the checkpoint is rewritten, and each step has the samples of the straight run."""
+    flags = [
+        "--model_name_or_path", models("hunyuan_v1_dense"), "--train_data_file", train_file, "--max_steps", 150,
+        "--deepspeed", zero(3), "--per_device_train_batch_size", 2, "--report_to", "none", "--heartbeat_timeout", 10,
+        "--save_steps", 10, "--save_total_limit", 2, "--logging_steps", 1, "--learning_rate", "1e-3",
+    ]  # fmt: skip
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    ranks.run([*flags, "--output_dir", straight], straight / "log", ranks=2, limit=300).check()
+    process = start(two, tmp_path, CLI, "sft", *flags, "--output_dir", out, "--max_restarts", 1, "--elastic")
+    while not (out / "checkpoint-10").exists():
+        assert process.poll() is None, (tmp_path / "said").read_text()
+        time.sleep(0.02)
+    cut(two[1], two[0])
+    process.wait(400)
+    said = (tmp_path / "said").read_text()
+    assert process.returncode == 0, said
+    assert re.search(
+        r"restart 1 of 1 \(the last one\) from the newest whole checkpoint, as rank 1 \(host node2,", said
+    ), said
+    assert f"error: {HOST} could not be started" in said
+    assert (
+        f"elastic: without {HOST}; world size 2 -> 1; the global batch stays 4: --per_device_train_batch_size 2, "
+        "--gradient_accumulation_steps 2" in said
+    )
+    assert "resume: world_size was 2, is 1" in said
+    one, other = (
+        {entry["step"]: entry["loss"] for entry in history(folder) if "loss" in entry} for folder in (straight, out)
+    )
+    assert one.keys() == other.keys()
+    assert all(other[step] == pytest.approx(loss, rel=1e-3) for step, loss in one.items())
+    first, second = read_record(out)
+    assert (first["ranks"], second["ranks"], second["restart"]["number"]) == (2, 1, 1)
     check_nothing_left(two, 5.0)
