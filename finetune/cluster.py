@@ -152,8 +152,9 @@ class Cluster:
     def _tell(self, job: Job, launcher: str, why: str) -> None:
         nodes = ", ".join(f"{host} ({slots})" for host, slots in job.nodes)
         reason = f", as {why}" if why else ""
+        names = ", ".join(name for name in job.env if name != RESTART)
         say(f"{len(job.nodes)} nodes, {job.world} ranks: {nodes}; rank 0 at {job.master} port {job.port}")
-        say(f"started by {launcher}{reason}; forwarded: {', '.join(job.env) or 'no variable'}; logs: {job.logs}")
+        say(f"started by {launcher}{reason}; forwarded: {names or 'no variable'}; logs: {job.logs}")
 
     def _by_hand(self, job: Job) -> int:
         """This node's ranks; the other nodes are started in the same way by who started this one."""

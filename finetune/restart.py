@@ -86,7 +86,7 @@ class Restarts:
         words, told, number, step = self.course.argv, "", 0, None
         while True:
             ended = attempt(nodes, words, told)
-            if number and ended.code == EXIT_UNREACHED and ended.lost:
+            if number and ended.code == EXIT_UNREACHED and ended.lost and not ended.asked:
                 left = self._without(nodes, ended)
                 if left is None:
                     return EXIT_HANG

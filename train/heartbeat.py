@@ -226,7 +226,7 @@ class Heartbeat:
                 stream.write(f"{verdict}\n{self.here()}\n")
                 stream.flush()
                 faulthandler.dump_traceback(stream)
-        launched.note(verdict=verdict)
+        launched.note(verdict=verdict[:300])
         self._tell(verdict=verdict)
         until = time.monotonic() + 1
         for line in list(self.peers.values()):  # closing before they have read it could take the verdict from them

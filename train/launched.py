@@ -40,15 +40,13 @@ _number: int | None = None
 
 
 def note(**words: Any) -> None:
-    """Leave word for the launcher, beside what was noted before; without one of ours nothing is done."""
+    """Leave a few words (in all _LENGTH bytes of JSON) for the launcher, if it is ours, beside those noted before."""
     global _number  # noqa: PLW0603 - a process is one rank
     if given := os.environ.pop(NOTES, ""):  # what the rank starts does not inherit the file
         _number = int(given)
     if _number is not None:
         _noted.update(words)
-        text = json.dumps(_noted).encode()
-        if len(text) <= _LENGTH:
-            os.pwrite(_number, text.ljust(_LENGTH), 0)
+        os.pwrite(_number, json.dumps(_noted).encode().ljust(_LENGTH), 0)
 
 
 def restart() -> dict[str, Any] | None:

@@ -68,6 +68,7 @@ def course(tmp_path: Path, *words: str, ranks: int = 8, split: tuple[int, int] =
         ([Ended(137, 2, "rank 2 was ended by SIGKILL"), Ended(0)], 1, 2, 0, "as rank 2 was ended by SIGKILL"),
         ([Ended(1, 0, diverged=True)], 5, 1, 1, "no restart: the run diverged"),
         ([Ended(137, 1, asked=True)], 5, 1, 137, "^$"),
+        ([CRASH, Ended(2, lost=("b",), asked=True)], 5, 2, 2, "restart 1 of 5"),
         *(([Ended(code)], 5, 1, code, "^$") for code in (0, 2, 28, 130, 143)),
     ],
 )  # fmt: skip
