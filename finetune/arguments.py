@@ -52,6 +52,16 @@ class RunArguments:
     stop_grace: float = _arg(
         STOP_GRACE, "seconds after SIGTERM in which the ranks save a checkpoint and end", _TRAINING
     )
+    max_restarts: int = _arg(
+        0,
+        "start all ranks again from the newest whole checkpoint so often when one dies or hangs, or a node is lost",
+        _TRAINING,
+    )
+    elastic: bool = _arg(
+        False,
+        "with --max_restarts: without a node that cannot be reached any more, with the same global batch",
+        _TRAINING,
+    )
     hf_config: str | None = _arg(
         None, "folder of config.json and tokenizer of a Megatron checkpoint that has none beside it", _TRAINING
     )
@@ -70,6 +80,10 @@ class RunArguments:
             raise ArgumentsError(f"--nproc_per_node {self.nproc_per_node}: a positive number is expected")
         if not 0 <= self.stop_grace < float("inf"):
             raise ArgumentsError(f"--stop_grace {self.stop_grace:g}: a number of seconds is expected")
+        if self.max_restarts < 0:
+            raise ArgumentsError(f"--max_restarts {self.max_restarts}: a number from 0 on is expected")
+        if self.elastic and not self.max_restarts:
+            raise ArgumentsError("--elastic says how a run starts again; it needs --max_restarts N")
         if not self.enable_hf2mg_convert and (given := [name for name in _MCORE if self.given(name)]):
             raise ArgumentsError(
                 f"--{given[0]} is for --enable_hf2mg_convert; a trained model's layout: --export_mcore"

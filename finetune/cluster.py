@@ -5,13 +5,15 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..train.launched import RESTART
 from . import launch, slurm
+from .beats import Beats
 from .connect import HOST_KEYS, LAUNCHERS, Launcher, Ssh, choose, starts
-from .launch import Stop, free_port, say
+from .launch import Ended, Stop, free_port, say
 from .network import NETWORK_FLAGS, network_variables
 from .node_job import Job, forwarded, here
 from .node_launcher import run_node
@@ -29,6 +31,7 @@ from .nodes import (
 )
 from .rank_logs import RankLogs
 from .remote import Remote, tell_failed
+from .restart import Restarts
 
 MASTER_PORT = 29500  # where rank 0 listens when the nodes are started by hand, or this machine is not the first
 NODE_FLAGS = {
@@ -76,7 +79,9 @@ class Cluster:
         """Whether this process does what is done once a run; by hand only that of the first node does."""
         return not self.by_hand or self.here == 0
 
-    def run(self, module: str, argv: Sequence[str], output_dir: str, stop_grace: float) -> int:
+    def run(
+        self, module: str, argv: Sequence[str], output_dir: str, stop_grace: float, restarts: Restarts | None = None
+    ) -> int:
         """Run ``python -P -m module argv`` as all ranks, or with --dry_run show how; the exit code. Raises NodesError."""
         if not self.remote:
             if self.dry_run:
@@ -85,21 +90,59 @@ class Cluster:
                 )
                 return 0
             os.environ.update(self.network)
-            return launch.run_ranks(module, argv, self.processes, stop_grace)
+            if restarts is None:
+                return launch.run_ranks(module, argv, self.processes, stop_grace)
+
+            def alone(_: Sequence[Node], words: Sequence[str], told: str) -> Ended:
+                os.environ[RESTART] = told  # which the ranks inherit
+                return launch.run_all(module, words, self.processes, stop_grace)
+
+            return restarts.run(self.nodes, alone)
         job = self._job(module, argv, output_dir, stop_grace)
         if self.by_hand:
             return self._by_hand(job)
         launcher, why = choose(self.launcher, job, os.environ, slurm=self.slurm, here=self.here, ssh=self.ssh)
-        ways = starts(job, self.here, launcher, self.ssh)
-        self._tell(job, launcher, why)
         if self.dry_run:
-            for way in ways:
+            self._tell(job, launcher, why)
+            for way in starts(job, self.here, launcher, self.ssh):
                 print(way.shown())
             return 0
+        if restarts is None:
+            return self.attempt(module, argv, output_dir, stop_grace, launcher, why).code
+        if restarts.elastic and launcher == "srun":
+            raise NodesError("--elastic: srun starts all nodes of the allocation or none; take --launcher ssh")
+
+        def attempt(nodes: Sequence[Node], words: Sequence[str], told: str) -> Ended:
+            where = replace(self, nodes=list(nodes))
+            return where.attempt(module, words, output_dir, stop_grace, launcher, why, told)
+
+        return restarts.run(self.nodes, attempt)
+
+    def attempt(
+        self,
+        module: str,
+        argv: Sequence[str],
+        output_dir: str,
+        stop_grace: float,
+        launcher: Launcher,
+        why: str,
+        told: str = "",
+    ) -> Ended:
+        """Start all nodes once and wait for the end; ``told`` is what the ranks learn of a restart. Raises NodesError."""
+        job = self._job(module, argv, output_dir, stop_grace)
+        if told:
+            job = replace(job, env={**job.env, RESTART: told})
+        beats = None
+        if launcher == "pdsh" and self.here is not None:
+            beats = Beats()
+            host = job.master if self.here == 0 else self.nodes[self.here].host
+            job = replace(job, beats=(host, beats.port))
+        ways = starts(job, self.here, launcher, self.ssh)
+        self._tell(job, launcher, why)
         logs = Path(job.logs)
         logs.mkdir(parents=True, exist_ok=True)
         write_hostfiles(self.nodes, logs)
-        return Remote(job, ways).run()
+        return Remote(job, ways, beats).run()
 
     def _job(self, module: str, argv: Sequence[str], output_dir: str, stop_grace: float) -> Job:
         port = self.master_port or (free_port("") if self.here == 0 and not self.by_hand else MASTER_PORT)
@@ -112,8 +155,9 @@ class Cluster:
     def _tell(self, job: Job, launcher: str, why: str) -> None:
         nodes = ", ".join(f"{host} ({slots})" for host, slots in job.nodes)
         reason = f", as {why}" if why else ""
+        names = ", ".join(name for name in job.env if name != RESTART)
         say(f"{len(job.nodes)} nodes, {job.world} ranks: {nodes}; rank 0 at {job.master} port {job.port}")
-        say(f"started by {launcher}{reason}; forwarded: {', '.join(job.env) or 'no variable'}; logs: {job.logs}")
+        say(f"started by {launcher}{reason}; forwarded: {names or 'no variable'}; logs: {job.logs}")
 
     def _by_hand(self, job: Job) -> int:
         """This node's ranks; the other nodes are started in the same way by who started this one."""

@@ -79,7 +79,7 @@ def starts(job: Job, here: int | None, launcher: Launcher, ssh: Ssh) -> list[Sta
         return [_srun(job)]
     others = tuple(number for number in range(len(job.nodes)) if number != here)
     local = [] if here is None else [Start((here,), [*_python(), "-", job.nodes[here][0]])]
-    if launcher == "pdsh":
+    if launcher == "pdsh" and others:  # an elastic run may have lost them all
         return [*local, _pdsh(job, others, ssh)]
     return [*local, *(_ssh(job, number, ssh) for number in others)]
 

@@ -16,6 +16,7 @@ from .arguments import take
 from .export import parse_export
 from .launch import gpu_count
 from .ledger import Ledger
+from .restart import Course, Restarts
 from .weights import start_of
 
 
@@ -72,6 +73,31 @@ class Job:
             raise ValueError("--export_mcore needs a checkpoint; leave --save_strategy no out")
         if self.export and model.use_lora and self.start.model is None:
             raise ValueError(f"--export_mcore with --use_lora needs a folder as --model_name_or_path, not {named}")
+        if self.run.max_restarts:
+            self._check_restarts()
+
+    def _check_restarts(self) -> None:
+        where = self.where
+        if where.remote and (where.by_hand or where.here is None):
+            raise ValueError(
+                "--max_restarts: it is for a launching machine that is one of the nodes (LOCAL_IP says which) and starts the "
+                "others; whoever starts each node (--no_ssh) starts it again"
+            )
+        if self.run.elastic and not where.remote:
+            raise ValueError("--elastic is for several nodes; this run has one")
+        if self.run.elastic and where.here != 0:
+            raise ValueError("--elastic: start the run on the first of the nodes, the one that cannot be left out")
+        if self.args.hf.get("save_only_model"):
+            raise ValueError("--max_restarts goes on from checkpoints with all state; leave --save_only_model out")
+
+    @property
+    def told_by_init(self) -> dict[str, str]:
+        """The flags that ``--init_from_checkpoint`` stands for, when a run goes on from a checkpoint of its own."""
+        model = self.args.model
+        if not model.init_from_checkpoint:
+            return {}
+        names = ("use_lora", "lora_rank", "lora_alpha", "lora_dropout", "lora_target") if model.use_lora else ()
+        return {name: str(getattr(model, name)) for name in ("model_name_or_path", *names)}
 
     @property
     def ranks(self) -> int:
@@ -80,7 +106,19 @@ class Job:
 
     def start_ranks(self, argv: Sequence[str]) -> int:
         """Start the ranks of the training, here or on all nodes, and wait for them; the exit code. Raises NodesError."""
-        return self.where.run(f"finebridge.train.{self.verb}", argv, str(self.output_dir), self.run.stop_grace)
+        module, out, grace = f"finebridge.train.{self.verb}", str(self.output_dir), self.run.stop_grace
+        if not self.run.max_restarts:
+            return self.where.run(module, argv, out, grace)
+        hf = self.args.hf
+        split = (
+            int(hf_value(hf, "per_device_train_batch_size")),
+            int(hf_value(hf, "gradient_accumulation_steps")),
+        )
+        course = Course(argv, self.output_dir, self.ranks, split, self.told_by_init)
+        if not self.run.dry_run:
+            course.check()
+        restarts = Restarts(self.run.max_restarts, self.run.elastic, course)
+        return self.where.run(module, argv, out, grace, restarts=restarts)
 
     @property
     def step(self) -> int | str:

@@ -11,8 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ..train.launched import NOTES, Notes
 from ..train.orphans import LAUNCHER
 from ..train.verdicts import EXIT_HANG
 from .rank_logs import RankLogs
@@ -21,6 +22,7 @@ STOP_GRACE = 600.0  # seconds that a checkpoint may take after SIGTERM
 _GRACE_SECONDS = 2.0
 _SIGNAL_EXIT = 128
 EXIT_STOPPED = _SIGNAL_EXIT + signal.SIGTERM
+EXIT_UNREACHED = 2
 
 
 def gpu_count() -> int:
@@ -48,11 +50,22 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a run ended on this machine: its exit code, the rank that failed and why, when that should be told."""
+    """How a run ended, here or on all nodes: its exit code, the rank that failed and why, when that should be told.
+
+    ``step``, ``diverged``, ``verdict`` and ``hung`` are what a machine's first rank had noted (``train/launched.py``);
+    ``hung``: it found itself that a rank is silent or stuck, and not dead. ``asked``: to stop, by SIGTERM. ``lost`` are the
+    hosts that were lost, or with ``EXIT_UNREACHED`` never reached.
+    """
 
     code: int
     rank: int | None = None
     why: str = ""
+    step: int | None = None
+    diverged: bool = False
+    verdict: str = ""
+    hung: bool = False
+    asked: bool = False
+    lost: tuple[str, ...] = ()
 
 
 class Stop:
@@ -74,7 +87,12 @@ class Stop:
 
 
 def run_ranks(module: str, argv: Sequence[str], processes: int, stop_grace: float = STOP_GRACE) -> int:
-    """Run ``python -P -m module argv`` as ranks 0 to ``processes`` - 1, all of a run; its exit code.
+    """``run_all``; its exit code."""
+    return run_all(module, argv, processes, stop_grace).code
+
+
+def run_all(module: str, argv: Sequence[str], processes: int, stop_grace: float) -> Ended:
+    """Run ``python -P -m module argv`` as ranks 0 to ``processes`` - 1, all of a run, and tell how it ended.
 
     Arguments reach the ranks as a list, no shell reads them. When a rank fails, or on Ctrl-C, the others get SIGTERM and
     after 2 s SIGKILL; the code is that of the rank that failed first. SIGTERM is passed on, and the ranks get
@@ -85,7 +103,7 @@ def run_ranks(module: str, argv: Sequence[str], processes: int, stop_grace: floa
     ended = run_share(module, argv, share, Stop(stop_grace), say)
     if ended.why:
         say(f"error: {ended.why}; the run stops")
-    return ended.code
+    return ended
 
 
 def run_share(
@@ -96,22 +114,30 @@ def run_share(
     tell: Callable[[str], None],
     logs: RankLogs | None = None,
 ) -> Ended:
-    """Run this machine's ranks as ``run_ranks`` does; what is not about one rank is told. Their output goes into ``logs``."""
+    """Run this machine's ranks as ``run_all`` does; what is not about one rank is told. Their output goes into ``logs``."""
     ranks: list[subprocess.Popen[bytes]] = []
+    notes = Notes()
     previous = signal.signal(signal.SIGTERM, stop.asked)
     try:
         for local in range(share.processes):
             env, command = _env(share, local), [sys.executable, "-P", "-m", module, *argv]
+            inherited = [] if local else [notes.number]
+            if inherited:
+                env[NOTES] = str(notes.number)
             ranks.append(
-                logs.start(share.first + local, command, env) if logs else subprocess.Popen(command, env=env)  # noqa: S603 - no shell
+                logs.start(share.first + local, command, env, inherited)
+                if logs
+                else subprocess.Popen(command, env=env, pass_fds=inherited)  # noqa: S603 - no shell
             )
-        return _wait(ranks, stop, share.first, tell)
+        ended = _wait(ranks, stop, share.first, tell)
     except KeyboardInterrupt:
         tell("interrupted: stopping the ranks")
-        return Ended(_SIGNAL_EXIT + (signal.SIGTERM if stop.began else signal.SIGINT))
+        ended = Ended(_SIGNAL_EXIT + (signal.SIGTERM if stop.began else signal.SIGINT))
     finally:
         _end(ranks)
         signal.signal(signal.SIGTERM, previous)
+        noted = notes.read()
+    return replace(ended, asked=bool(stop.began), **noted)
 
 
 def say(text: str) -> None:

@@ -33,6 +33,7 @@ class Job:
     folder: str  # the working directory, on every node
     logs: str
     stop_grace: float
+    beats: tuple[str, int] | None = None  # where a node that is not fed hears that the launching side lives (beats.py)
     version: str = __version__
     mark: str = field(default_factory=lambda: f"\x1e{secrets.token_hex(8)} ")
 
@@ -50,6 +51,7 @@ class Job:
                     f"finebridge {__version__} is installed here, the run was started with {values['version']}"
                 )
             values["nodes"] = [(str(host), int(slots)) for host, slots in values["nodes"]]
+            values["beats"] = values["beats"] and (str(values["beats"][0]), int(values["beats"][1]))
             return cls(**values)
         except (binascii.Error, ValueError, KeyError, TypeError) as error:
             if isinstance(error, NodesError):

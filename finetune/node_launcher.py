@@ -7,14 +7,16 @@ JOB is the word of ``job.py``, or ``-`` when it comes as the first line of stand
 import json
 import os
 import select
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .beats import listen_to
 from .interface import lead_gloo
 from .launch import Share, Stop, run_share
 from .node_job import Job
@@ -44,8 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}; every node needs the same paths", file=sys.stderr)
         return EXIT_BAD_INPUT
+    try:
+        line = listen_to(job.beats, job.mark) if job.beats and source != "-" else None
+    except OSError as error:
+        place = "{}:{}".format(*job.beats or ())
+        print(f"error: the launching side does not answer at {place}: {error.strerror or error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     stop = Stop(job.stop_grace)
-    threading.Thread(target=_listen, args=(stop, source == "-"), daemon=True).start()
+    threading.Thread(target=_listen, args=(stop, line, source == "-"), daemon=True).start()
     _tell(job, logs, number, started=os.getpid())
     ended = run_node(job, number, stop, logs, lambda _: None)  # the launching side tells of a stop
     _tell(job, logs, number, **asdict(ended))
@@ -59,6 +67,11 @@ class Report:
     code: int
     rank: int | None = None
     why: str = ""
+    step: int | None = None
+    diverged: bool = False
+    verdict: str = ""
+    hung: bool = False
+    asked: bool = False
     log: str = ""
     tail: list[str] = field(default_factory=list[str])
 
@@ -71,10 +84,12 @@ def run_node(job: Job, number: int, stop: Stop, logs: RankLogs, tell: Callable[[
     share = Share(job.nodes[number][1], job.first_rank(number), job.world, job.master, job.port)
     ended = run_share(job.module, job.argv, share, stop, tell, logs)
     logs.finish()
+    report = Report(ended.code, None, "", ended.step, ended.diverged, ended.verdict, ended.hung, ended.asked)
     if ended.rank is None:
-        return Report(ended.code)
+        return report
     tail = logs.tail(ended.rank) if ended.rank != logs.shown else []  # the lines of that one were all seen
-    return Report(ended.code, ended.rank, ended.why, str(logs.path(ended.rank).absolute()), tail)
+    log = str(logs.path(ended.rank).absolute())
+    return replace(report, rank=ended.rank, why=ended.why, log=log, tail=tail)
 
 
 def _tell(job: Job, logs: RankLogs, number: int, **words: Any) -> None:
@@ -96,15 +111,22 @@ def _number(job: Job, host: str) -> int:
     return hosts.index(host)
 
 
-def _listen(stop: Stop, beats: bool) -> None:
-    """Hear from the launching side. Without it, for SILENCE seconds when it beats, the ranks are ended."""
+def _listen(stop: Stop, line: socket.socket | None, fed: bool) -> None:
+    """Hear from the launching side, on standard input and the line of its beats. Without it the ranks are ended.
+
+    It is gone when one of them is closed, or silent for SILENCE seconds where it beats.
+    """
+    sources = [0, *([line.fileno()] if line else [])]
     while True:
-        ready = select.select([0], [], [], SILENCE if beats else None)[0]
-        words = os.read(0, 65_536) if ready else b""
-        if not words:
+        ready = select.select(sources, [], [], SILENCE if fed or line else None)[0]
+        try:
+            words = [os.read(source, 65_536) for source in ready]
+        except OSError:  # the connection was broken off
+            words = []
+        if not words or b"" in words:
             stop.now = True
             return
-        if STOP in words:
+        if any(STOP in heard for heard in words):
             stop.began = time.monotonic()
 
 

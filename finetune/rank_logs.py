@@ -3,6 +3,7 @@
 import os
 import subprocess
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,13 +23,17 @@ class RankLogs:
         """The log of a rank."""
         return self.folder / f"rank-{rank}.log"
 
-    def start(self, rank: int, command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
-        """Start a rank whose output goes into its log. Raises OSError."""
+    def start(
+        self, rank: int, command: list[str], env: dict[str, str], inherited: Sequence[int] = ()
+    ) -> subprocess.Popen[bytes]:
+        """Start a rank whose output goes into its log, with the open files that it inherits. Raises OSError."""
         with self.path(rank).open("ab") as log:
             self._begins[rank] = log.tell()
             out: Any = subprocess.PIPE if rank == self.shown else log
             err: Any = subprocess.PIPE if rank == self.shown else subprocess.STDOUT
-            process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err)  # noqa: S603 - no shell
+            process = subprocess.Popen(  # noqa: S603 - no shell
+                command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, pass_fds=inherited
+            )
         for pipe, to in ((process.stdout, 1), (process.stderr, 2)):
             if pipe is not None:
                 follower = threading.Thread(target=self._follow, args=(pipe, to, self.path(rank)), daemon=True)

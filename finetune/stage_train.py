@@ -66,21 +66,13 @@ class TrainStage:
         values = dict(self._job.values)
         if standing.begun and self._goes_on:
             values["resume_from_checkpoint"] = "true"
-            if values.pop(
-                "init_from_checkpoint", None
-            ):  # which says of a new run what its own checkpoint says of this one
-                values |= self._told_by_init()
+            if values.pop("init_from_checkpoint", None):  # of a new run it says what this one's checkpoint says
+                values |= self._job.told_by_init
         if self._job.start.megatron:
             for other in ("load", "model_name_or_path"):
                 values.pop(other, None)
             values["model_name_or_path"] = str(self._weights.folder)
         return to_argv(values)
-
-    def _told_by_init(self) -> dict[str, Any]:
-        """The flags that ``--init_from_checkpoint`` stood for."""
-        model = self._job.args.model
-        names = ("use_lora", "lora_rank", "lora_alpha", "lora_dropout", "lora_target") if model.use_lora else ()
-        return {name: str(getattr(model, name)) for name in ("model_name_or_path", *names)}
 
     def _made_here(self) -> list[Path]:
         """What a run left in the output folder: checkpoints, and what was made of them."""

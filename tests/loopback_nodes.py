@@ -172,13 +172,18 @@ def missing() -> str:
 if __name__ == "__main__":
     from finebridge.finetune import cluster
     from finebridge.finetune.launch import gpu_count
+    from finebridge.finetune.restart import Course, Restarts
     from finebridge.train.arguments import read_flags
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     cut = sys.argv.index("::")
     try:
-        where = cluster.take(read_flags(sys.argv[1:cut]), os.environ, None, gpu_count)
-        sys.exit(where.run(sys.argv[cut + 1], sys.argv[cut + 2 :], "out dir", 60.0))
+        flags, argv = read_flags(sys.argv[1:cut]), sys.argv[cut + 2 :]
+        most, elastic = int(flags.pop("max_restarts", 0)), bool(flags.pop("elastic", False))
+        where = cluster.take(flags, os.environ, None, gpu_count)
+        course = Course(argv, Path("out dir"), where.processes, (2, 2))
+        restarts = Restarts(most, elastic, course) if most else None
+        sys.exit(where.run(sys.argv[cut + 1], argv, "out dir", 60.0, restarts=restarts))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -12,7 +12,7 @@ from typing import Any
 
 
 def at_sample(kind: str, rank: int, number: int) -> None:
-    """Let ``kind`` (kill, stop, block, raise, launcher) happen to ``rank`` when it reads sample ``number`` of the run."""
+    """Let ``kind`` (kill, stop, block, skip, raise, launcher) happen to ``rank`` at sample ``number`` of the run."""
     from finebridge.data_tools.dataset import PreparedDataset
 
     if int(os.environ["RANK"]) != rank:
@@ -40,6 +40,8 @@ def _happen(kind: str) -> None:
         os.kill(me, signal.SIGSTOP)
     elif kind == "block":
         time.sleep(3600)
+    elif kind == "skip":
+        _skip_a_batch()
     elif kind == "raise":
         raise OSError("the disk is gone")
     elif kind == "launcher":
@@ -50,6 +52,21 @@ def _happen(kind: str) -> None:
         os.kill(int(os.environ["FINEBRIDGE_LAUNCHER"]), signal.SIGTERM)
         while _Request.at is None:  # until it is passed on to this rank
             time.sleep(0.02)
+
+
+def _skip_a_batch() -> None:
+    """This rank does not train on its next batch; the others wait for it in their collectives, or it in theirs."""
+    import torch
+    from finebridge.train.trainer import FinetuneTrainer
+
+    train = FinetuneTrainer.training_step
+
+    def skip(self: FinetuneTrainer, *_: Any, **__: Any) -> Any:
+        FinetuneTrainer.training_step = train
+        self._step.losses.append(torch.zeros(()))
+        return self._step.losses[-1]
+
+    FinetuneTrainer.training_step = skip
 
 
 if __name__ == "__main__":

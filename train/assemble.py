@@ -35,7 +35,7 @@ from ..storage.space import parse_size
 from . import heartbeat, runtime
 from .arguments import Arguments
 from .attention import IsolationProof, check_trainable, takes_borders
-from .callbacks import SaveLastStep
+from .callbacks import Phases, SaveLastStep
 from .checkpoint import check_shared, on_main, put_back
 from .chunked_loss import HeadSearch
 from .compiled import CompiledLayers, static_tokens
@@ -212,7 +212,7 @@ def _callbacks(args: Arguments, hf_args: TrainingArguments, stage: int, model: A
         check_trainable(model, hf_args.device, runtime.say)
         cure = "leave --packing out" if args.data.packing else "give --cross_document_attention true"
         callbacks.append(IsolationProof(cure, only_flash=args.model.use_flash_attn))
-    callbacks += [SaveLastStep(), StopWhenAsked(), heartbeat.Phases()]  # after what may stop the run
+    callbacks += [SaveLastStep(), StopWhenAsked(), Phases()]  # after what may stop the run
     return callbacks
 
 

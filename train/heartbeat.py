@@ -20,9 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerState
-
-from . import verdicts
+from . import launched, verdicts
 from .runtime import RuntimeSetupError, from_main, gather, place, several_ranks
 from .verdicts import EXIT_HANG, Beat
 
@@ -165,6 +163,7 @@ class Heartbeat:
                 told = now
                 self._tell(**asdict(self.here()))
             if verdict := self._judge(now):
+                launched.note(hung=True)
                 self._end(verdict)
 
     def _judge(self, now: float) -> str | None:
@@ -227,6 +226,7 @@ class Heartbeat:
                 stream.write(f"{verdict}\n{self.here()}\n")
                 stream.flush()
                 faulthandler.dump_traceback(stream)
+        launched.note(verdict=verdict[:300])
         self._tell(verdict=verdict)
         until = time.monotonic() + 1
         for line in list(self.peers.values()):  # closing before they have read it could take the verdict from them
@@ -270,6 +270,8 @@ def start(limit: float, output_dir: Path) -> None:
 
 def enter(phase: str, step: int | None = None) -> None:
     """Training has come to ``phase``, one of those in ``verdicts.py``, or save, evaluate, leaving; see Heartbeat.enter."""
+    if step is not None:
+        launched.note(step=step)
     if _current:
         _current.enter(phase, step)
 
@@ -286,35 +288,3 @@ def told() -> Generator[None]:
     finally:
         if _current:
             _current.leave()
-
-
-class Phases(TrainerCallback):
-    """Tells the watch what the Trainer tells: steps, evaluation, the end. The trainer itself tells the phases of a step."""
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """The first batch is waited for."""
-        enter("data", state.global_step)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Gradients are there."""
-        enter("optimizer")
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """A step is done."""
-        enter("data", state.global_step)
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """A held-out batch is done."""
-        enter("evaluate")
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Back to training."""
-        enter("data")
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Back to training."""
-        enter("data")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """What comes now is rank 0's alone."""
-        enter("leaving")

@@ -21,12 +21,14 @@ from urllib.parse import urlsplit
 from ..data_tools.arguments import DataArguments
 from ..storage.manifest import tool_versions
 from ..storage.publish import write_text
+from . import launched
 from .arguments import HF_DEFAULTS, Arguments
 from .hf_flags import hf_flags, hf_value
 from .model_arguments import ModelArguments
 
 RECORD_NAME = "run.json"
 MASK = "***"
+_NO_WORD = "running, or ended without a word"
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 _SECRET_NAME = re.compile(r"(?:^|[_-])(?:token|(?:api)?key|secret|passw(?:or)?d|credentials?)$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-)[A-Za-z0-9_-]{8,}|\bAKIA[A-Z0-9]{16}\b")
@@ -92,23 +94,30 @@ def about_data(data: Any) -> dict[str, Any]:
 
 
 class RunRecord:
-    """One launch's entry in ``run.json``. An earlier launch's entries stay when this one goes on from its checkpoint."""
+    """One launch's entry in ``run.json``. An earlier launch's entries stay when this one goes on from its checkpoint.
+
+    They stay too when this is a restart (--max_restarts), which tells its number and cause.
+    """
 
     def __init__(self, output_dir: Path, *, resumed: bool) -> None:
         self._path = output_dir / RECORD_NAME
-        self._earlier = read_record(output_dir) if resumed else []
+        self._restart = launched.restart()
+        self._earlier = read_record(output_dir) if resumed or self._restart else []
         self._began = time.monotonic()
         self._entry: dict[str, Any] = {}
 
     def open(self, argv: Sequence[str], args: Arguments, about: Mapping[str, Any]) -> None:
         """Write what the launch is; ``about`` holds what only a started run knows: ranks, device, data, model."""
+        if self._restart and self._earlier and self._earlier[-1].get("outcome") == _NO_WORD:
+            self._earlier[-1]["outcome"] = self._restart["cause"]
         self._entry = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "outcome": "running, or ended without a word",
+            "outcome": _NO_WORD,
             "seconds": None,
             "command": command_line(argv, "pretrain" if args.kind == "document" else "sft"),
             "folder": str(Path.cwd()),
             "host": f"{socket.gethostname()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            **({"restart": self._restart} if self._restart else {}),
             **about,
             "arguments": changed_arguments(args),
             "tools": tool_versions(),

@@ -193,6 +193,8 @@ def _checkpoints(output_dir: Path) -> Iterator[Sequence[Any]]:
 def _launch(launch: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     seconds = launch.get("seconds")
     yield "started", f"{launch.get('started')} in {launch.get('folder')}"
+    if restart := launch.get("restart"):
+        yield "restart", f"{restart['number']} of {restart['of']}, as {restart['cause']}"
     yield "outcome", f"{launch.get('outcome')}" + (f" after {span(seconds)}" if seconds is not None else "")
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ..data_tools.schema import Kind
 from ..storage.space import EXIT_DISK_FULL, is_disk_full
+from . import launched
 from .arguments import Arguments, parse
 from .hf_flags import ArgumentsError
 from .orphans import die_with_launcher
@@ -88,6 +89,7 @@ def _train(args: Arguments, words: Sequence[str]) -> int:
     except DataError as error:  # a loader's worker puts its traceback before the message
         return _refuse(DataError(str(error).rpartition("DataError: ")[2].strip()))
     except DivergedError as error:
+        launched.note(diverged=True)
         runtime.say(f"error: {error}")
         runtime.finish()  # all ranks are here; one that ends now would have rank 0 stopped within its report
         return EXIT_FAILED
@@ -103,8 +105,10 @@ def _train(args: Arguments, words: Sequence[str]) -> int:
         f"done: {result.global_step} steps, mean loss {result.training_loss:.4f}, "
         + (f"checkpoint {saved}" if saved.is_dir() else "nothing saved (--save_strategy no)")
     )
+    diverged = not math.isfinite(result.training_loss)
+    launched.note(diverged=diverged)
     runtime.finish()
-    if not math.isfinite(result.training_loss):
+    if diverged:
         runtime.say("error: the mean loss is not finite; lower --learning_rate or lengthen the warm-up")
         return EXIT_FAILED
     return 0

@@ -85,6 +85,8 @@ def judge(beats: Mapping[int, Beat], limit: float) -> str | None:
     if not beats:
         return None
     last = min(beats.values(), key=_progress)
+    if (apart := _apart(beats, limit)) is not None:
+        return apart
     waiting = [beat for beat in beats.values() if _progress(beat) > _progress(last) and beat.still > limit]
     allowed = limit * FIRST_STEP if last.fresh and last.phase != "data" else limit
     if not waiting or last.phase not in _WAITING or last.still <= allowed:
@@ -93,6 +95,26 @@ def judge(beats: Mapping[int, Beat], limit: float) -> str | None:
     return (
         f"{last.name} is stuck at {last.place} for {last.still:.0f} s, while rank {first.rank} is at {first.place} and "
         f"waits for it; {_ADVICE[last.phase]}. If it is only slow, give a larger --heartbeat_timeout"
+    )
+
+
+def _apart(beats: Mapping[int, Beat], limit: float) -> str | None:
+    """The verdict on ranks that have entered as many phases and wait in different ones: one has left something out.
+
+    It is the rarest phase; of two ranks, that which is further in its step.
+    """
+    order, phases = list(_WAITING), [beat.phase for beat in beats.values()]
+    if len(set(phases)) == 1 or len({_progress(beat) for beat in beats.values()}) > 1 or not set(phases) <= set(order):
+        return None
+    if min(beat.still for beat in beats.values()) <= limit * (
+        FIRST_STEP if any(b.fresh for b in beats.values()) else 1
+    ):
+        return None
+    odd = min(beats.values(), key=lambda beat: (phases.count(beat.phase), -order.index(beat.phase)))
+    other = next(beat for beat in beats.values() if beat.phase != odd.phase)
+    return (
+        f"{odd.name} is at {odd.place} for {odd.still:.0f} s, while rank {other.rank} is at {other.place}: they wait for each "
+        f"other. One of them has left a batch out, or got another one; {_ADVICE['data']}, and at code that differs by rank"
     )
 
 

@@ -46,6 +46,23 @@ def test_the_first_step_has_a_limit_too_and_its_data_the_usual_one() -> None:
     assert "waiting for a batch" in str(judged(waits, beat(1, still=51, fresh=True)))
 
 
+def test_ranks_that_wait_for_each_other_at_different_places_are_told_apart() -> None:
+    skipped = beat(1, 3, "optimizer", still=51)
+    said = judged(beat(0, 3, "forward", still=51), skipped)
+    assert said is not None
+    assert said.startswith(
+        "rank 1 (host node1, process 101) is at step 8, in the optimizer's step for 51 s, while rank 0 is"
+    )
+    assert "step 8, in the forward pass: they wait for each other" in said
+    assert str(judged(skipped, *(beat(rank, 3, "backward", still=60) for rank in (2, 3)))).startswith("rank 1 ")
+    for other in (
+        beat(0, 3, "forward", still=49),
+        beat(0, 3, "save", still=900),
+        beat(0, 3, "forward", still=60, fresh=True),
+    ):
+        assert judged(other, skipped) is None
+
+
 def test_silence_is_told_first() -> None:
     said = judged(beat(0, 3, "backward", still=60), beat(1, still=60), beat(2, silent=51, phase="save"))
     assert said is not None
