@@ -6,7 +6,7 @@ token.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,7 @@ _WINDOW = 96  # of the trial, for any that is wider
 _LOUD = 50.0  # every other sample's values, times this
 _OF_TOKEN, _OF_SAMPLE = 0.05, 0.03  # what bf16 may move: of a token's norm, and of the mean norm in its sample
 _OF_TOKEN_FP32, _OF_SAMPLE_FP32 = 2e-3, 2e-3  # TF32 products
+_BUSY = 8192  # rows and columns of a product that keeps a GPU busy
 _TIMED = (1400, 900, 2500, 700, 4000, 300, 1100, 1900, 600, 2900)  # tokens of the samples that kernels are timed on
 
 
@@ -50,22 +51,38 @@ def refusal(kernel: Kernel, need: Need) -> str | None:
 
 
 def seconds(kernel: Kernel, need: Need) -> float:
-    """Seconds of a forward and backward pass over rows whose samples' lengths change from call to call; inf when it fails."""
+    """Seconds of a forward and backward pass over rows whose samples' lengths change from call to call; inf when it fails.
+
+    On a GPU they are its own: in training it has enough to do while the CPU makes a call ready.
+    """
     taken: list[float] = []
     for turn in range(5):
         lengths = [length + 7 * turn for length in _TIMED[turn % 2 :]]
         row, borders = _row(need, lengths)
-        _wait(need.device)
-        began = time.perf_counter()
         keep = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
         with torch.enable_grad(), keep, torch.autocast(need.device.type, enabled=False):
             try:
-                _outcome(kernel, row, borders, need)
+                taken.append(_duration(lambda: _outcome(kernel, row, borders, need), need.device) / sum(lengths))  # noqa: B023
             except Exception:  # noqa: BLE001 - it did well on the small trial, and cannot do this one
                 return float("inf")
-        _wait(need.device)
-        taken.append((time.perf_counter() - began) / sum(lengths))
     return sum(taken[2:]) / 3 * sum(_TIMED)  # the first two compile
+
+
+def _duration(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a device works on a call, which may fail."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    busy = torch.ones(_BUSY, _BUSY, dtype=torch.bfloat16, device=device)
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(20):  # some 30 ms, in which the CPU gets ahead
+        busy @ busy  # pyright: ignore[reportUnusedExpression]
+    first.record()
+    call()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
 
 
 def _row(need: Need, lengths: Sequence[int]) -> tuple[list[torch.Tensor], Borders]:
@@ -83,11 +100,6 @@ def _row(need: Need, lengths: Sequence[int]) -> tuple[list[torch.Tensor], Border
         row.append(torch.randn(need.heads, generator=draw, device=need.device))
     starts = torch.tensor([0, *lengths]).cumsum(0).to(need.device, torch.int32)
     return [part.to(need.dtype) for part in row], Borders(starts, max(lengths))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
 
 
 def _outcome(kernel: Kernel, row: Sequence[torch.Tensor], borders: Borders, need: Need) -> list[torch.Tensor]:
