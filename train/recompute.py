@@ -80,9 +80,14 @@ def costs_of(looks: Sequence[Look], kinds: Sequence[int]) -> dict[int, float]:
 
 
 def foretold(look: Look, kinds: Sequence[int], costs: Mapping[int, float], largest: int, recomputed: int) -> int:
-    """The peak of such a micro-batch of ``largest`` tokens when the first ``recomputed`` layers are recomputed; bytes."""
+    """The peak of such a micro-batch of ``largest`` tokens when the first ``recomputed`` layers are recomputed; bytes.
+
+    A kind without costs is that of layers that were never left unrecomputed, as memory was out, and that stay so.
+    """
     tokens = max(largest, look.tokens)
-    change = sum(costs[kind] * ((number >= recomputed) - (number in look.plain)) for number, kind in enumerate(kinds))
+    change = sum(
+        costs.get(kind, 0.0) * ((number >= recomputed) - (number in look.plain)) for number, kind in enumerate(kinds)
+    )
     return int(look.before + (look.peak - look.before) * tokens / look.tokens + change * tokens)
 
 
