@@ -87,7 +87,7 @@ def main(words: Sequence[str]) -> int:
     if best is None:
         print("nothing fits: try a smaller --per_device_train_batch_size or --max_seq_length, --use_lora, or more GPUs")
         return 1
-    print("use: " + " ".join(flags_of(best)))
+    print("use: " + " ".join(flags_of(best, args)))
     return 0
 
 
@@ -192,10 +192,10 @@ def table(choices: Sequence[Choice], best: Choice | None, limit: int) -> Iterato
         yield "  ".join([f"{name:<28}", *(f"{value:>9}" for value in values)])
 
 
-def flags_of(choice: Choice) -> list[str]:
-    """The flags that make a run this one."""
+def flags_of(choice: Choice, args: Arguments) -> list[str]:
+    """The flags that make a run this one, beside those that were given."""
     words = [] if choice.settings == _PLAIN else ["--deepspeed", choice.settings]
-    return [*words, "--gradient_checkpointing", "auto"]
+    return [*words, "--gradient_checkpointing", str(args.hf.get("activation_checkpointing", "auto")).lower()]
 
 
 def config_of(args: Arguments) -> Any:

@@ -190,7 +190,7 @@ def _budget(trainer: FinetuneTrainer, args: Arguments, data: Samples, stage: int
     if not asks_for_budget(args.hf, budget, device):
         return
     trainer.recompute = RecomputeBudget(
-        trainer.args.activation_checkpointing_kwargs or {"use_reentrant": False},  # pyright: ignore[reportArgumentType]
+        trainer.args.activation_checkpointing_kwargs or {},  # pyright: ignore[reportArgumentType]
         trainer.args.per_device_train_batch_size * int(data.lengths.max()),
         None if budget is None else int(budget * 2**30),
         device,

@@ -80,9 +80,14 @@ def costs_of(looks: Sequence[Look], kinds: Sequence[int]) -> dict[int, float]:
 
 
 def foretold(look: Look, kinds: Sequence[int], costs: Mapping[int, float], largest: int, recomputed: int) -> int:
-    """The peak of such a micro-batch of ``largest`` tokens when the first ``recomputed`` layers are recomputed; bytes."""
+    """The peak of such a micro-batch of ``largest`` tokens when the first ``recomputed`` layers are recomputed; bytes.
+
+    A kind without costs is that of layers that were never left unrecomputed, as memory was out, and that stay so.
+    """
     tokens = max(largest, look.tokens)
-    change = sum(costs[kind] * ((number >= recomputed) - (number in look.plain)) for number, kind in enumerate(kinds))
+    change = sum(
+        costs.get(kind, 0.0) * ((number >= recomputed) - (number in look.plain)) for number, kind in enumerate(kinds)
+    )
     return int(look.before + (look.peak - look.before) * tokens / look.tokens + change * tokens)
 
 
@@ -128,6 +133,7 @@ class RecomputeBudget(TrainerCallback):
     _kinds: list[int] = field(default_factory=list[int])
     _searching: bool = False
     _steps: int = 0
+    _least: int = 0  # what memory that was out has asked for
     _looks: list[Look] = field(default_factory=list[Look])
     _costs: dict[int, float] = field(default_factory=dict[int, float])
     _kept: dict[int, int] = field(default_factory=dict[int, int])
@@ -136,8 +142,13 @@ class RecomputeBudget(TrainerCallback):
     _hooks: list[Any] = field(default_factory=list[Any])
 
     def __post_init__(self) -> None:
-        if self.kwargs.get("use_reentrant"):
-            raise ArgumentsError("--gradient_checkpointing auto is for use_reentrant false; leave use_reentrant out")
+        self.kwargs = {"use_reentrant": False, **self.kwargs}
+        for name in ("use_reentrant", "every_n_layers", "offload"):
+            if self.kwargs.get(name):
+                raise ArgumentsError(
+                    f"--gradient_checkpointing_kwargs: {name} is not for --gradient_checkpointing auto (the default on CUDA "
+                    "devices); leave it out, or give --gradient_checkpointing true"
+                )
         self._gauge = DeviceGauge() if self.device.type == "cuda" else SavedGauge()
 
     # ---- which layers
@@ -212,8 +223,8 @@ class RecomputeBudget(TrainerCallback):
             runtime.say_here(
                 f"recompute: all {len(self.layers)} layers from now on, {self.recomputed} were too few ({error})"
             )
-        self.recompute(len(self.layers))
-        self._fix()
+        self._least = len(self.layers)  # a search goes on: the other ranks will ask what this one wants
+        self.recompute(self._least)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return forward()
@@ -254,7 +265,7 @@ class RecomputeBudget(TrainerCallback):
         if self._steps == 1:  # the optimizer's state was made in that step
             return
         self._costs = self._costs or costs_of(looks, self._kinds)
-        wanted = fewest(looks, self._kinds, self._costs, self.largest, self._limit())
+        wanted = max(self._least, fewest(looks, self._kinds, self._costs, self.largest, self._limit()))
         peak = max(foretold(look, self._kinds, self._costs, self.largest, wanted) for look in looks)
         agreed = torch.tensor([wanted, peak], device=self.device)
         runtime.reduce(agreed, "MAX")

@@ -64,7 +64,7 @@ def test_help_of_training_names_our_flags_and_transformers(verb: str, capsys: py
 
 
 def test_an_unknown_verb_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    known = "run, sft, pretrain, report, merge, convert, checkpoint, data, cache, nodes, example"
+    known = "run, sft, pretrain, plan, report, merge, convert, checkpoint, data, cache, nodes, example"
     assert refused(capsys, "trian") == f"error: unknown verb 'trian'; known are {known}\n"
 
 

@@ -77,13 +77,14 @@ def test_flags() -> None:
     assert any("--memory_budget_gib has no effect" in text for text in warned)
     with pytest.raises(ArgumentsError, match="--memory_budget_gib 0: a positive number"):
         parse([*words, "--memory_budget_gib", "0"])
-    with pytest.raises(ArgumentsError, match="leave use_reentrant out"):
-        RecomputeBudget({"use_reentrant": True}, 10, None, CPU, retries=True)
+    for name in ("use_reentrant", "every_n_layers"):
+        with pytest.raises(ArgumentsError, match=f"{name} is not for --gradient_checkpointing auto"):
+            RecomputeBudget({name: True}, 10, None, CPU, retries=True)
 
 
 def begun(budget: int | None, **more: Any) -> tuple[RecomputeBudget, Any]:
     model = build("qwen3", **LAYERS).train()
-    found = RecomputeBudget({"use_reentrant": False}, 24, budget, CPU, retries=True)
+    found = RecomputeBudget({}, 24, budget, CPU, retries=True)
     found.on_train_begin(SimpleNamespace(torch_compile=False, **more), None, None, model=model)  # pyright: ignore[reportArgumentType]
     return found, model
 
@@ -150,6 +151,10 @@ def test_a_forward_that_is_out_of_memory_is_done_again_once(capsys: pytest.Captu
     assert again[0] == expected[0]
     assert found.recomputed == 6
     assert "recompute: all 6 layers from now on, 0 were too few (no room for 3 GiB)" in capsys.readouterr().out
+    early, model = begun(2**40)
+    left.append(torch.OutOfMemoryError("no room for 2 GiB"))
+    model.model.layers[3].register_forward_pre_hook(fail)
+    assert [one_step(early, model)[0], one_step(early, model)[0], early.recomputed] == [expected[0]] * 2 + [6]
     left.append(torch.OutOfMemoryError("no room for 4 GiB"))
     with pytest.raises(torch.OutOfMemoryError, match="4 GiB") as caught:
         one_step(found, model)
