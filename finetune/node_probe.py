@@ -25,6 +25,7 @@ from typing import Any
 
 from ..storage.installed import installed
 from ..storage.space import free_bytes
+from .interface import interface_to
 from .launch import gpu_count
 from .node_job import Job
 from .nodes import NodesError
@@ -142,7 +143,7 @@ def look(job: Job, number: int, asked: Asked) -> Report:
     report.free_port = _any_port()
     report.gpus, report.gpu_error = _gpus()
     report.interfaces = _interfaces()
-    report.leads = _leads(job.nodes[1 if number == 0 else 0][0], report.interfaces) if len(job.nodes) > 1 else ""
+    report.leads = interface_to([job.master, *(host for host, _ in job.nodes)])
     report.named = _named_interfaces(bool(report.gpus))
     report.room = [_room(*entry) for entry in asked.room]
     report.paths = {path: _seen(Path(path)) for paths in asked.paths.values() for path in paths}
@@ -241,17 +242,6 @@ def _interfaces() -> dict[str, list[str]]:
             address, *_, name = line.split()
             found.setdefault(name, []).append(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address)))
     return found
-
-
-def _leads(host: str, interfaces: dict[str, list[str]]) -> str:
-    """The interface by which a host is reached, or ""."""
-    with suppress(OSError, UnicodeError):
-        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)  # sends nothing
-            mine = probe.getsockname()[0]
-        return next((name for name, addresses in interfaces.items() if mine in addresses), "")
-    return ""
 
 
 def _named_interfaces(gpus: bool) -> dict[str, list[str]]:
