@@ -36,7 +36,8 @@ def judge(job: Job, asked: Asked, reports: Mapping[int, Report], code: Mapping[s
     """What the nodes have; ``code`` are the hashes of this machine's finebridge."""
     rows: list[Row] = []
     wanted = _wanted(reports, code)
-    shares = _common(report.shares for report in reports.values() if report.shares is not None)
+    made = [report.shares for report in reports.values() if report.shares is not None]
+    shares = _common(made) if made else 0
     gpus = any(report.gpus or report.gpu_error for report in reports.values())
     for node, report in reports.items():
         rows += _installed(node, report.installed, wanted)
@@ -173,11 +174,14 @@ def _network(node: int, report: Report) -> list[Row]:
         for name in names:
             plain = name.removeprefix("=")
             if not any(has == plain if name[0] == "=" else has.startswith(plain) for has in usable):
-                kept = f"{report.leads} leads to the other nodes" if report.leads else "none leads to the other nodes"
                 found = f"{variable} names {plain}, which is not there or has no address"
-                rows.append(
-                    Row(node, "interface", found, f"of {', '.join(usable)} {kept}: export {variable}={report.leads}")
+                way = (
+                    f"{report.leads} leads to the other nodes"
+                    if report.leads
+                    else "none is known to lead to the others"
                 )
+                advice = f"{way}; there are {', '.join(usable)}: export {variable}={report.leads or 'one of them'}"
+                rows.append(Row(node, "interface", found, advice))
     return rows or [Row(node, "interface", report.leads or "not known")]
 
 

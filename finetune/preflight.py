@@ -158,7 +158,9 @@ class Preflight:
     def _measure(self, limit: float) -> None:
         """The all-reduce over the nodes that answered."""
         nodes = list(self.reports)
-        if len(nodes) < 2 or (self.launcher == "srun" and len(nodes) < len(self.job.nodes)):  # noqa: PLR2004 - a link has two ends
+        unnamed = self.launcher == "srun" and len(nodes) < len(self.job.nodes)  # which would start all of them
+        bound_to_fail = any(row.check == "interface" and row.advice for row in self.rows)
+        if len(nodes) < 2 or unnamed or bound_to_fail:  # noqa: PLR2004 - a link has two ends
             return
         gpu = all(report.gpus for report in self.reports.values())
         first = nodes[0] == 0 and not self.reports[0].port and not any(r.master for r in self.reports.values())
