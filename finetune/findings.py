@@ -84,7 +84,8 @@ def judge_links(job: Job, words: Mapping[int, Sequence[Mapping[str, Any]]], lead
     pairs = [(told["pair"], float(told["speed"])) for node in every for told in words[node] if "pair" in told]
     best = {node: max(speed for pair, speed in pairs if node in pair) for node in every}
     usual = statistics.median_high(best.values())
-    speeds = f"{backend}: all-reduce {_speed(done[0]['speed'])}, pairs {_speed(min(best.values()))} to {_speed(usual)}"
+    links = dict.fromkeys((_speed(min(best.values())), _speed(usual)))
+    speeds = f"{backend}: all-reduce {_speed(done[0]['speed'])}, links {' to '.join(links)}"
     rows: list[Row] = []
     for node, speed in best.items():
         slow = speed < usual / _SLOW_LINK

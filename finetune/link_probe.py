@@ -36,6 +36,9 @@ def main() -> int:
     if "GLOO_SOCKET_IFNAME" not in os.environ and (way := interface_to([job.master, *(host for host, _ in job.nodes)])):
         os.environ["GLOO_SOCKET_IFNAME"] = way  # as the ranks will have it
     import_module("torch.distributed")  # it is what takes time
+    if asked["gpu"]:
+        import_module("torch").zeros(1, device="cuda")  # and so does CUDA
+
     tell(job, number, ready=True)
     spoken_to(number)
     signal.alarm(int(asked["limit"]) + 5)
@@ -68,8 +71,6 @@ def _measure(job: Job, number: int, *, gpu: bool, limit: float, stage: list[str]
     store.wait([f"came/{other}" for other in range(count)], patience)
     stage[0] = "link"
     yield {"met": True}
-    if gpu:
-        torch.cuda.set_device(0)
     dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=number, world_size=count, timeout=patience)
     device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     yield {"joined": True}
