@@ -84,7 +84,11 @@ class Job:
 
     def preflight(self) -> int:
         """Check the nodes before work that costs time, their links too; 0 when all is well. Raises NodesError."""
-        code = self.where.check(to_argv(self.values), str(self.output_dir), self._room())
+        hidden = (
+            ("load", "model_name_or_path") if self.start.megatron else ()
+        )  # only this machine reads what it converts
+        words = to_argv({name: value for name, value in self.values.items() if name not in hidden})
+        code = self.where.check(words, str(self.output_dir), self._room())
         self.where = replace(self.where, measured=True)
         return code
 

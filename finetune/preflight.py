@@ -33,7 +33,7 @@ from .node_probe import Asked, Report, look
 Mode = Literal["only", "on", "off"]
 EXIT_UNFIT = 2
 _LIMIT = 15.0  # seconds for all of it, when torch is imported as fast as it should be
-_ANSWER, _CONNECT = 8.0, 5  # seconds in which a node answers, and ssh connects
+_ANSWER, _CONNECT = 10.0, 5  # seconds in which a node answers, and ssh connects
 _LINKS = 10.0  # seconds for the all-reduce, at least half of it
 _IMPORT = 60.0  # seconds for torch: from a cold network disk it takes its time, which is no fault
 _END = 1.0  # seconds in which a probe ends that is told to
@@ -72,6 +72,10 @@ class Preflight:
         asked = self._asked()
         self._ask(asked)
         self.rows += judge(self.job, asked, self.reports, installed()["code"])
+        names = [
+            f"--{flag} {value}: a name on the Hub, which each node looks up" for flag, value in named(self.job.argv)
+        ]
+        self.rows += [Row(node, "data", name) for name in names for node in self.reports]
         if self.links:
             self._measure(max(_LINKS / 2, min(_LINKS, _LIMIT - (time.monotonic() - began))))
         return self._tell(time.monotonic() - began, only=only)
@@ -286,6 +290,13 @@ def read_paths(argv: Sequence[str]) -> dict[str, list[str]]:
         if files:
             found[flag] = list(dict.fromkeys(files))
     return found
+
+
+def named(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """Flag and value of a model or tokenizer that is no path here."""
+    values, found = read_flags(list(argv)), read_paths(argv)
+    flags = ("model_name_or_path", "tokenizer_name_or_path")
+    return [(flag, str(values[flag])) for flag in flags if flag in values and flag not in found]
 
 
 def _files(name: str) -> list[str]:

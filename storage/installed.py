@@ -23,7 +23,7 @@ _PACKAGES = (
     "nvidia-nccl-cu12",
     "nvidia-nccl-cu13",
 )
-_CODE = (".py", ".jinja", ".json")
+_CODE = ("*.py", "*.json", "*/*.py", "*/*.jinja")  # of a room; deeper may lie what a run has made
 _SHOWN = 3  # files that are named
 Installed = dict[str, dict[str, str]]
 
@@ -74,5 +74,5 @@ def _cuda() -> str:
 def _code(package: Path) -> dict[str, str]:
     """Hashes of the files of the package's rooms; a checkout has other folders beside them."""
     rooms = [folder for folder in package.iterdir() if (folder / "__init__.py").is_file()]
-    files = [package / "__init__.py", *(file for room in rooms for file in room.rglob("*") if file.suffix in _CODE)]
+    files = [package / "__init__.py", *(file for room in rooms for pattern in _CODE for file in room.glob(pattern))]
     return {str(file.relative_to(package)): hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files}

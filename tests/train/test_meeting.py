@@ -26,7 +26,7 @@ except RuntimeSetupError as error:
 """
 
 
-@pytest.mark.parametrize("second", ["same", "other"])
+@pytest.mark.parametrize("second", ["other", pytest.param("same", marks=pytest.mark.slow)])
 def test_machines_that_are_not_alike_do_not_meet(second: str, tmp_path: Path) -> None:
     port = str(free_port(""))
     processes = [
