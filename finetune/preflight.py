@@ -36,7 +36,7 @@ _LIMIT = 15.0  # seconds for all of it, when torch is imported as fast as it sho
 _ANSWER, _CONNECT = 10.0, 5  # seconds in which a node answers, and ssh connects
 _LINKS = 10.0  # seconds for the all-reduce, at least half of it
 _IMPORT = 60.0  # seconds for torch: from a cold network disk it takes its time, which is no fault
-_END = 1.0  # seconds in which a probe ends that is told to
+_END = 3.0  # seconds in which a probe that has answered ends
 # The flags whose values every node reads.
 _READ = (
     "model_name_or_path",
@@ -137,6 +137,7 @@ class Preflight:
                     self.rows.append(clock(node, words["time"] - spoken[node] - half, half))
                 elif "report" in words:
                     self.reports[node] = Report(**words["report"])
+                    talk.answered.add(number)
                     if len(self.reports) == len(job.nodes):
                         break
         finally:
@@ -204,7 +205,8 @@ class _Talk:
     def __init__(self, job: Job, ways: Sequence[Start]) -> None:
         self._mark = job.mark.encode()
         self._ways = ways
-        self.at: dict[int, int] = {}
+        self.at: dict[int, int] = {}  # node -> its start
+        self.answered: set[int] = set()  # starts that have nothing to do but to end
         self._news: queue.SimpleQueue[tuple[int, dict[str, Any] | None, float]] = queue.SimpleQueue()
         self._said = [tempfile.TemporaryFile() for _ in ways]  # noqa: SIM115 - closed by ``close``
         self._texts = [""] * len(ways)
@@ -240,7 +242,7 @@ class _Talk:
         self._write(self._processes[number], str(node))
 
     def close(self) -> None:
-        """End all probes: those that see the end of their input do it themselves."""
+        """End all probes: those that have answered do so themselves when they see the end of their input."""
         ended = [process.poll() for process in self._processes]
         for process in self._processes:
             if process.stdin is not None:
@@ -249,7 +251,7 @@ class _Talk:
         until = time.monotonic() + _END
         for number, process in enumerate(self._processes):
             with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, until - time.monotonic()))
+                process.wait(max(0.0, until - time.monotonic()) if number in self.answered else 0.0)
             if process.poll() is None:
                 process.kill()
                 process.wait()
