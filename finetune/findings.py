@@ -70,7 +70,7 @@ def judge_links(job: Job, words: Mapping[int, Sequence[Mapping[str, Any]]], lead
     failed = {node: told for node in every for told in words.get(node, ()) if "failed" in told}
     if failed.get(0, {}).get("failed") == "listen":
         return [Row(0, "port", f"{job.port}: {failed[0]['why']}", "give another --master_port")]
-    away = [node for node in every[1:] if failed.get(node, {}).get("failed") == "meet"]
+    away = [node for node in every[1:] if failed.get(node, {}).get("failed") == "connect"]
     if away:
         advice = "all ports between the nodes must be open (a firewall?); is --master_addr what this node can reach?"
         return [

@@ -42,7 +42,7 @@ def main() -> int:
     tell(job, number, ready=True)
     spoken_to(number)
     signal.alarm(int(asked["limit"]) + 5)
-    stage = ["meet" if number else "listen"]
+    stage = ["connect" if number else "listen"]
     try:
         for words in _measure(job, number, gpu=asked["gpu"], limit=asked["limit"], stage=stage):
             tell(job, number, **words)
@@ -67,7 +67,7 @@ def _measure(job: Job, number: int, *, gpu: bool, limit: float, stage: list[str]
 
     count, patience = len(job.nodes), timedelta(seconds=limit)
     store = TCPStore(job.master, job.port, count, number == 0, patience, wait_for_workers=False)
-    stage[0] = "meet"
+    stage[0] = "wait"
     store.set(f"came/{number}", "")
     store.wait([f"came/{other}" for other in range(count)], patience)
     stage[0] = "link"

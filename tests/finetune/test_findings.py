@@ -86,10 +86,14 @@ def test_links() -> None:
     assert "NCCL_SOCKET_IFNAME" in row.advice
     all_slow = judge_links(JOB, spoken(dict.fromkeys(every, 5e6)), "eth0", False)
     assert [row.node for row in all_slow if row.advice] == [0, 1, 2]
-    away = {0: [{"failed": "meet", "why": "timed out"}], 2: [{"failed": "meet", "why": "no route"}]}
+    away = {
+        0: [{"failed": "wait", "why": "timed out"}],
+        1: [{"failed": "wait", "why": "timed out"}],  # for node 2
+        2: [{"failed": "connect", "why": "no route"}],
+    }
     (row,) = judge_links(JOB, away, "eth0", False)
     assert (row.node, row.found) == (2, "no way to a port 29500: no route")
-    taken = {0: [{"failed": "listen", "why": "in use"}], 1: [{"failed": "meet", "why": "timed out"}]}
+    taken = {0: [{"failed": "listen", "why": "in use"}], 1: [{"failed": "connect", "why": "timed out"}]}
     (row,) = judge_links(JOB, taken, "eth0", False)
     assert (row.node, row.check, row.found) == (0, "port", "29500: in use")
     rows = judge_links(JOB, {**spoken(every), 1: [{"met": True}, {"failed": "link", "why": "refused"}]}, "eth0", False)
