@@ -17,7 +17,7 @@ _CLOCK = (
     5.0  # seconds that a clock may differ: more than any network takes, less than what confuses logs and certificates
 )
 _IN_USE = 0.1  # the share of a GPU's memory that others may have
-_SLOW_LINK, _TOO_SLOW = 5, 10**7  # how many times slower than the others; bytes a second that no training can live with
+_SLOW_LINK, _TOO_SLOW = 8, 10**7  # how many times slower than the others; bytes a second that no training can live with
 _WIDTHS = (22, 12, 44, 62)
 _T = TypeVar("_T")
 

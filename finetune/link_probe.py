@@ -21,7 +21,7 @@ from .node_probe import spoken_to, tell, told
 
 _IMPORT_WITHIN = 90  # seconds
 _PAIR, _PAIR_GPU = 2**20, 2**24  # bytes that two nodes send each other
-_TRIES, _TRY_FOR = 8, 0.3  # exchanges of a pair at most, and seconds
+_TRIES, _TRY_FOR = 200, 0.3  # exchanges of a pair at most, and seconds
 _LARGEST, _LONG_ENOUGH = 2**28, 0.25  # bytes of an all-reduce at most, and seconds that one should take
 
 
