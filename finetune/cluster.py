@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..train.launched import RESTART
 from . import launch, slurm
@@ -29,6 +29,7 @@ from .nodes import (
     this_node,
     write_hostfiles,
 )
+from .preflight import Mode, Preflight
 from .rank_logs import RankLogs
 from .remote import Remote, tell_failed
 from .restart import Restarts
@@ -46,9 +47,13 @@ NODE_FLAGS = {
     "ssh_host_keys": "known|accept-new\n      nodes whose host key is not known are refused (default), or taken over once",
     "forward_env": "NAME,NAME\n      variables that reach the nodes, beside NCCL_*, HF_*, TORCH_*, WANDB_* and CUDA_*",
     **{name: flag.text for name, flag in NETWORK_FLAGS.items()},
+    "preflight": "on|only|off\n      check all nodes before any rank is started (default: on), or only that; see the README",
     "dry_run": "\n      show the nodes and the commands that would start them, and end",
     "log_dir": "DIR\n      one log for each rank, on its node (default: logs in --output_dir)",
 }
+
+
+Room = Sequence[tuple[str, str, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,8 @@ class Cluster:
     network: dict[str, str] = field(default_factory=dict[str, str])  # variables that the flags about it set
     log_dir: str = ""
     dry_run: bool = False
+    preflight: Mode = "on"
+    measured: bool = False  # whether the links between the nodes have passed a preflight already
 
     @property
     def processes(self) -> int:
@@ -79,10 +86,34 @@ class Cluster:
         """Whether this process does what is done once a run; by hand only that of the first node does."""
         return not self.by_hand or self.here == 0
 
+    def check(self, argv: Sequence[str], output_dir: str, room: Room = ()) -> int:
+        """The preflight of a run with these flags, unless it is off; 0 when all is well. Raises NodesError.
+
+        ``room`` tells flag, path and bytes of what will be written. One machine is looked at only when that is all.
+        """
+        if self.preflight == "off" or self.dry_run or not (self.remote or self.preflight == "only"):
+            return 0
+        job, only = self._job("", argv, output_dir, 0.0), self.preflight == "only"
+        if self.by_hand or not self.remote:
+            return Preflight(job, output_dir, self.here, "ssh", self.ssh, room).run_here(only=only)
+        launcher, _ = choose(self.launcher, job, os.environ, slurm=self.slurm, here=self.here, ssh=self.ssh)
+        return Preflight(job, output_dir, self.here, launcher, self.ssh, room, links=not self.measured).run(only=only)
+
     def run(
-        self, module: str, argv: Sequence[str], output_dir: str, stop_grace: float, restarts: Restarts | None = None
+        self,
+        module: str,
+        argv: Sequence[str],
+        output_dir: str,
+        stop_grace: float,
+        room: Room = (),
+        restarts: Restarts | None = None,
     ) -> int:
-        """Run ``python -P -m module argv`` as all ranks, or with --dry_run show how; the exit code. Raises NodesError."""
+        """Run ``python -P -m module argv`` as all ranks, or with --dry_run show how; the exit code. Raises NodesError.
+
+        Before that comes ``check``; what it finds ends the run with 2.
+        """
+        if (code := self.check(argv, output_dir, room)) or self.preflight == "only":
+            return code
         if not self.remote:
             if self.dry_run:
                 print(
@@ -190,6 +221,12 @@ def take(values: dict[str, Any], env: Mapping[str, str], asked: int | None, gpus
     ssh = Ssh(numbers["ssh_port"], _file(given["ssh_config"], "ssh_config"), given["ssh_host_keys"] or "known")
     if ssh.host_keys not in HOST_KEYS:
         raise NodesError(f"--ssh_host_keys {ssh.host_keys}: {' or '.join(HOST_KEYS)} is expected")
+    asked_for = {"": "on", "true": "on", "false": "off"}.get(
+        given["preflight"].lower(), given["preflight"]
+    )  # YAML's on, off
+    mode = next((name for name in get_args(Mode) if name == asked_for), None)
+    if mode is None:
+        raise NodesError(f"--preflight {given['preflight']}: on, only or off is expected")
     launcher = next((name for name in LAUNCHERS if name == given["launcher"]), None)
     if given["launcher"] and launcher is None:
         raise NodesError(f"--launcher {given['launcher']}: {', '.join(LAUNCHERS)} are known")
@@ -202,6 +239,7 @@ def take(values: dict[str, Any], env: Mapping[str, str], asked: int | None, gpus
         "network": network_variables(given, env),
         "log_dir": given["log_dir"],
         "dry_run": _switch(given["dry_run"], "dry_run"),
+        "preflight": mode,
     }
     nodes, source = listed_nodes(env, _file(given["hostfile"], "hostfile"))
     rank = _node_rank(given["node_rank"])

@@ -25,7 +25,7 @@ from .nodes import NodesError
 Launcher = Literal["pdsh", "ssh", "srun"]
 LAUNCHERS: tuple[Launcher, ...] = get_args(Launcher)
 HOST_KEYS = {"known": "yes", "accept-new": "accept-new"}  # --ssh_host_keys: ssh's StrictHostKeyChecking
-_LAUNCH = "finebridge.finetune.node_launcher"
+LAUNCH = "finebridge.finetune.node_launcher"  # what is started on every node
 _LONGEST_WORD = 120_000  # bytes; Linux takes 128 KiB in one word of a command line
 _PLAIN = re.compile(r"[^\x00-\x1f\x7f'\"\\!$`%]+")  # survives single quotes in every shell, and pdsh's %h
 
@@ -49,18 +49,23 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Ssh:
-    """How ssh is called: port and configuration file, when they are not those of ``~/.ssh/config``, and the host keys."""
+    """How ssh is called: port and configuration file, when they are not those of ``~/.ssh/config``, and the host keys.
+
+    ``patience`` is for the connection, in seconds; ``more`` are words that follow the options.
+    """
 
     port: int | None = None
     config: Path | None = None
     host_keys: str = "known"
+    patience: int = 10
+    more: tuple[str, ...] = ()
 
     def options(self) -> list[str]:
         """Options that never ask anything, notice a lost network within 30 s, and share no connection with others."""
         settings = {
             "BatchMode": "yes",
             "StrictHostKeyChecking": HOST_KEYS[self.host_keys],
-            "ConnectTimeout": "10",
+            "ConnectTimeout": str(self.patience),
             "ServerAliveInterval": "10",
             "ServerAliveCountMax": "3",
             "ClearAllForwardings": "yes",
@@ -70,18 +75,21 @@ class Ssh:
             "LogLevel": "ERROR",
         }
         chosen = [*(["-F", str(self.config)] if self.config else []), *(["-p", str(self.port)] if self.port else [])]
-        return ["-a", "-x", *chosen, *(f"-o{name}={value}" for name, value in settings.items())]
+        return ["-a", "-x", *chosen, *(f"-o{name}={value}" for name, value in settings.items()), *self.more]
 
 
-def starts(job: Job, here: int | None, launcher: Launcher, ssh: Ssh) -> list[Start]:
-    """The processes that start all nodes of a job; the node that is this machine needs no ssh. Raises NodesError."""
+def starts(job: Job, here: int | None, launcher: Launcher, ssh: Ssh, module: str = LAUNCH) -> list[Start]:
+    """The processes that start ``module`` on all nodes of a job; the node that is this machine needs no ssh.
+
+    Raises NodesError.
+    """
     if launcher == "srun":
-        return [_srun(job)]
+        return [_srun(job, module)]
     others = tuple(number for number in range(len(job.nodes)) if number != here)
-    local = [] if here is None else [Start((here,), [*_python(), "-", job.nodes[here][0]])]
+    local = [] if here is None else [Start((here,), [*_python(module), "-", job.nodes[here][0]])]
     if launcher == "pdsh" and others:  # an elastic run may have lost them all
-        return [*local, _pdsh(job, others, ssh)]
-    return [*local, *(_ssh(job, number, ssh) for number in others)]
+        return [*local, _pdsh(job, others, ssh, module)]
+    return [*local, *(_ssh(job, number, ssh, module) for number in others)]
 
 
 def choose(
@@ -119,33 +127,33 @@ def _hinders_pdsh(job: Job, env: Mapping[str, str], here: int | None, ssh: Ssh) 
     return "the arguments are too long for pdsh" if len(job.encode()) > _LONGEST_WORD else ""
 
 
-def _python() -> list[str]:
-    return [sys.executable, "-P", "-m", _LAUNCH]
+def _python(module: str) -> list[str]:
+    return [sys.executable, "-P", "-m", module]
 
 
-def _remote(*words: str) -> str:
+def _remote(module: str, *words: str) -> str:
     """The line for a remote shell. Raises NodesError when a path is not plain."""
     path = os.environ.get("PYTHONPATH", "")
     for name, text in (("the path of Python", sys.executable), ("PYTHONPATH", path or ".")):
         if not _PLAIN.fullmatch(text):
             raise NodesError(f"{name} must be without quotes, $, %, !, backslashes and line breaks: {text!r}")
-    return shlex.join([*(["env", f"PYTHONPATH={path}"] if path else []), *_python(), *words])
+    return shlex.join([*(["env", f"PYTHONPATH={path}"] if path else []), *_python(module), *words])
 
 
-def _ssh(job: Job, number: int, ssh: Ssh) -> Start:
+def _ssh(job: Job, number: int, ssh: Ssh, module: str) -> Start:
     host = job.nodes[number][0]
-    return Start((number,), ["ssh", *ssh.options(), "--", host, _remote("-", host)])
+    return Start((number,), ["ssh", *ssh.options(), "--", host, _remote(module, "-", host)])
 
 
-def _pdsh(job: Job, others: tuple[int, ...], ssh: Ssh) -> Start:
+def _pdsh(job: Job, others: tuple[int, ...], ssh: Ssh, module: str) -> Start:
     """One pdsh for all: ``-f`` starts them all at once, ``%h`` is the host."""
     options = " ".join([*ssh.options(), os.environ.get("PDSH_SSH_ARGS_APPEND", "")]).strip()
     hosts = ",".join(job.nodes[number][0] for number in others)
-    command = ["pdsh", "-R", "ssh", "-f", str(len(others)), "-w", hosts, _remote(job.encode(), "%h")]
+    command = ["pdsh", "-R", "ssh", "-f", str(len(others)), "-w", hosts, _remote(module, job.encode(), "%h")]
     return Start(others, command, {"PDSH_SSH_ARGS_APPEND": options}, fed=False)
 
 
-def _srun(job: Job) -> Start:
+def _srun(job: Job, module: str) -> Start:
     """One task a node with all of its cores and GPUs; srun gives each its standard input, and no shell reads the words."""
     count = str(len(job.nodes))
     options = [
@@ -158,4 +166,4 @@ def _srun(job: Job) -> Start:
         "--kill-on-bad-exit=1",
         "--overlap",
     ]
-    return Start(tuple(range(len(job.nodes))), ["srun", *options, "--unbuffered", *_python(), "-"])
+    return Start(tuple(range(len(job.nodes))), ["srun", *options, "--unbuffered", *_python(module), "-"])

@@ -4,7 +4,7 @@ import os
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,12 @@ from .arguments import take
 from .export import parse_export
 from .launch import gpu_count
 from .ledger import Ledger
+from .preflight import read_paths
+from .recipe import to_argv
 from .restart import Course, Restarts
 from .weights import start_of
+
+_BESIDE = 20 * 10**6  # logs, tokenizer, states of random numbers: bytes at most, as a rule
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +108,21 @@ class Job:
         """How many there are, on all nodes."""
         return self.where.processes
 
+    def preflight(self) -> int:
+        """Check the nodes before work that costs time, their links too; 0 when all is well. Raises NodesError."""
+        hidden = (
+            ("load", "model_name_or_path") if self.start.megatron else ()
+        )  # only this machine reads what it converts
+        words = to_argv({name: value for name, value in self.values.items() if name not in hidden})
+        code = self.where.check(words, str(self.output_dir), self._room())
+        self.where = replace(self.where, measured=True)
+        return code
+
     def start_ranks(self, argv: Sequence[str]) -> int:
         """Start the ranks of the training, here or on all nodes, and wait for them; the exit code. Raises NodesError."""
         module, out, grace = f"finebridge.train.{self.verb}", str(self.output_dir), self.run.stop_grace
         if not self.run.max_restarts:
-            return self.where.run(module, argv, out, grace)
+            return self.where.run(module, argv, out, grace, self._room())
         hf = self.args.hf
         split = (
             int(hf_value(hf, "per_device_train_batch_size")),
@@ -118,7 +132,22 @@ class Job:
         if not self.run.dry_run:
             course.check()
         restarts = Restarts(self.run.max_restarts, self.run.elastic, course)
-        return self.where.run(module, argv, out, grace, restarts=restarts)
+        return self.where.run(module, argv, out, grace, self._room(), restarts)
+
+    def _room(self) -> list[tuple[str, str, int]]:
+        """What will be written: flag, path, and bytes, at least. The ranks reckon anew when they have the model."""
+        trained = self.start.model if self.saves and not self.args.model.use_lora else None
+        weights = sum(path.stat().st_size for path in trained.glob("*.safetensors")) if trained else 0
+        states = (
+            0 if self.args.hf.get("save_only_model") else 3 * weights
+        )  # fp32 weights and Adam's two, of 32-bit ones
+        read = read_paths(to_argv(self.values))
+        rows = [Path(path) for flag in ("train_data_file", "eval_data_file") for path in read.get(flag, ())]
+        tokens = 0 if self.cache.is_dir() else sum(path.stat().st_size for path in rows if path.is_file())
+        return [
+            ("output_dir", str(self.output_dir), weights + states + _BESIDE),
+            ("prepared_data_dir", str(self.cache), tokens),
+        ]
 
     @property
     def step(self) -> int | str:

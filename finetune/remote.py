@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..train.verdicts import EXIT_HANG
+from .advice import advice
 from .beats import Beats
 from .connect import Start
 from .launch import EXIT_STOPPED, EXIT_UNREACHED, Ended, Stop, say
@@ -29,25 +30,6 @@ from .node_launcher import BEAT, BEAT_EVERY, STOP, Report
 _START_WITHIN = 120.0  # seconds for ssh, and for Python to begin on a node
 _END_WITHIN = 20.0  # seconds for the nodes to end their ranks, before the connections are cut
 _CAUSE_WITHIN = 10.0  # seconds in which a rank that failed, and writes its traceback, may follow those that noticed it
-_ADVICE = (
-    (r"the launching side does not answer", "the nodes must reach each other on all ports; open the network there"),
-    (
-        r"REMOTE HOST IDENTIFICATION HAS CHANGED|Host key verification failed",
-        (
-            "its host key is not the one that is known here, or none is known. Compare it with the node's own (ssh-keygen "
-            "-lf /etc/ssh/ssh_host_ed25519_key.pub there), then connect once by hand, or give --ssh_host_keys accept-new "
-            "for keys that are not known yet; a key that has changed is first removed with ssh-keygen -R HOST"
-        ),
-    ),
-    (r"Permission denied", "this machine's public key is missing in ~/.ssh/authorized_keys there"),
-    (r"Could not resolve hostname|Name or service not known", "its name does not resolve here; give its address"),
-    (r"Connection refused", "no sshd listens on that port there; start it, or give its port with --ssh_port"),
-    (r"timed out|No route to host|Network is unreachable", "it does not answer; is it up, and the port open?"),
-    (
-        r"No module named|No such file or directory|not found",
-        "finebridge and its Python must be at the same path there",
-    ),
-)
 _NAMED = re.compile(rb"(?:pdsh@\S+|srun: error): (\S+): (?:ssh|tasks? \S+:) [Ee]xited with exit code (\d+)")
 
 
@@ -233,8 +215,9 @@ class Remote:
         said = self.said[number].decode(errors="replace")
         if not self.starts[number].fed:
             said = "\n".join(line for line in said.splitlines() if host in line)
-        advice = next((text for pattern, text in _ADVICE if re.search(pattern, said)), "its own words stand above")
-        say(f"error: {', '.join(alike)} could not be started (exit code {code}): {advice}")
+        known = advice(said)
+        why = known[2] if known else "its own words stand above"
+        say(f"error: {', '.join(alike)} could not be started (exit code {code}): {why}")
         return Ended(EXIT_UNREACHED, why=f"{', '.join(alike)} could not be started", lost=alike)
 
     def _ranks_on(self, hosts: tuple[str, ...]) -> str:

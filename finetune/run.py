@@ -40,6 +40,10 @@ def run(words: Sequence[str]) -> int:
     if job.run.dry_run:
         job.say(f"plan: {size(free_bytes(job.output_dir))} are free where {job.output_dir} lies")
         return job.start_ranks(to_argv(job.values)) if job.where.remote else 0  # which shows how they would be
+    only = job.where.preflight == "only"
+    code = job.preflight() if only or not trained.stands else 0
+    if code or only:
+        return code
     return _work(job, before, trained, after)
 
 
@@ -65,6 +69,10 @@ def train(verb: str, words: Sequence[str]) -> int:
     """The training alone, with the Megatron checkpoints at its ends that its flags name; the exit code of the ranks."""
     job = Job(gather(words), verb)
     if job.run.dry_run:
+        return job.start_ranks(to_argv(job.values))
+    if job.start.megatron and (code := job.preflight()):  # before the conversion; else it comes just before the ranks
+        return code
+    if job.where.preflight == "only":
         return job.start_ranks(to_argv(job.values))
     folder = job.start.make(job.say)
     if job.start.megatron:

@@ -80,7 +80,8 @@ class Runs:
 
     def start_module(self, *words: object, flags: tuple[str, ...] = (), **env: str) -> subprocess.Popen[str]:
         """Begin a run of a module with its arguments."""
-        command = [sys.executable, "-P", "-m", "loopback_nodes", *self.flags, *flags, "::", *map(str, words)]
+        flags = ("--preflight=off", *self.flags, *flags)
+        command = [sys.executable, "-P", "-m", "loopback_nodes", *flags, "::", *map(str, words)]
         return subprocess.Popen(
             command, cwd=self.folder, env={**self.env, **env}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )

@@ -4,6 +4,7 @@ A machine with a disk of its own may prepare data for hours after the others hav
 says every other second that it lives, and at last that it is ready or why it cannot be; who waits tells for whom.
 """
 
+import json
 import os
 import socket
 import time
@@ -16,6 +17,7 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from ..storage.installed import differences, installed
 from .runtime import RuntimeSetupError, world_size
 
 _EVERY = 2.0  # seconds between two signs of life
@@ -38,6 +40,7 @@ def together(say: Callable[[str], None]) -> Generator[None]:
         meeting = _Meeting(int(os.environ["RANK"]), world_size())
         with meeting.alive():
             try:
+                meeting.compare()
                 yield
             except BaseException as error:
                 meeting.fail(f"{meeting.name}: {error or repr(error)}")
@@ -91,6 +94,18 @@ class _Meeting:
         finally:
             over.set()
             thread.join()
+
+    def compare(self) -> None:
+        """Refuse a machine on which other versions or other code of ours are installed than where rank 0 is.
+
+        Its ranks would train otherwise, or hang in a collective that the others do not enter. Raises RuntimeSetupError.
+        """
+        if self.rank == 0:
+            self.store.set("installed", json.dumps(installed()))
+        elif os.environ.get("LOCAL_RANK", "0") == "0":
+            wanted = json.loads(self.store.get("installed"))
+            if said := differences(installed(), wanted):
+                raise RuntimeSetupError(f"not what rank 0 has: {'; '.join(said)}. Install the same on all machines")
 
     def fail(self, why: str) -> None:
         """Tell all that this run will not be."""

@@ -61,6 +61,7 @@ def test_where_a_run_takes_place(values: dict[str, Any], env: dict[str, str], wa
         ({"ssh_port": "ssh"}, {}, "--ssh_port=ssh: a positive number"),
         ({"ssh_host_keys": "no"}, {}, "--ssh_host_keys no: known or accept-new"),
         ({"ssh_config": "/no/where"}, {}, "--ssh_config /no/where: no such file"),
+        ({"preflight": "never"}, {}, "--preflight never: on, only or off is expected"),
         ({"hostfile": "/no/where"}, {}, "--hostfile /no/where: no such file"),
         ({"master_addr": "-oProxyCommand=x"}, TWO, "--master_addr: '-oProxyCommand=x' is not a host"),
         ({"node_rank": "0"}, TWO, "--node_rank is for --no_ssh"),
@@ -104,6 +105,22 @@ def test_a_dry_run_shows_the_commands(
     assert "started by pdsh; forwarded: " in err
     assert "HF_HOME" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pdsh", "ssh"]
+
+
+@pytest.mark.parametrize(
+    ("given", "mode"),
+    [({}, "on"), ({"preflight": True}, "on"), ({"preflight": False}, "off"), ({"preflight": "only"}, "only")],
+)
+def test_the_preflight_of_a_run(given: dict[str, Any], mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On by default; YAML takes on and off for truth values. It is asked before any rank is started, and may refuse."""
+    asked: list[bool] = []
+    monkeypatch.setattr("finebridge.finetune.preflight.Preflight.run", lambda _, only: asked.append(only) or 2)
+    monkeypatch.setattr("finebridge.finetune.cluster.choose", lambda *_, **__: ("ssh", ""))
+    where = taken(given, {**TWO, "LOCAL_IP": "10.0.0.1"})
+    assert where.preflight == mode
+    assert where.check([], "out") == (0 if mode == "off" else 2)
+    assert asked == ([] if mode == "off" else [mode == "only"])
+    assert taken(given, {}).check([], "out") == 0
 
 
 def test_a_dry_run_of_one_machine(capfd: pytest.CaptureFixture[str]) -> None:
