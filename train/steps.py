@@ -76,7 +76,15 @@ class StepTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         order = partial(epoch_order, kind, data.lengths, window.size, seed)
         cost = getattr(data, "cost", data.lengths)
-        return StepBatches(order, cost, window, self.args.process_index, drop_last=drop_last)
+        cost_of = None
+        if getattr(data, "reshuffle", False):
+            drawn = cast("Any", data)  # other samples each epoch: a mixture, or its packs
+            cost_of = drawn.cost_of
+
+            def order(epoch: int) -> Any:
+                return epoch_order(kind, drawn.lengths_of(epoch), window.size, seed, epoch)
+
+        return StepBatches(order, cost, window, self.args.process_index, drop_last=drop_last, cost_of=cost_of)
 
     def _loader(self, data: Samples, batches: StepBatches) -> DataLoader[Any]:
         args = self.args
