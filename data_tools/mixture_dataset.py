@@ -62,14 +62,14 @@ class MixtureDataset:
     def __len__(self) -> int:
         return int(self._bounds[-1])
 
-    def __getitem__(self, number: int) -> Item:
-        part, index = self._place(number)
-        return part[index]
+    def __getitem__(self, index: int) -> Item:
+        part, own = self._place(index)
+        return part[own]
 
-    def name_of(self, number: int) -> str:
+    def name_of(self, index: int) -> str:
         """File and line of a sample."""
-        part, index = self._place(number)
-        return part.name_of(index)
+        part, own = self._place(index)
+        return part.name_of(own)
 
     def cost_of(self, epoch: int) -> Ints:
         """What every sample of an epoch costs: its tokens."""
@@ -82,6 +82,7 @@ class MixtureDataset:
         return np.concatenate([part.lengths[order[ranks_taken(len(order), n, drawn)]] for part, order, n in parts])
 
     def _place(self, number: int) -> tuple[PreparedDataset, int]:
+        """The dataset of a sample's source, and its number there."""
         epoch, number = divmod(number, len(self)) if self.reshuffle else (0, number)
         if not 0 <= number < len(self):
             raise IndexError(number)

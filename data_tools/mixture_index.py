@@ -262,7 +262,7 @@ def _new_in_each(
     seen, eligible, listed = Seen(), list[npt.NDArray[np.bool_]](), list[dict[str, Any]]()
     for number, (source, part) in enumerate(zip(mixture.sources, parts, strict=True)):
         places = rows[number]
-        hashes = _digests(source, part, len(places))
+        hashes = np.fromfile(part / DIGESTS_NAME, "<u8").reshape(-1, 2)
         owners, samples = split_places(seen.add(hashes, np.full(len(places), number), np.arange(len(places))))
         again = (owners >= 0) & (owners != number)  # the samples of one row share a hash
         eligible.append(~again)
@@ -274,10 +274,3 @@ def _new_in_each(
             name = reports[number]["files"][file]
             listed.append({"source": source.name, "file": name, "line": line, "code": "duplicate", "detail": detail})
     return eligible, listed
-
-
-def _digests(source: Source, part: Path, samples: int) -> Hashes:
-    file = part / DIGESTS_NAME
-    if not file.is_file():
-        raise DataError(f"{source.where}: {part} was built without --deduplicate; build it anew, or name the raw files")
-    return np.fromfile(file, "<u8").reshape(samples, 2)
