@@ -125,7 +125,8 @@ def prepare_mixture(
 
     def build(folder: Path, _tell: Say) -> Mapping[str, Any]:
         report = _build(folder, mixture, folders, args)
-        return {**planned.settings, "statistics": report["sources"]}
+        files = {str(file.absolute()): known for part in planned.parts for file, known in part.hashes.items()}
+        return {**planned.settings, "statistics": report["sources"], "files": files}
 
     built = build_once(planned.target, build, kind="mixture", say=say)
     report = json.loads((planned.target / "report.json").read_text(encoding="utf-8"))

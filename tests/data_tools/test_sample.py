@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from datetime import date
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,13 @@ def test_counts_are_exact(good: Path) -> None:
     statistics = verify(good)["made_from"]["statistics"]
     assert [(part["name"], part["rows"], part["taken"]) for part in statistics] == [
         ("big", 30_050, 9015), ("table", 40, 100), ("whole", 3, 3)]  # fmt: skip
-    assert {path.name for path in good.iterdir()} - {"manifest.json"} == {
-        "_report.json", *(f"{prefix}{name}.jsonl" for prefix in ("", "_rejects.") for name in ("big", "table", "whole"))}  # fmt: skip
+    names = ("big", "table", "whole")
+    files = {
+        "_report.json",
+        "manifest.json",
+        *(f"{begin}{name}.jsonl" for begin in ("", "_rejects.") for name in names),
+    }
+    assert {path.name for path in good.iterdir()} == files
 
 
 def test_rows_stay_as_they_stand(folder: Path, good: Path) -> None:
@@ -133,10 +138,10 @@ def test_the_folder_is_dated_and_never_replaced(
 ) -> None:
     file = folder / "two.yaml"
     file.write_text("sources:\n  whole: {path: whole.json}\n")
-    before = date.today().isoformat()
+    before = datetime.now().astimezone().date().isoformat()
     assert main(["data", "sample", str(file), "--output", str(tmp_path)]) == 0
     made = Path(capsys.readouterr().out.splitlines()[-1])
-    assert before <= made.name <= date.today().isoformat()
+    assert before <= made.name <= datetime.now().astimezone().date().isoformat()
     assert main(["data", "sample", str(file), "--output", str(tmp_path), "--date", made.name]) == 0
     assert "reused" in capsys.readouterr().out
     file.write_text("sources:\n  whole: {path: whole.json, ratio: 2}\n")
@@ -182,10 +187,7 @@ def test_the_script_of_the_seed(folder: Path, tmp_path: Path) -> None:
     script = ROOT / "data_tools" / "sample_with_ratio.sh"
     file = folder / "script.yaml"
     file.write_text("sources:\n  whole: {path: whole.json}\n")
-    done = subprocess.run(
-        ["bash", script, file, "--output", tmp_path, "--date", "d"],
-        env={**os.environ, "FINEBRIDGE_PYTHON": sys.executable},
-        check=False,
-    )
+    words = ["bash", script, file, "--output", tmp_path, "--date", "d"]
+    done = subprocess.run(words, env={**os.environ, "FINEBRIDGE_PYTHON": sys.executable}, check=False)
     assert done.returncode == 0
     assert len(rows(tmp_path / "d" / "whole.jsonl")) == 3

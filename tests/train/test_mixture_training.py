@@ -42,26 +42,26 @@ def flags(model: Path, data: Path, out: Path, **more: Any) -> list[object]:
 
 
 def test_two_steps_on_a_mixture_through_the_command(
-    models: Models, mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models: Models, mixture: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     argv = flags(models("qwen3"), mixture, tmp_path / "out", max_steps=2, packing="true", per_device_train_batch_size=1)
     words = [str(word) for word in argv]
     assert main(["run", *words, "--dry_run"]) == 0
-    plan = [line for line in capsys.readouterr().out.splitlines() if line.startswith("plan: data")]
+    plan = [line for line in capfd.readouterr().out.splitlines() if line.startswith("plan: data")]
     assert [line.split()[2] for line in plan] == ["make"] * 3  # two sources and the index
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").glob("*/text_document.bin"))
     assert main(["run", *words]) == 0
-    log = capsys.readouterr().out
+    log = capfd.readouterr().out
     assert "mixture: sums: 4 of 12 samples" in log
     trained, before = load_weights(tmp_path / "out" / "checkpoint-2"), load_weights(models("qwen3"))
     assert any((trained[name] != tensor).any() for name, tensor in before.items())
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record[-1]["data"]["training"]["used"] == 8
     assert main(["run", *words]) == 0
-    assert "train: reused" in capsys.readouterr().out
+    assert "train: reused" in capfd.readouterr().out
     mixture.write_text(mixture.read_text().replace("1/3", "0.5"))
     assert main(["run", *words, "--dry_run", "--overwrite_output_dir", "true"]) == 0
-    plan = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("plan: ")]
+    plan = [line.split() for line in capfd.readouterr().out.splitlines() if line.startswith("plan: ")]
     assert [row[2] for row in plan if row[1] == "data"] == ["reuse", "reuse", "make"]
     assert [row[2] for row in plan if row[1] == "train"] == ["make"]
 
@@ -96,7 +96,7 @@ def test_evaluation_data_is_not_filtered(ranks: RankRunner, models: Models, mixt
     (tmp_path / "sums.jsonl").open("a").write(json.dumps(rows[0]) + "\n")
     argv = flags(
         models("qwen3"), mixture, tmp_path / "out", max_steps=1, eval_data_file=held_out, eval_strategy="steps",
-        eval_steps=1, decontaminate=held_out,
+        eval_steps=1, decontaminate=held_out, max_seq_length=128,
     )  # fmt: skip
     ranks.run(argv, tmp_path / "log").check()
     record = json.loads((tmp_path / "out" / "run.json").read_text())[-1]["data"]
