@@ -39,7 +39,7 @@ class Filters:
     @classmethod
     def of(cls, args: DataArguments) -> "Filters | None":
         """The rules that these arguments ask for, None when they ask for none. Reads the evaluation files."""
-        evaluation = _evaluation_texts(args.decontaminate) if args.decontaminate else None
+        evaluation = _evaluation_texts(args.decontaminate, _digests(args.decontaminate)) if args.decontaminate else None
         if not (args.min_chars or args.max_chars or args.drop_repetitive or evaluation):
             return None
         return cls(args.min_chars, args.max_chars, args.drop_repetitive, evaluation)
@@ -64,7 +64,7 @@ def filter_settings(args: DataArguments) -> dict[str, Any] | None:
     """The filters as a manifest keeps them, evaluation files by their SHA-256; None when there are none. Raises DataError."""
     found = {name: getattr(args, name) for name in FILTER_FLAGS if getattr(args, name)}
     if args.decontaminate:
-        found["decontaminate"] = sorted(file_sha256(file) for file in evaluation_files(args.decontaminate))
+        found["decontaminate"] = sorted(_digests(args.decontaminate))
     return found or None
 
 
@@ -130,8 +130,11 @@ def _answers(row: Row) -> Iterator[str]:
                 yield turn.reasoning
 
 
-def evaluation_files(names: str) -> list[Path]:
-    """The files that ``--decontaminate`` names. Raises DataError."""
+def _digests(names: str) -> tuple[str, ...]:
+    return tuple(file_sha256(file) for file in _evaluation_files(names))
+
+
+def _evaluation_files(names: str) -> list[Path]:
     try:
         return [file for source in resolve_files([names]) for file in files_of(source)]
     except DataError as error:
@@ -140,14 +143,14 @@ def evaluation_files(names: str) -> list[Path]:
 
 def looked_for(names: str) -> str:
     """How many evaluation texts rows are compared with, in words. Raises DataError."""
-    found = _evaluation_texts(names)
+    found = _evaluation_texts(names, _digests(names))
     short = f"; {found.too_short:,} of fewer than {SHORTEST} words are not" if found.too_short else ""
     return f"{len(found):,} texts of {names} are looked for in the rows{short}"
 
 
 @lru_cache(1)
-def _evaluation_texts(names: str) -> EvaluationTexts:
-    found = EvaluationTexts(_texts_of_rows(evaluation_files(names)))
+def _evaluation_texts(names: str, digests: tuple[str, ...]) -> EvaluationTexts:  # noqa: ARG001 - a part of the cache's key
+    found = EvaluationTexts(_texts_of_rows(_evaluation_files(names)))
     if not len(found):
         raise DataError(f"--decontaminate {names}: no text has {SHORTEST} words, the fewest that are looked for")
     return found

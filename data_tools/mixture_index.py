@@ -26,7 +26,7 @@ from .arguments import DataArguments
 from .duplicates import Seen, split_places
 from .mixture import Mixture, Source, read_mixture
 from .preprocess import Preparation, check_sources, plan, prepare
-from .sampling import Hashes, Ints, amount, rank_order, row_hashes
+from .sampling import Ints, amount, rank_order, row_hashes
 from .schema import DataError, Kind
 from .tokenizer_files import TokenizerSource
 from .workers import StartMethod

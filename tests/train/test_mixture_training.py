@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from conftest import load_weights
 from finebridge.finetune.cli import main
+from finebridge.train.record import read_record
 from rank_runner import RankRunner
 
 Models = Callable[[str], Path]
@@ -55,7 +56,7 @@ def test_two_steps_on_a_mixture_through_the_command(
     assert "mixture: sums: 4 of 12 samples" in log
     trained, before = load_weights(tmp_path / "out" / "checkpoint-2"), load_weights(models("qwen3"))
     assert any((trained[name] != tensor).any() for name, tensor in before.items())
-    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    record = read_record(tmp_path / "out")
     assert record[-1]["data"]["training"]["used"] == 8
     assert main(["run", *words]) == 0
     assert "train: reused" in capfd.readouterr().out
@@ -99,7 +100,7 @@ def test_evaluation_data_is_not_filtered(ranks: RankRunner, models: Models, mixt
         eval_steps=1, decontaminate=held_out, max_seq_length=128,
     )  # fmt: skip
     ranks.run(argv, tmp_path / "log").check()
-    record = json.loads((tmp_path / "out" / "run.json").read_text())[-1]["data"]
+    record = read_record(tmp_path / "out")[-1]["data"]
     assert Counter(record["training"]["rejects"]) == {"contaminated": 1}
     assert record["evaluation"]["rejects"] == {}
     assert record["evaluation"]["used"] == 1
