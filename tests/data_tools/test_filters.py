@@ -242,6 +242,21 @@ def test_when_nothing_is_left_the_filters_are_named(tmp_path: Path) -> None:
         prepare([str(data)], SOURCE, DataArguments(min_chars=9), tmp_path / "cache", lambda _: None)
 
 
+def test_strict_is_for_rows_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = rows_file(tmp_path / "a.jsonl", [chat("1+1=", "2"), chat("What is 2+2?", "It is 4.")])
+    words = [
+        "data",
+        "check",
+        str(data),
+        "--tokenizer_name_or_path",
+        str(EXAMPLE),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    assert main([*words, "--min_chars", "9", "--strict"]) == 0
+    assert "a.jsonl:1: 5 characters, --min_chars 9" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
