@@ -287,7 +287,12 @@ def _told(file: Path, progress: Progress) -> Iterator[Chunk]:
 
 
 def _workers(files: Sequence[Path], tokenizer: Any, start_method: StartMethod) -> int:
-    useful = sum(file.stat().st_size for file in files) // _SMALL
     # Code that came with the tokenizer cannot be imported by a fresh process before transformers has fetched it.
     remote = type(tokenizer).__module__.startswith("transformers_modules") and start_method == "spawn"
-    return 1 if remote else max(1, min(_MAX_WORKERS, len(os.sched_getaffinity(0)), useful))
+    return 1 if remote else useful_workers(files)
+
+
+def useful_workers(files: Sequence[Path]) -> int:
+    """How many processes these files are worth: one a core, when they are large."""
+    useful = sum(file.stat().st_size for file in files) // _SMALL
+    return max(1, min(_MAX_WORKERS, len(os.sched_getaffinity(0)), useful))

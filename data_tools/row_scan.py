@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing import get_context
@@ -23,6 +24,7 @@ from .formats import RowForm, parse_row
 from .readers import Chunk, parse_text, read_chunks, rows_of
 from .sampling import Hashes, Ints
 from .schema import DataError, Rejected
+from .workers import end_with_parent
 
 _AHEAD = 3  # chunks a worker that are under way
 
@@ -91,15 +93,15 @@ def rows_at(chunk: Chunk, times: Mapping[int, int]) -> Iterator[bytes]:
 
 
 class Scanner:
-    """Scans sources one after the other in ``args.preprocessing_num_workers`` processes, on which no result depends.
+    """Scans sources one after the other in some processes, on whose number no result depends.
 
     A context manager. With ``--deduplicate`` rows that came before, in an earlier source too, are rejects.
     """
 
-    def __init__(self, args: DataArguments) -> None:
+    def __init__(self, args: DataArguments, workers: int) -> None:
         _begin(args)  # forked workers find it made
-        self._workers = args.preprocessing_num_workers or 1
-        self._pool = ProcessPoolExecutor(self._workers, get_context("fork")) if self._workers > 1 else None
+        self._workers = workers
+        self._pool = ProcessPoolExecutor(workers, get_context("fork"), end_with_parent) if workers > 1 else None
         self._files: list[Path] = []  # all so far, as duplicates are numbered
         self._seen = Seen() if args.deduplicate else None
 
@@ -133,10 +135,15 @@ class Scanner:
         if self._pool is None:
             yield from (_scan(*job) for job in jobs)
             return
-        waiting = [self._pool.submit(_scan, *job) for job in islice(jobs, _AHEAD * self._workers)]
-        while waiting:
-            yield waiting.pop(0).result()
-            waiting += [self._pool.submit(_scan, *job) for job in islice(jobs, 1)]
+        try:
+            waiting = [self._pool.submit(_scan, *job) for job in islice(jobs, _AHEAD * self._workers)]
+            while waiting:
+                yield waiting.pop(0).result()
+                waiting += [self._pool.submit(_scan, *job) for job in islice(jobs, 1)]
+        except BrokenProcessPool:
+            raise DataError(
+                "a process that reads rows was killed (out of memory?); try a smaller --preprocessing_num_workers"
+            ) from None
 
     def _new(self, found: ScannedChunk) -> Ints:
         """The lines of rows that did not come before; the others are made rejects."""

@@ -15,7 +15,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..storage.manifest import file_sha256, read
+from ..storage.manifest import file_sha256, verify
+from ..storage.once import mark
 from ..storage.publish import publish
 from .arguments import DataArguments
 from .filters import FILTER_FLAGS, filter_settings
@@ -23,7 +24,7 @@ from .flags import add, add_data_flags, command_parser
 from .formats import RowForm
 from .mixture import Mixture, Source, mixture_file, read_mixture
 from .mixture_index import placed, taken
-from .preprocess import check_rejects, check_sources
+from .preprocess import check_rejects, check_sources, useful_workers
 from .readers import SAMPLE_REPORT, read_chunks
 from .row_scan import Scanner, rows_at
 from .sampling import Ints, rank_order, row_hashes, times_taken
@@ -67,13 +68,16 @@ def sample(file: Path, args: DataArguments, target: Path, epoch: int = 0, say: C
             forms.append(_form(source, args))
     settings = _settings(mixture, args, epoch)
     if target.exists():
-        made = read(target)["made_from"] if (target / SAMPLE_REPORT).is_file() else {}
+        made = verify(target)["made_from"] if (target / SAMPLE_REPORT).is_file() else {}
         if made.get("key") != settings["key"]:
             raise DataError(f"{target}: holds something else than this sample; remove it, or name another with --date")
         say(f"sample: reused {target}")
         return target
+    before = _marks(mixture)
     with publish(target, kind="sample", made_from=settings) as folder:
         report = _write(folder, mixture, forms, args, epoch)
+        if changed := [str(file) for file, now in _marks(mixture).items() if before[file] != now]:
+            raise DataError(f"{changed[0]}: was written to while it was read; start again when it is whole")
         settings["statistics"] = report["sources"]
     for part in report["sources"]:
         rejects = "".join(f", {code} {count:,}" for code, count in part["rejects"].items())
@@ -81,6 +85,10 @@ def sample(file: Path, args: DataArguments, target: Path, epoch: int = 0, say: C
             f"sample: {part['name']}: {part['taken']:,} rows of {part['eligible']:,} (ratio {part['ratio']:g}){rejects}"
         )
     return target
+
+
+def _marks(mixture: Mixture) -> dict[Path, list[int]]:
+    return {file: mark(file.stat()) for source in mixture.sources for file in source.files()}
 
 
 def _form(source: Source, args: DataArguments) -> RowForm:
@@ -123,7 +131,10 @@ class _Choice:
 def _write(folder: Path, mixture: Mixture, forms: Sequence[RowForm], args: DataArguments, epoch: int) -> dict[str, Any]:
     """Write rows, rejects and report; the report."""
     reports: list[dict[str, Any]] = []
-    with Scanner(args) as scanner:
+    workers = args.preprocessing_num_workers or useful_workers(
+        [f for source in mixture.sources for f in source.files()]
+    )
+    with Scanner(args, workers) as scanner:
         for source, form in zip(mixture.sources, forms, strict=True):
             listed = folder / f"_rejects.{source.name}.jsonl"
             rows = scanner.scan(source.files(), form, listed)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -14,9 +15,10 @@ import pytest
 from finebridge.data_tools.arguments import DataArguments
 from finebridge.data_tools.mixture_dataset import MixtureDataset
 from finebridge.data_tools.mixture_index import prepare_mixture
-from finebridge.data_tools.readers import read_chunks, resolve_files
+from finebridge.data_tools.readers import Chunk, read_chunks, resolve_files
 from finebridge.data_tools.row_scan import rows_at
 from finebridge.data_tools.sample import sample
+from finebridge.data_tools.schema import DataError
 from finebridge.data_tools.tokenizer_files import TokenizerSource
 from finebridge.finetune.cli import main
 from finebridge.storage.manifest import verify
@@ -175,6 +177,31 @@ def test_bad_input_leaves_nothing(
     assert main(["data", "sample", str(folder / "bad.yaml"), "--output", str(tmp_path / "out"), *flags]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_a_worker_that_is_killed_is_one_message(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "finebridge.data_tools.row_scan.scan_chunk", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    )
+    with pytest.raises(DataError, match="was killed"):
+        sample(folder / "mix.yaml", DataArguments(preprocessing_num_workers=2), tmp_path / "day", say=lambda _: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_grows_meanwhile_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "grows.yaml"
+    file.write_text("sources:\n  a: {path: a.jsonl}\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps(chat("x", 1)) + "\n")
+
+    def grow(chunk: Chunk, times: dict[int, int]) -> list[bytes]:
+        with (tmp_path / "a.jsonl").open("a") as stream:
+            stream.write(json.dumps(chat("x", 2)) + "\n")
+        return list(rows_at(chunk, times))
+
+    monkeypatch.setattr("finebridge.data_tools.sample.rows_at", grow)
+    with pytest.raises(DataError, match=r"a\.jsonl: was written to while it was read"):
+        sample(file, DataArguments(), tmp_path / "day", say=lambda _: None)
+    assert not (tmp_path / "day").exists()
 
 
 def test_lines_of_text_become_rows(tmp_path: Path) -> None:
