@@ -17,6 +17,7 @@ _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\W_{_UNSPACED}]+")
+_PARTING = {code: " " for code in range(128) if not chr(code).isalnum()}
 _FACTOR = 0x9E3779B97F4A7C15
 _FEWEST = 50  # words of a text whose repetitions are judged: Gopher keeps no shorter document
 _LINES = 0.20
@@ -28,6 +29,8 @@ Numbers = npt.NDArray[np.uint64]
 
 def words_of(text: str) -> list[str]:
     """The words of a text, in order."""
+    if text.isascii():
+        return text.lower().translate(_PARTING).split()  # the same, several times faster
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
@@ -84,7 +87,7 @@ class EvaluationTexts:
             words += words_of(text)
             words.append("")  # no n-gram reaches over two texts
         number = self._numbers.get
-        numbers = np.fromiter((number(word, 0) for word in words), np.uint64, len(words))
+        numbers = np.array([number(word, 0) for word in words], np.uint64)
         for size, (table, places) in self._tables.items():
             hashes = ngram_hashes(numbers, size)
             at = np.minimum(np.searchsorted(table, hashes), len(table) - 1)
@@ -119,17 +122,16 @@ def repetition(text: str) -> str | None:
     sizes = np.array([len(word) for word in words])
     total = int(sizes.sum())
     for n, limit in (_TOP | _REPEATED).items():
-        _, first, owner, counts = np.unique(
-            ngram_hashes(numbers, n), return_index=True, return_inverse=True, return_counts=True
-        )
+        hashes = ngram_hashes(numbers, n)
         if n in _TOP:
-            top = int(counts.argmax())
-            start = int(first[top])
-            inside = int(counts[top]) * int(sizes[start : start + n].sum()) if counts[top] > 1 else 0
-            what = f"the {n} words {' '.join(words[start : start + n])!r}"
+            values, counts = np.unique(hashes, return_counts=True)
+            if counts.max() == 1:
+                return None  # and no longer run comes twice
+            starts = np.flatnonzero(hashes == values[counts.argmax()])
+            what = f"the {n} words {' '.join(words[starts[0] : starts[0] + n])!r}"
         else:
-            inside = int(sizes[_covered(np.flatnonzero(counts[owner] > 1), n, len(words))].sum())
-            what = f"runs of {n} words that come more than once"
+            starts, what = _repeated(hashes), f"runs of {n} words that come more than once"
+        inside = int(sizes[_covered(starts, n, len(words))].sum())
         if inside > limit * total:
             return f"{inside / total:.0%} of its characters are in {what} (at most {limit:.0%})"
     return None
@@ -143,6 +145,13 @@ def _repeated_lines(text: str) -> float:
         again += len(line) if line in seen else 0
         seen.add(line)
     return again / max(1, sum(map(len, lines)))
+
+
+def _repeated(hashes: Numbers) -> npt.NDArray[np.intp]:
+    """The places of hashes that come more than once."""
+    order = np.argsort(hashes)
+    same = np.diff(hashes[order]) == 0
+    return order[np.append(same, False) | np.append(False, same)]
 
 
 def _covered(starts: npt.NDArray[np.intp], n: int, words: int) -> npt.NDArray[np.bool_]:

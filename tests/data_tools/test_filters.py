@@ -55,6 +55,13 @@ def test_words(text: str, words: list[str]) -> None:
     assert words_of(text) == words
 
 
+def test_the_fast_way_for_ascii_is_the_same() -> None:
+    chance = random.Random(2)
+    for _ in range(300):
+        text = "".join(chr(chance.randrange(128)) for _ in range(60))
+        assert words_of(text) == words_of(text + " \u00e9")[:-1]
+
+
 def test_ngram_hashes_tell_runs_apart() -> None:
     numbers = np.array([1, 2, 3, 1, 2, 3, 2, 1], np.uint64)
     hashes = ngram_hashes(numbers, 3)
