@@ -42,15 +42,22 @@ def flags(model: Path, data: Path, out: Path, **more: Any) -> list[object]:
     return [word for name, value in values.items() for word in (f"--{name}", value)]
 
 
+def test_the_plan_has_every_source_and_the_index(
+    models: Models, mixture: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    argv = flags(models("qwen3"), mixture, tmp_path / "out", max_steps=2)
+    assert main(["run", *map(str, argv), "--dry_run"]) == 0
+    plan = [line.split() for line in capfd.readouterr().out.splitlines() if line.startswith("plan: data")]
+    assert [row[2] for row in plan] == ["make"] * 3
+    assert not list((tmp_path / "cache").glob("*/text_document.bin"))
+
+
+@pytest.mark.slow
 def test_two_steps_on_a_mixture_through_the_command(
     models: Models, mixture: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     argv = flags(models("qwen3"), mixture, tmp_path / "out", max_steps=2, packing="true", per_device_train_batch_size=1)
     words = [str(word) for word in argv]
-    assert main(["run", *words, "--dry_run"]) == 0
-    plan = [line for line in capfd.readouterr().out.splitlines() if line.startswith("plan: data")]
-    assert [line.split()[2] for line in plan] == ["make"] * 3  # two sources and the index
-    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").glob("*/text_document.bin"))
     assert main(["run", *words]) == 0
     log = capfd.readouterr().out
     assert "mixture: sums: 4 of 12 samples" in log
@@ -67,7 +74,7 @@ def test_two_steps_on_a_mixture_through_the_command(
     assert [row[2] for row in plan if row[1] == "train"] == ["make"]
 
 
-@pytest.mark.parametrize("packing", ["false", "true"])
+@pytest.mark.parametrize("packing", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_a_resumed_run_ends_with_the_same_weights(
     ranks: RankRunner, models: Models, mixture: Path, tmp_path: Path, history: History, packing: str
 ) -> None:
