@@ -188,7 +188,9 @@ def test_a_worker_that_is_killed_is_one_message(folder: Path, tmp_path: Path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_is_written_to_meanwhile_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_written_to_meanwhile_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "mix.yaml"
     file.write_text("sources:\n  a: {path: a.jsonl}\n")
     (tmp_path / "a.jsonl").write_text(json.dumps(chat("x", 1)) + "\n")
