@@ -20,6 +20,7 @@ test-slow:  ## everything that runs without a GPU
 
 bench:  ## every claim of speed, results as CSV in benchmarks/
 	$(PYTHON) benchmarks/load_memory.py
+	$(PYTHON) benchmarks/sampling.py
 	$(PYTHON) benchmarks/packing.py $(if $(TRL_PYTHON),--trl_python $(TRL_PYTHON))
 	$(PYTHON) benchmarks/merge_speed.py $(if $(LARGE),--large)
 	MBRIDGE_PYTHON=$(MBRIDGE_PYTHON) $(PYTHON) benchmarks/bridge_speed.py

@@ -38,7 +38,7 @@ setup(
     package_data={
         "finebridge": ["py.typed"],
         "finebridge.ds_configs": ["*.json"],
-        "finebridge.data_tools": ["chat_templates/*.jinja"],
+        "finebridge.data_tools": ["*.sh", "chat_templates/*.jinja"],
         "finebridge.merge": ["*.sh"],
         "finebridge.bridge": ["*.sh"],
         "finebridge.train": ["*.sh"],

@@ -1,5 +1,6 @@
 """What the data stage can be told; the names are those of the Hunyuan scripts where they had one."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,7 +25,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "training data: .jsonl, .json, .parquet, .arrow, .csv or .txt (also .gz, .zst), folders, "
-            "comma-separated, globs allowed; for pretraining Megatron's .bin/.idx too"
+            "comma-separated, globs allowed; a mixture of sources (.yaml); for pretraining Megatron's .bin/.idx too"
         },
     )
     eval_data_file: str | None = field(default=None, metadata={"help": "held-out data, same form"})
@@ -84,6 +85,24 @@ class DataArguments:
         default="none",
         metadata={"help": "hunyuan: the token that opens the answer carries loss too, as in Tencent's scripts"},
     )
+    deduplicate: bool = field(
+        default=False,
+        metadata={"help": "leave out rows that say the same as an earlier one (white space and loss flags aside)"},
+    )
+    decontaminate: str | None = field(
+        default=None,
+        metadata={"help": "evaluation files: rows that share 13 words in a row with a text of theirs are left out"},
+    )
+    drop_repetitive: bool = field(
+        default=False,
+        metadata={"help": "leave out rows with an answer that repeats itself, by Gopher's rules (50 words or more)"},
+    )
+    min_chars: int | None = field(
+        default=None, metadata={"help": "leave out rows with fewer characters in all turns together"}
+    )
+    max_chars: int | None = field(
+        default=None, metadata={"help": "leave out rows with more characters in all turns together"}
+    )
     max_rejects: float | None = field(
         default=None,
         metadata={
@@ -112,5 +131,11 @@ class DataArguments:
             raise DataError(f"--max_rejects {self.max_rejects}: a share between 0 and 1 is expected")
         if self.preprocessing_num_workers is not None and self.preprocessing_num_workers < 1:
             raise DataError(f"--preprocessing_num_workers {self.preprocessing_num_workers}: at least 1 is needed")
+        for name in ("min_chars", "max_chars"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise DataError(f"--{name} {value}: at least 1 is needed")
+        if (self.min_chars or 0) > (self.max_chars or math.inf):
+            raise DataError(f"--min_chars {self.min_chars} is over --max_chars {self.max_chars}")
         if self.use_dummy_data and self.train_data_file:
             raise DataError("--use_dummy_data and --train_data_file exclude each other")

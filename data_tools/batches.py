@@ -74,11 +74,22 @@ def deal(order: Ints, cost: Ints, window: Window) -> Ints:
 class StepBatches:
     """A batch sampler: the sample numbers of each micro-step of one rank, ``[FILLER]`` where it has none.
 
-    ``begin`` sets the epoch and the optimizer step to start with: where a run goes on costs nothing to find.
+    ``begin`` sets the epoch and the optimizer step to start with: where a run goes on costs nothing to find. With
+    ``cost_of`` each epoch has samples of its own, as many as ``cost`` is long, whose numbers go on from epoch to epoch.
     """
 
-    def __init__(self, order: Callable[[int], Ints], cost: Ints, window: Window, rank: int, *, drop_last: bool) -> None:
+    def __init__(
+        self,
+        order: Callable[[int], Ints],
+        cost: Ints,
+        window: Window,
+        rank: int,
+        *,
+        drop_last: bool,
+        cost_of: Callable[[int], Ints] | None = None,
+    ) -> None:
         self.order, self.cost, self.window, self.rank = order, cost, window, rank
+        self._cost_of = cost_of
         count = len(cost) // window.size * window.size if drop_last else len(cost)
         if not count:
             raise DataError(
@@ -98,8 +109,11 @@ class StepBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order(self._epoch)[self._first * self.window.size : self._count]
-        for batch in deal(order, self.cost, self.window)[:, self.rank]:
-            yield batch[batch >= 0].tolist() or [FILLER]
+        cost, first = self.cost, 0
+        if self._cost_of:
+            cost, first = self._cost_of(self._epoch), self._epoch * len(self.cost)
+        for batch in deal(order, cost, self.window)[:, self.rank]:
+            yield (batch[batch >= 0] + first).tolist() or [FILLER]
 
 
 class CheckedSamples:

@@ -13,6 +13,8 @@ from .arguments import DataArguments
 from .fitting import BUILD_TIME
 from .flags import add, data_parser, read_arguments
 from .layouts_cli import export
+from .mixture import mixture_file
+from .mixture_index import prepare_mixture
 from .preprocess import prepare
 from .schema import DataError, Kind
 from .tokenizer_files import TokenizerSource
@@ -46,6 +48,12 @@ def main(argv: Sequence[str]) -> int:
         raise DataError("--replace is for the files of --output_prefix; a prepared folder is reused or built by itself")
     files, tokenizer, args = read_arguments(values)
     output = Path(values.output_dir or Path(values.output_prefix).parent / "prepared_data")
+    if mixture := mixture_file(files[0]):
+        if len(files) > 1 or values.output_prefix:
+            raise DataError(f"{mixture}: a mixture is built alone, and without --output_prefix")
+        folders = prepare_mixture(mixture, tokenizer, args, output, start_method="fork")
+        print(folders.index)
+        return 0
     folder = prepare(files, tokenizer, args, output, start_method="fork")
     kind: Kind = json.loads((folder / "report.json").read_text(encoding="utf-8"))["kind"]
     if values.output_prefix:

@@ -16,8 +16,11 @@ from typing import Any
 from rich.console import Console
 
 from .arguments import DataArguments
+from .filters import FILTERED
 from .flags import add, data_parser, read_arguments
 from .measures import Answers, Example, Lengths, Limit, Measured, Report
+from .mixture import mixture_file
+from .mixture_index import MixtureFolders, first_duplicates, prepare_mixture, source_lines
 from .output import counted, save, writable
 from .preprocess import check_rejects, prepare
 from .preview import Preview, print_row
@@ -50,28 +53,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     if values.count < 0:
         raise DataError(f"--count {values.count}: a number of samples is expected, or 0")
     target = writable(values.json, "--json")
-    folder = _prepare(patterns, source, args, Path(values.output_dir))
+    made = _prepare(patterns, source, args, Path(values.output_dir))
     source = replace(source, loaded=source.load())
-    data = Measured(folder)
-    report = data.measure(source.loaded, args)
-    console = Console(highlight=False, soft_wrap=True)
-    _print_samples(console, data, source.loaded, args, values.count)
-    for line in _lines(report):
-        print(line)
-    problems = _problems(report, data, values)
+    if isinstance(made, Path):
+        report, problems = _check(made, source.loaded, args, values)
+        figures = asdict(report)
+    else:
+        figures, problems = _check_mixture(made, source.loaded, args, values)
     if target:
-        save(target, json.dumps({**asdict(report), "problems": problems}, indent=1, ensure_ascii=False) + "\n")
+        save(target, json.dumps({**figures, "problems": problems}, indent=1, ensure_ascii=False) + "\n")
     if problems:
         raise DataError("\n".join(problems))
     return 0
 
 
-def _prepare(patterns: Sequence[str], source: TokenizerSource, args: DataArguments, cache: Path) -> Path:
+def _prepare(
+    patterns: Sequence[str], source: TokenizerSource, args: DataArguments, cache: Path
+) -> Path | MixtureFolders:
     """The prepared dataset, however many rows were rejected: the report tells them, and the limit is checked after it."""
+    args = replace(args, max_rejects=1.0)
     try:
-        return prepare(patterns, source, replace(args, max_rejects=1.0), cache, start_method="fork")
+        if file := mixture_file(patterns[0]):
+            return prepare_mixture(file, source, args, cache, start_method="fork")
+        return prepare(patterns, source, args, cache, start_method="fork")
     except OSError as error:
         raise DataError(f"--output_dir {cache}: {error.strerror or error}") from None
+
+
+def _check(folder: Path, tokenizer: Any, args: DataArguments, values: Namespace) -> tuple[Report, list[str]]:
+    """Print samples and figures of a prepared dataset; the figures, and why it cannot be used."""
+    data = Measured(folder)
+    report = data.measure(tokenizer, args)
+    _print_samples(Console(highlight=False, soft_wrap=True), data, tokenizer, args, values.count)
+    for line in _lines(report):
+        print(line)
+    return report, _problems(report, data, values)
+
+
+def _check_mixture(
+    made: MixtureFolders, tokenizer: Any, args: DataArguments, values: Namespace
+) -> tuple[dict[str, Any], list[str]]:
+    """The same for each source of a mixture, and what is taken of all."""
+    figures: dict[str, Any] = json.loads((made.index / "report.json").read_text(encoding="utf-8"))
+    problems: list[str] = []
+    checked: dict[str, Any] = {}
+    for source, folder in zip(made.mixture.sources, made.parts, strict=True):
+        print(f"\nsource {source.name}")
+        report, found = _check(folder, tokenizer, args, values)
+        checked[source.name] = asdict(report)
+        problems += [f"{source.where}: {source.name}: {problem}" for problem in found]
+    print()
+    for line in source_lines(figures):
+        print(_line("taken", line))
+    for line in first_duplicates(made.index):
+        print(visible(f"    {line}"))
+    return {**figures, "checked": checked}, problems
 
 
 def _print_samples(console: Console, data: Measured, tokenizer: Any, args: DataArguments, count: int) -> None:
@@ -95,7 +131,7 @@ def _problems(report: Report, data: Measured, values: Namespace) -> list[str]:
         check_rejects(data.report, data.folder, values.max_rejects)
     except DataError as error:
         problems.append(str(error))
-    rejected = sum(reject.count for reject in report.rejected)
+    rejected = sum(reject.count for reject in report.rejected if reject.code not in FILTERED)
     if values.strict and rejected:
         problems.append(f"--strict: {rejected:,} of {report.rows:,} rows are rejected")
     limit = report.limit

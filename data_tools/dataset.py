@@ -89,6 +89,16 @@ class PreparedDataset:
             raise DataError(f"every sample is over --max_seq_length {max_length}; raise it")
         self.lengths = np.minimum(self._tokens.lengths[self._index].astype(np.int64), max_length)
 
+    @property
+    def numbers(self) -> npt.NDArray[np.intp]:
+        """The samples of the prepared dataset that are used, of ``prepared`` in all; shape [samples]."""
+        return self._index
+
+    @property
+    def prepared(self) -> int:
+        """The samples of the prepared dataset."""
+        return len(self._tokens)
+
     def origin_of(self, number: int) -> Origin:
         """File and line of a sample of the prepared dataset (its number there, not after dropping)."""
         file, line = self._rows[number]
@@ -155,15 +165,22 @@ class PackedDataset:
 
     def name_of(self, index: int) -> str:
         """Files and lines of a pack's first samples."""
-        numbers = self.packs[index].tolist()
+        return self.names(self.packs[index])
+
+    def names(self, numbers: npt.NDArray[np.int64]) -> str:
+        """Files and lines of the first of these samples."""
         more = f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
-        return ", ".join(self.data.name_of(number) for number in numbers[:_SHOWN]) + more
+        return ", ".join(self.data.name_of(number) for number in numbers[:_SHOWN].tolist()) + more
 
     def __len__(self) -> int:
         return len(self.packs)
 
     def __getitem__(self, index: int) -> Item:
-        items = [self.data[int(number)] for number in self.packs[index]]
+        return self.joined(self.packs[index])
+
+    def joined(self, numbers: npt.NDArray[np.int64]) -> Item:
+        """These samples as one item."""
+        items = [self.data[int(number)] for number in numbers]
         lengths = np.fromiter((len(item["input_ids"]) for item in items), np.int64, len(items))
         labels = np.concatenate([item["labels"] for item in items])
         labels[np.cumsum(lengths) - lengths] = IGNORE_INDEX

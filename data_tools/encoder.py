@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from .arguments import DataArguments
 from .engine import EngineDiffers, FastEngine
+from .filters import Filters, row_hash
 from .fitting import BUILD_TIME, fits, shorten
 from .formats import RowForm, parse_row
 from .plans import Plan, Planner, fill
@@ -37,6 +38,8 @@ class EncodedChunk:
     ``ids`` (int32) are all tokens, ``lengths`` (int32, one a sample) cut them; ``spans`` (int32, shape [s, 2]) count from
     each sample's own start, ``span_counts`` (int32) cut them; ``lines`` (int64) are the rows that samples come from.
     ``neutralised`` rows had control tokens in their text, ``shortened`` ones were split or lost their earliest exchanges.
+    Only with ``--deduplicate``: ``offsets`` (int64), the bytes at which samples' rows start, and ``digests`` (uint64, shape
+    [samples, 2]), the hashes of what these rows say.
     """
 
     file: Path
@@ -49,6 +52,8 @@ class EncodedChunk:
     span_counts: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     lines: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     rejects: list[tuple[int, int, str, str]] = field(default_factory=list[tuple[int, int, str, str]])
+    offsets: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    digests: npt.NDArray[np.uint64] = field(default_factory=lambda: np.empty((0, 2), np.uint64))
 
     def samples(self) -> list[TokenizedSample]:
         """The samples one by one."""
@@ -78,6 +83,7 @@ class RowEncoder:
         self._planner = Planner(self.template) if engine and self.template else None
         self._longest = args.max_seq_length if args.over_long in BUILD_TIME else None
         self._shortened = 0
+        self._filters = Filters.of(args)
 
     def __call__(self, chunk: Chunk, form: RowForm) -> EncodedChunk:
         """The chunk's rows in order. Never raises for a bad row: the reason is part of the result."""
@@ -89,7 +95,10 @@ class RowEncoder:
             try:
                 if isinstance(value, Rejected):
                     raise value
-                self._add(batch, origin, parse_row(value, form))
+                row = parse_row(value, form)
+                if self._filters:
+                    self._filters(row)
+                self._add(batch, origin, row)
             except Rejected as reason:
                 result.rejects.append((origin.line, origin.offset, reason.code, reason.detail))
         batch.finish(result)
@@ -144,17 +153,18 @@ class RowEncoder:
 
     def _add(self, batch: "_Batch", origin: Origin, row: Sample | Preference | Document) -> None:
         before = self.tokenization.neutralised
+        digest = row_hash(row) if self.args.deduplicate else b""
         if self.engine is not None and not isinstance(row, Preference):
             row = self._in_mode(row)
             plan, blanks = self._plan(row)
             if plan is not None:
                 check = origin.line <= _EARLY or origin.line % _EVERY == 0
-                batch.add_planned(origin, plan, blanks, row, check=check)
+                batch.add_planned(origin, plan, blanks, row, digest, check=check)
                 return
             samples = self._truth(row)
         else:
             samples = self.encode(row)
-        batch.add_encoded(origin, samples, neutralised=self.tokenization.neutralised > before)
+        batch.add_encoded(origin, samples, digest, neutralised=self.tokenization.neutralised > before)
 
     def _plan(self, row: Sample | Document) -> tuple[Plan | None, Sequence[str]]:
         """The row as parts: from the plan of its shape, or rendered in full; None when control tokens are in its text."""
@@ -189,6 +199,7 @@ class _Row:
     count: int = 0
     check: bool = False
     neutralised: bool = False
+    digest: bytes = b""
 
 
 class _Batch:
@@ -211,15 +222,15 @@ class _Batch:
         self._texts: list[str] = []  # each text of a row once, however many of its samples show it
         self._tails: list[str] = []
 
-    def add_encoded(self, origin: Origin, samples: list[TokenizedSample], *, neutralised: bool) -> None:
-        self._rows.append(_Row(origin, samples, neutralised=neutralised))
+    def add_encoded(self, origin: Origin, samples: list[TokenizedSample], digest: bytes, *, neutralised: bool) -> None:
+        self._rows.append(_Row(origin, samples, neutralised=neutralised, digest=digest))
 
     def add_planned(
-        self, origin: Origin, plan: Plan, blanks: Sequence[str], row: Sample | Document, *, check: bool
+        self, origin: Origin, plan: Plan, blanks: Sequence[str], row: Sample | Document, digest: bytes, *, check: bool
     ) -> None:
         assert self._engine is not None
         normalize = self._engine.normalize
-        self._rows.append(_Row(origin, None, row, self._samples, len(plan.part_counts), check))
+        self._rows.append(_Row(origin, None, row, self._samples, len(plan.part_counts), check, digest=digest))
         self._samples += len(plan.part_counts)
         self._plans.append(plan)
         self._texts += [normalize(fill(form, blanks)) for form in plan.texts]
@@ -235,7 +246,8 @@ class _Batch:
         lengths: list[Ints] = []
         spans: list[Ints] = []
         counts: list[Ints] = []
-        lines: list[tuple[int, int]] = []
+        lines: list[tuple[int, int, int]] = []
+        digests: list[bytes] = []
         run: list[int] | None = None  # planned samples that follow one another are copied in one piece
 
         def flush() -> None:
@@ -252,8 +264,9 @@ class _Batch:
             except Rejected as reason:
                 result.rejects.append((row.origin.line, row.origin.offset, reason.code, reason.detail))
                 continue
+            digests.append(row.digest)
             if samples is None:
-                lines.append((row.origin.line, row.count))
+                lines.append((row.origin.line, row.origin.offset, row.count))
                 if run is not None and run[1] == row.first:
                     run[1] = row.first + row.count
                 else:
@@ -262,7 +275,7 @@ class _Batch:
                 continue
             flush()
             result.neutralised += row.neutralised
-            lines.append((row.origin.line, len(samples)))
+            lines.append((row.origin.line, row.origin.offset, len(samples)))
             ids += [sample.ids for sample in samples]
             lengths.append(np.asarray([sample.ids.size for sample in samples], np.int32))
             spans += [sample.spans for sample in samples]
@@ -272,8 +285,11 @@ class _Batch:
         if lines:
             result.ids, result.lengths = np.concatenate(ids), np.concatenate(lengths)
             result.spans, result.span_counts = np.concatenate(spans), np.concatenate(counts)
-            numbers, repeats = np.asarray(lines, np.int64).T
+            numbers, offsets, repeats = np.asarray(lines, np.int64).T
             result.lines = np.repeat(numbers, repeats)
+            if digests[0]:
+                result.offsets = np.repeat(offsets, repeats)
+                result.digests = np.repeat(np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2), repeats, axis=0)
 
     def _settled(self, row: _Row, planned: "_Planned | None") -> list[TokenizedSample] | None:
         """The row's samples when they do not come from the arrays; None when they do. Raises Rejected, EngineDiffers."""

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import json
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -85,12 +85,17 @@ def data_parser(verb: str, description: str, own: Callable[[argparse.ArgumentPar
     add(parser, "--data_path", "--input", dest="data_path", help="the same as FILE, comma-separated")
     add(parser, "--trust_remote_code", action="store_true", help="run the tokenizer's own .py files")
     add(parser, "--json_keys", help="pretraining text: the column that holds it (default: text)")
+    add_data_flags(parser, [entry.name for entry in fields(DataArguments) if entry.name not in _NOT_HERE])
+    return parser
+
+
+def add_data_flags(parser: argparse.ArgumentParser, wanted: Collection[str]) -> None:
+    """The flags of these fields of DataArguments."""
     hints = get_type_hints(DataArguments)
     for entry in fields(DataArguments):
-        if entry.name not in _NOT_HERE:
+        if entry.name in wanted:
             names = (f"--{entry.name}", *_OTHER_NAMES.get(entry.name, ()))
             add(parser, *names, dest=entry.name, **_argument(entry, hints[entry.name]))
-    return parser
 
 
 def add(parser: argparse.ArgumentParser, *names: str, **settings: Any) -> None:

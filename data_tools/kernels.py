@@ -70,3 +70,28 @@ def copy_texts(
         for token in range(offsets[text], offsets[text + 1]):
             flat[place] = ids[token]
             place += 1
+
+
+@machine_code
+def enter_hashes(
+    hashes: npt.NDArray[np.uint64], places: Ints, new: npt.NDArray[np.uint64], new_places: Ints, before: Ints
+) -> int:
+    """Enter 128-bit hashes into a table by open addressing; the number of those that were not in it.
+
+    ``hashes`` (shape [size, 2]) and ``places`` (shape [size], -1 where free) are the table, whose size is a power of two.
+    Where a hash of ``new`` was in it, ``before`` gets the place that it had.
+    """
+    last = len(places) - 1
+    entered = 0
+    for row in range(len(new)):
+        at = np.int64(new[row, 0] & np.uint64(last))
+        while places[at] >= 0 and (hashes[at, 0] != new[row, 0] or hashes[at, 1] != new[row, 1]):
+            at = (at + 1) & last
+        if places[at] >= 0:
+            before[row] = places[at]
+        else:
+            hashes[at, 0] = new[row, 0]
+            hashes[at, 1] = new[row, 1]
+            places[at] = new_places[row]
+            entered += 1
+    return entered

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..storage.once import verify_once
 from .arguments import DataArguments
+from .filters import filter_settings
 from .fitting import BUILD_TIME
 from .indexed import IndexedError, IndexedReader
 from .schema import DataError, Kind
@@ -41,6 +42,7 @@ def shaping(args: DataArguments) -> dict[str, Any]:
         "mask_compat": args.mask_compat,
         "append_eod": args.append_eod,
         "longest": [args.over_long, args.max_seq_length] if args.over_long in BUILD_TIME else None,
+        **({"filters": filters} if (filters := filter_settings(args)) else {}),
     }
 
 
@@ -56,9 +58,10 @@ def open_prepared(folder: Path, tokenizer: TokenizerSource, args: DataArguments)
     for name in _READING:
         if getattr(args, name) != getattr(plain, name):
             raise DataError(f"--{name} tells how raw rows are read; {folder} is prepared already")
-    for name, standard in shaping(plain).items():
-        if given[name] not in (standard, made.get(name)):
-            flag = "over_long" if name == "longest" else name
+    standard = shaping(plain)
+    for name, value in given.items():
+        if value not in (standard.get(name), made.get(name)):
+            flag = "over_long" if name == "longest" else ", --".join(value) if name == "filters" else name
             raise DataError(
                 f"--{flag} shapes tokens, and those in {folder} were made otherwise; leave it out, or name the raw files"
             )

@@ -23,6 +23,7 @@ from ..storage.source_hashes import source_sha256
 from .arguments import DataArguments
 from .encoder import RowEncoder
 from .engine import EngineDiffers, fast_engine
+from .filters import FILTERED, looked_for
 from .formats import RowForm, detect_form
 from .handlers import check_columns, handler_form, map_keys
 from .prepared import KIND_NAMES, check_kind, open_prepared, prepared_folder, shaping
@@ -203,24 +204,28 @@ def rows_kind(forms: Sequence[RowForm]) -> Kind:
 _KINDS: Mapping[str, Kind] = {"text": "document", "preference": "preference"}
 
 
-def check_rejects(report: Mapping[str, Any], folder: Path, max_rejects: float | None) -> None:
+def check_rejects(
+    report: Mapping[str, Any], folder: Path, max_rejects: float | None, passing: Path | None = None
+) -> None:
     """Raises DataError, with the first rejected rows, when no sample is left or more rows are rejected than are allowed.
 
-    ``report`` is the ``report.json`` of the prepared dataset in ``folder``; see ``DataArguments.max_rejects``.
+    ``report`` is the ``report.json`` of the prepared dataset in ``folder``; see ``DataArguments.max_rejects``. Rejects are
+    listed in ``rejects.jsonl`` there, or in ``passing``, a file that does not stay.
     """
     if not report["rows"]:
         raise DataError(f"{', '.join(report['files'])}: no rows, only blank lines")
-    bad = sum(report["rejects"].values())
+    aside = FILTERED if report["samples"] else ()  # left out as was asked for
+    bad = sum(count for code, count in report["rejects"].items() if code not in aside)
     unreadable = sum(report["rejects"].get(code, 0) for code in UNREADABLE)
     allowed = (_DEFAULT_REJECTS if max_rejects is None else max_rejects) * report["rows"]
     broken = max_rejects is None and unreadable > 0
     if report["samples"] and bad <= allowed and not broken:
         return
-    with (folder / "rejects.jsonl").open(encoding="utf-8") as stream:
-        rows = map(json.loads, stream)
+    with (passing or folder / "rejects.jsonl").open(encoding="utf-8") as stream:
+        rows = (row for row in map(json.loads, stream) if row["code"] not in aside)
         first = list(islice((row for row in rows if not broken or row["code"] in UNREADABLE), _SHOWN))
     lines = "\n".join(f"  {row['file']}:{row['line']}: {row['code']}: {row['detail']}" for row in first)
-    more = f"\n  ... all {bad} in {folder / 'rejects.jsonl'}" if bad > len(first) else ""
+    more = "" if bad <= len(first) else "\n  ..." if passing else f"\n  ... all {bad} in {folder / 'rejects.jsonl'}"
     if not report["samples"]:
         limit = "none is left to train on"
     elif broken:
@@ -241,6 +246,8 @@ def _build(
     start_method: StartMethod,
 ) -> None:
     """Write the dataset with the fast engine where it can be trusted, else, or when it is found out, with the other."""
+    if args.decontaminate:
+        say(f"data: {looked_for(args.decontaminate)}")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     engine = fast_engine(backend, say) if backend is not None else None
     workers = args.preprocessing_num_workers or _workers(files, tokenizer, start_method)
@@ -251,7 +258,7 @@ def _build(
         try:
             with (
                 encoding(encoder, workers, start_method) as encode,  # before the bar, which has a thread
-                DatasetWriter(folder, files, kind) as writer,
+                DatasetWriter(folder, files, kind, deduplicate=args.deduplicate) as writer,
                 Progress("data", sum(file.stat().st_size for file in files), "read", say) as progress,
             ):
                 for chunk in encode(_jobs(files, forms, progress)):
@@ -280,7 +287,12 @@ def _told(file: Path, progress: Progress) -> Iterator[Chunk]:
 
 
 def _workers(files: Sequence[Path], tokenizer: Any, start_method: StartMethod) -> int:
-    useful = sum(file.stat().st_size for file in files) // _SMALL
     # Code that came with the tokenizer cannot be imported by a fresh process before transformers has fetched it.
     remote = type(tokenizer).__module__.startswith("transformers_modules") and start_method == "spawn"
-    return 1 if remote else max(1, min(_MAX_WORKERS, len(os.sched_getaffinity(0)), useful))
+    return 1 if remote else useful_workers(files)
+
+
+def useful_workers(files: Sequence[Path]) -> int:
+    """How many processes these files are worth: one a core, when they are large."""
+    useful = sum(file.stat().st_size for file in files) // _SMALL
+    return max(1, min(_MAX_WORKERS, len(os.sched_getaffinity(0)), useful))

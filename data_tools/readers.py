@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, cast
 
 import orjson
 
+from ..storage.manifest import MANIFEST_NAME
 from .schema import DataError, Origin, Rejected
 from .tables import MAX_ROW_BYTES, TooLong, read_arrow, read_csv, read_parquet, saved_shards
 from .turns import json_name
@@ -24,6 +25,7 @@ MAX_LINE_BYTES = MAX_ROW_BYTES
 MAX_JSON_BYTES = 512 * 1024 * 1024
 KINDS = (".jsonl", ".json", ".parquet", ".arrow", ".csv", ".txt")
 HUB = "hub:"
+SAMPLE_REPORT = "_report.json"  # in a folder that data sample wrote
 _BOM = b"\xef\xbb\xbf"
 _SPACED = re.compile(rb'"\s+:')
 _HUB_ADVICE = (
@@ -112,7 +114,7 @@ def rows_of(chunk: Chunk) -> Iterator[tuple[Origin, object]]:
         for index, value in enumerate(chunk.data):
             yield Origin(file, number + index, offset), too_long(value.size) if isinstance(value, TooLong) else value
         return
-    parse = _parse_text if _kind(file) == ".txt" else parse_json
+    parse = parse_text if _kind(file) == ".txt" else parse_json
     for line in chunk.data.split(b"\n"):
         if line and not line.isspace():
             try:
@@ -147,7 +149,8 @@ def too_long(size: int) -> Rejected:
     return Rejected("line_too_long", f"{size:,} bytes; a row may have {MAX_LINE_BYTES:,}")
 
 
-def _parse_text(line: bytes) -> object:
+def parse_text(line: bytes) -> object:
+    """The row of a line of plain text. Raises Rejected."""
     if len(line) > MAX_LINE_BYTES:
         raise too_long(len(line))
     _check_utf8(line)
@@ -330,6 +333,8 @@ def _expand(path: Path) -> list[Path]:
         if (path / "text_document.idx").is_file():
             raise DataError(f"{path} is a prepared dataset; name it alone")
         inside = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith((".", "_"))]
+        if (path / SAMPLE_REPORT).is_file():
+            inside = [entry for entry in inside if entry.name != MANIFEST_NAME]  # of a folder of data sample, no rows
         return [source for entry in inside for source in _expand(entry)]
     if not path.is_file():
         raise DataError(f"{path}: not a file that can be read")

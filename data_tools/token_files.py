@@ -17,12 +17,13 @@ import numpy as np
 from ..storage.once import build_once
 from ..storage.source_hashes import source_sha256
 from .arguments import DataArguments
+from .filters import FILTER_FLAGS
 from .indexed import IndexedError, IndexedReader
 from .schema import DataError
 from .tokenizer_files import TokenizerSource, vocabulary_size
 
 _ENDINGS = (".bin", ".idx")
-_READING = ("data_format", "map_keys", "handler_name", "append_eod")  # flags that only raw text needs
+_READING = ("data_format", "map_keys", "handler_name", "append_eod", *FILTER_FLAGS)  # flags that only raw text needs
 _WEIGHTED = re.compile(r"\s*\d*\.?\d+\s+\S+\s+\d*\.?\d+\s+\S")  # 0.3 one 0.7 other
 
 

@@ -95,7 +95,7 @@ _encoder: RowEncoder | None = None
 
 def _begin(state: tuple[Any, DataArguments, Kind, bool] | None) -> None:
     global _encoder  # noqa: PLW0603 - the one way to hand a pool's workers their state
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     if state is not None:
         _collect_seldom()
         tokenizer, args, kind, fast = state
@@ -103,8 +103,12 @@ def _begin(state: tuple[Any, DataArguments, Kind, bool] | None) -> None:
         _encoder = RowEncoder(tokenizer, args, kind, engine)
 
 
-def _end_with_parent() -> None:
-    """End this worker when the process that started it is killed: a forked one holds the lock of the build with it."""
+def end_with_parent() -> None:
+    """From now on this worker ends when the process that started it is killed: a forked one holds its locks with it."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

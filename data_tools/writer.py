@@ -9,16 +9,22 @@ from typing import Any, Self
 
 import numpy as np
 
+from .duplicates import Seen, without_duplicates
 from .encoder import EncodedChunk
 from .indexed import IndexedWriter
 from .schema import Kind
+
+DIGESTS_NAME = "digests.bin"  # with --deduplicate: 16 bytes a sample, the hash of what its row says
 
 
 class DatasetWriter:
     """A context manager that takes chunks in order; the block's normal end writes indices and ``report.json``."""
 
-    def __init__(self, folder: Path, files: Sequence[Path], kind: Kind) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path], kind: Kind, *, deduplicate: bool = False) -> None:
         self.folder, self.files, self.kind = folder, list(files), kind
+        self._seen = Seen() if deduplicate else None
+        if deduplicate:
+            self._digests = (folder / DIGESTS_NAME).open("wb")
         self._tokens = IndexedWriter(folder / "text_document")
         self._spans = IndexedWriter(folder / "spans_document")
         self._rows = (folder / "rows.npy").open("wb")
@@ -31,6 +37,8 @@ class DatasetWriter:
     def add(self, numbered: tuple[int, EncodedChunk]) -> None:
         """Append a chunk of the file with that number."""
         number, chunk = numbered
+        if self._seen is not None:
+            chunk = without_duplicates(chunk, number, self._seen, lambda file: str(self.files[file]))
         self._total["rows"] += chunk.rows
         self._total["neutralised"] += chunk.neutralised
         self._total["shortened"] += chunk.shortened
@@ -43,6 +51,8 @@ class DatasetWriter:
         self._tokens.add_many(chunk.ids, chunk.lengths)
         self._spans.add_many(chunk.spans.reshape(-1), chunk.span_counts * 2)
         self._rows.write(np.stack([np.full_like(chunk.lines, number), chunk.lines], axis=1).tobytes())
+        if self._seen is not None:
+            self._digests.write(chunk.digests.tobytes())
         starts = np.repeat(np.cumsum(chunk.lengths, dtype=np.int64) - chunk.lengths, chunk.span_counts)
         self._terminators.update(np.unique(chunk.ids[starts + chunk.spans[:, 1] - 1]).tolist())
         self._total["samples"] += len(chunk.lengths)
@@ -63,6 +73,8 @@ class DatasetWriter:
             self._write_header()  # numpy leaves room in it for the final count
         self._rows.close()
         self._listed.close()
+        if self._seen is not None:
+            self._digests.close()
         if kind is not None:
             return
         report: dict[str, Any] = {

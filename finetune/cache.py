@@ -36,6 +36,8 @@ def label(manifest: Mapping[str, Any]) -> str | None:
     match manifest["kind"]:
         case "dataset" if {"sources", "tokenizer"} <= made.keys():
             return "prepared data"
+        case "mixture":
+            return "mixture"
         case "checked_tokens":
             return "checked tokens"
         case "reshaped":

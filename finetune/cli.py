@@ -35,6 +35,7 @@ usage: finebridge VERB ...          finebridge VERB --help tells more
   data build FILE     tokenise data once, ahead of training
   data check FILE     prove the masks and show statistics, before any GPU is used
   data preview FILE   show what of each row is trained, token by token
+  data sample MIXTURE the rows that a mixture of sources takes, written to a dated folder
   data export|import  files of MindSpeed-LLM, Pai-Megatron-Patch, AutoAlign and Megatron-LM
   cache list|verify|prune
                       prepared data, converted weights and leftovers: look at them, prove them, remove them
@@ -205,6 +206,7 @@ _DATA_VERBS = {
     "build": ("build", "main"),
     "check": ("check", "main"),
     "preview": ("preview", "main"),
+    "sample": ("sample", "main"),
     "export": ("layouts_cli", "export_main"),
     "import": ("layouts_cli", "import_main"),
 }

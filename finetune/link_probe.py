@@ -15,7 +15,7 @@ from datetime import timedelta
 from importlib import import_module
 from typing import Any
 
-from .interface import interface_to
+from .interface import lead_gloo
 from .node_job import Job
 from .node_probe import spoken_to, tell, told
 
@@ -33,8 +33,7 @@ def main() -> int:
     job, number = found
     signal.alarm(_IMPORT_WITHIN)
     asked: dict[str, Any] = json.loads(job.argv[0])
-    if "GLOO_SOCKET_IFNAME" not in os.environ and (way := interface_to([job.master, *(host for host, _ in job.nodes)])):
-        os.environ["GLOO_SOCKET_IFNAME"] = way  # as the ranks will have it
+    lead_gloo(job)  # as the ranks will have it
     import_module("torch.distributed")  # it is what takes time
     if asked["gpu"]:
         import_module("torch").zeros(1, device="cuda")  # and so does CUDA

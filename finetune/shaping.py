@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..data_tools.arguments import DataArguments
+from ..data_tools.filters import FILTER_FLAGS
 from ..ds_configs.resolve import resolve
 from ..train.arguments import Arguments
 from ..train.model_arguments import ModelArguments
@@ -17,6 +18,7 @@ _PLACES = frozenset({
 # In the hash of the prepared data already.
 _DATA = frozenset({
     "data_format", "map_keys", "handler_name", "chat_template", "think_mode", "enable_thinking", "append_eod", "mask_compat",
+    *FILTER_FLAGS,
 })  # fmt: skip
 # Nothing that is learned depends on them.
 _IDLE = frozenset({

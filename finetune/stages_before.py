@@ -3,6 +3,7 @@
 All of it lies under a hash of its inputs and is made once by whoever comes first (``storage.once``).
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,9 +12,13 @@ from typing import Any, Literal
 from ..bridge.convert_cli import kept_conversion
 from ..data_tools.arguments import DataArguments
 from ..data_tools.build import export_tokens
+from ..data_tools.filters import unfiltered
+from ..data_tools.mixture import mixture_file
+from ..data_tools.mixture_index import MixturePlan, plan_mixture, prepare_mixture
 from ..data_tools.preprocess import Preparation, plan, prepare
 from ..data_tools.token_files import token_prefix
 from ..data_tools.tokenizer_files import TokenizerSource
+from ..data_tools.workers import StartMethod
 from ..storage.hashing import file_digest
 from ..storage.manifest import MANIFEST_NAME, ManifestError, read
 from ..storage.source_hashes import source_sha256
@@ -109,6 +114,7 @@ class DataStages:
         job, found = self._job, dict[str, Any]()
         for flag, planned in self._raw.items():
             found[flag] = file_digest(planned.target / MANIFEST_NAME) if planned.named else planned.target.name
+        found |= {flag: planned.target.name for flag, planned in self._mixtures.items()}
         for flag, prefix in self._token_files.items():
             files = [prefix.with_name(f"{prefix.name}{ending}") for ending in (".bin", ".idx")]
             found[flag] = list(source_sha256(files, job.cache, job.say).values())
@@ -116,7 +122,11 @@ class DataStages:
 
     def plan(self) -> list[Step]:
         """Stages ``data``. Raises DataError."""
-        found = [self._data(flag, planned) for flag, planned in self._raw.items()]
+        found = [self._data(flag, [self._named[flag]], planned) for flag, planned in self._raw.items()]
+        for flag, mixed in self._mixtures.items():
+            sources = zip(mixed.mixture.sources, mixed.parts, strict=True)
+            found += [self._data(flag, source.paths, planned) for source, planned in sources]
+            found.append(self._index(flag, mixed))
         prefixes = self._token_files.values()
         return found + [Step("data", f"{prefix}.bin, tokens already", True, lambda: None) for prefix in prefixes]
 
@@ -147,35 +157,68 @@ class DataStages:
     def _raw(self) -> dict[str, Preparation]:
         job = self._job
         return {
-            flag: plan([name], self._tokenizer, job.args.data, job.cache, job.say, job.args.kind)
+            flag: plan([name], self._tokenizer, self._flags(flag), job.cache, job.say, job.args.kind)
             for flag, name in self._named.items()
-            if flag not in self._token_files
+            if flag not in self._token_files and not mixture_file(name)
         }
 
-    def _data(self, flag: str, planned: Preparation) -> Step:
-        if planned.named:
-            return Step("data", f"{planned.target}, prepared already", True, lambda: None)
-        job, name = self._job, self._named[flag]
-        bytes_ = sum(file.stat().st_size for file in planned.files)
-        words = [name, "--tokenizer_name_or_path", self._tokenizer.path, "--output_dir", str(job.cache)]
+    @cached_property
+    def _mixtures(self) -> dict[str, MixturePlan]:
+        job = self._job
+        return {
+            flag: plan_mixture(file, self._tokenizer, self._flags(flag), job.cache, job.say, job.args.kind)
+            for flag, name in self._named.items()
+            if (file := mixture_file(name))
+        }
+
+    def _flags(self, flag: str) -> DataArguments:
+        data = self._job.args.data
+        return data if flag == "train_data_file" else unfiltered(data)
+
+    def _index(self, flag: str, planned: MixturePlan) -> Step:
+        """The index of a mixture; it makes what of the sources is not there yet, too."""
+        job, file = self._job, planned.mixture.file
+        words = [str(file), *self._words(flag)]
+
+        def make() -> None:
+            prepare_mixture(file, self._tokenizer, self._flags(flag), job.cache, job.say, self._method, job.args.kind)
+            job.note_done(planned.target, recipe_text(job.run, job.args))
+
+        what = f"{file}, {len(planned.parts)} sources -> {planned.target}"
+        return Step("data", what, _stands(planned.target), make, command("data build", words))
+
+    def _words(self, flag: str) -> list[str]:
+        """The flags of data build that stand for this run's."""
+        words = ["--tokenizer_name_or_path", self._tokenizer.path, "--output_dir", str(self._job.cache)]
         for entry in fields(DataArguments):
-            value = getattr(job.args.data, entry.name)
+            value = getattr(self._flags(flag), entry.name)
             if entry.name not in _NOT_BUILD and value != entry.default:
                 words += [f"--{entry.name}", *([] if value is True else [str(value)])]
-        what = f"{name} ({size(bytes_)}) -> {planned.target}"
-        return Step("data", what, _stands(planned.target), partial(self._prepare, name), command("data build", words))
+        return words
 
-    def _prepare(self, name: str) -> None:
+    def _data(self, flag: str, names: Sequence[str], planned: Preparation) -> Step:
+        if planned.named:
+            return Step("data", f"{planned.target}, prepared already", True, lambda: None)
+        bytes_ = sum(file.stat().st_size for file in planned.files)
+        what = f"{', '.join(names)} ({size(bytes_)}) -> {planned.target}"
+        make = partial(self._prepare, flag, names)
+        return Step("data", what, _stands(planned.target), make, command("data build", [*names, *self._words(flag)]))
+
+    @property
+    def _method(self) -> StartMethod:
+        converted = self._job.start.megatron or self._job.run.enable_hf2mg_convert
+        return "spawn" if converted else "fork"  # torch has threads by then, which a fork may not survive
+
+    def _prepare(self, flag: str, names: Sequence[str]) -> None:
         job = self._job
-        converted = job.start.megatron or job.run.enable_hf2mg_convert
-        method = "spawn" if converted else "fork"  # torch has threads by then, which a fork may not survive
-        folder = prepare([name], self._tokenizer, job.args.data, job.cache, job.say, method, job.args.kind)
+        folder = prepare(names, self._tokenizer, self._flags(flag), job.cache, job.say, self._method, job.args.kind)
         job.note_done(folder, recipe_text(job.run, job.args))
 
     def _tokens(self, prefix: str) -> Step:
         job, planned = self._job, self._raw.get("train_data_file")
         if planned is None:
-            raise ValueError("--output_prefix is for raw data; --train_data_file names token files already")
+            what = "a mixture" if "train_data_file" in self._mixtures else "token files already"
+            raise ValueError(f"--output_prefix is for raw data; --train_data_file names {what}")
         limited = bool({"max_seq_length", "seq_length", "over_long"} & set(job.values))
         shaped = [job.args.data.max_seq_length, job.args.data.over_long] if limited or self._pack != "none" else []
         inputs = {

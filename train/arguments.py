@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from ..data_tools.arguments import DataArguments
-from ..data_tools.prepared import prepared_folder
+from ..data_tools.filters import unfiltered
+from ..data_tools.mixture import mixture_file
+from ..data_tools.mixture_index import check_mixture
+from ..data_tools.prepared import KIND_NAMES, prepared_folder
 from ..data_tools.preprocess import check_sources
 from ..data_tools.schema import DataError, Kind
 from ..data_tools.token_files import check_reading, read_tokens, token_prefix
@@ -310,6 +313,11 @@ def _check_hf(args: Arguments) -> None:
 
 def _check_raw(name: str, data: DataArguments, kind: Kind) -> None:
     """What can be told of files that are not prepared before torch is imported. Raises DataError."""
+    if file := mixture_file(name):
+        if kind != "chat":
+            raise DataError(f"{name}: a mixture is for finebridge sft; {KIND_NAMES[kind]} are not mixed yet")
+        check_mixture(file, data, kind)
+        return
     prefix = token_prefix(name)
     if prefix is None:
         check_sources([name], data, kind)
@@ -328,9 +336,9 @@ def _check_together(args: Arguments) -> None:
     model, data, hf = args.model, args.data, args.hf
     if not (data.use_dummy_data or data.train_data_file):
         raise ArgumentsError("--train_data_file is missing (or --use_dummy_data for a speed test)")
-    for name in (data.train_data_file, data.eval_data_file):
+    for name, flags in ((data.train_data_file, data), (data.eval_data_file, unfiltered(data))):
         if name and not prepared_folder([name]):
-            _check_raw(name, data, args.kind)
+            _check_raw(name, flags, args.kind)
     _check_hf(args)
     if hf.get("bf16") and hf.get("fp16"):
         raise ArgumentsError("--bf16 and --fp16 exclude each other")

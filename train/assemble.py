@@ -4,6 +4,7 @@ Data comes before the process group exists, so that no collective can time out w
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,15 +22,15 @@ from transformers import (
 )
 
 from ..data_tools.collator import FlatteningCollator, PaddingCollator
-from ..data_tools.dataset import DummyDataset, PackedDataset, PreparedDataset, Samples
+from ..data_tools.dataset import DummyDataset, PackedDataset, Samples
+from ..data_tools.filters import unfiltered
+from ..data_tools.mixture_dataset import MixtureDataset, RepackedDataset, open_chats, prepare_chats, template_of
 from ..data_tools.packing import pack
-from ..data_tools.preprocess import prepare
 from ..data_tools.schema import Origin
 from ..data_tools.templates import template_source
 from ..data_tools.text_dataset import open_text
 from ..data_tools.tokenizer_files import TokenizerSource, load_tokenizer
 from ..ds_configs.resolve import resolve, zero_stage
-from ..storage.manifest import read
 from ..storage.publish import write_text
 from ..storage.space import parse_size
 from . import heartbeat, runtime
@@ -277,23 +278,22 @@ def _datasets(args: Arguments, tokenizer: Any, output_dir: Path) -> tuple[Any, A
         seed = hf_value(args.hf, "seed" if args.hf.get("data_seed") is None else "data_seed")
         train_data = open_text(str(data.train_data_file), source, data, cache, runtime.say_here, seed)
         held_out = (
-            open_text(data.eval_data_file, source, data, cache, runtime.say_here) if data.eval_data_file else None
+            open_text(data.eval_data_file, source, unfiltered(data), cache, runtime.say_here)
+            if data.eval_data_file
+            else None
         )
         return train_data, held_out
-    folders = [
-        prepare([pattern], source, data, cache, runtime.say_here, wanted="chat") if pattern else None
-        for pattern in (data.train_data_file, data.eval_data_file)
+    made = [
+        prepare_chats(name, source, flags, cache, runtime.say_here) if name else None
+        for name, flags in ((data.train_data_file, data), (data.eval_data_file, unfiltered(data)))
     ]
-    templates = [read(folder)["made_from"].get("chat_template") for folder in folders if folder]
+    templates = [template_of(part) for part in made if part]
     if len(set(templates)) > 1:
         raise ArgumentsError(
             f"--eval_data_file {data.eval_data_file} was made with another chat template than the training data"
         )
     tokenizer.chat_template = templates[0] or tokenizer.chat_template
-    sets = [
-        PreparedDataset(folder, data.max_seq_length, data.over_long, runtime.say) if folder else None
-        for folder in folders
-    ]
+    sets = [open_chats(part, data.max_seq_length, data.over_long, runtime.say) if part else None for part in made]
     if runtime.is_main():
         _list_over_long(output_dir, [origin for dataset in sets if dataset for origin in dataset.over_long_rows])
     return sets[0], sets[1]
@@ -320,12 +320,25 @@ def _packed(
             result.append(None)
             continue
         packs = pack(data.lengths, args.data.max_seq_length, seed)
+        packed = PackedDataset(data, packs)
+        if isinstance(data, MixtureDataset) and data.reshuffle:
+            epochs = _epochs(hf_args, len(packs)) if use == "training" else 1
+            packed = RepackedDataset(data, args.data.max_seq_length, seed, epochs)
+            packs = packed.packs
         filled = int(data.lengths.sum()) / (len(packs) * packs.capacity)
         runtime.say(
             f"packing: {len(data)} {use} samples share {len(packs)} rows of {packs.capacity} tokens, {filled:.2%} full"
         )
-        result.append(PackedDataset(data, packs))
+        result.append(packed)
     return result[0], result[1]
+
+
+def _epochs(hf_args: TrainingArguments, rows: int) -> int:
+    """How many epochs of at least so many rows a run has at most."""
+    if hf_args.max_steps <= 0:
+        return math.ceil(hf_args.num_train_epochs)
+    window = hf_args.world_size * hf_args.per_device_train_batch_size * hf_args.gradient_accumulation_steps
+    return math.ceil(hf_args.max_steps / max(1, rows // window))
 
 
 def _training_arguments(args: Arguments, settings: dict[str, Any] | None) -> TrainingArguments:

@@ -77,9 +77,15 @@ class StepTrainer(Trainer):
 
     def _batches_of(self, data: Samples, window: Window, kind: Order, *, drop_last: bool) -> StepBatches:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        order = partial(epoch_order, kind, data.lengths, window.size, seed)
+        anew = getattr(data, "reshuffle", False)  # a mixture, or its packs, with other samples each epoch
+
+        def order(epoch: int) -> Any:
+            lengths = cast("Any", data).lengths_of(epoch) if anew else data.lengths
+            return epoch_order(kind, lengths, window.size, seed, epoch)
+
         cost = getattr(data, "cost", data.lengths)
-        return StepBatches(order, cost, window, self.args.process_index, drop_last=drop_last)
+        cost_of = cast("Any", data).cost_of if anew else None
+        return StepBatches(order, cost, window, self.args.process_index, drop_last=drop_last, cost_of=cost_of)
 
     def _loader(self, data: Samples, batches: StepBatches, collate: Any) -> DataLoader[Any]:
         args = self.args
