@@ -8,9 +8,10 @@ What DeepSpeed 0.19.8 does in each step, in bytes a parameter, bf16 gradients an
 - ZeRO-3 takes the norm and clips in the same way.
 - Masters of the weights' own dtype (pure bf16, fp32 training) are a copy of the weights.
 
-Here gradients are summed in the flat buffer that the optimizer reads, the norm is taken of it in fp32 pieces (and tells of
-overflow), the clip is divided by in the optimizer's own pass, and masters of the weights' dtype are the weights. What is
-offloaded to the CPU, Muon and DeepSpeed's own MoE layers go DeepSpeed's way.
+Here gradients are summed in the flat buffer that the optimizer reads (under ZeRO-2 one rank puts them there without a
+bucket), the norm is taken of it in fp32 pieces (and tells of overflow), the clip is divided by in the optimizer's own pass,
+and masters of the weights' dtype are the weights. What is offloaded to the CPU, Muon and DeepSpeed's own MoE layers go
+DeepSpeed's way.
 """
 
 # DeepSpeed has no public door to any of this.
@@ -58,6 +59,31 @@ class LeanZero(_Stock2):
 
     def _use_compact_grad_partition_buffer(self, group_idx: int) -> bool:
         return self._flat_gradients() or super()._use_compact_grad_partition_buffer(group_idx)
+
+    def _alone(self) -> bool:
+        """Whether there is nobody to reduce with, so that gradients can go straight to the flat buffer."""
+        return bool(self.partition_gradients) and self._flat_gradients() and comm.get_world_size() == 1
+
+    def process_gradients(self, param: Any, i: int) -> None:
+        """Take the gradient of a parameter that is done; of one rank into its place of the flat buffer, without a bucket."""
+        if not self._alone():
+            super().process_gradients(param, i)
+            return
+        number = self.get_param_id(param)
+        place = self._get_compact_grad_partition_slice(i, 0, number, param.numel())
+        written: set[int] = self.averaged_gradients[i].__dict__.setdefault("written", set())
+        flat = param.grad.reshape(-1)
+        if number in written:
+            place.add_(flat)
+        else:
+            place.copy_(flat)
+        written.add(number)
+        param.grad = None
+
+    def reduce_ipg_grads(self, comm_dtype: Any = None) -> None:
+        """Reduce what waits in the buckets, which one rank has none of."""
+        if not self._alone():
+            super().reduce_ipg_grads(comm_dtype)
 
     def _link_all_hp_params(self) -> None:
         if not self.cpu_offload:

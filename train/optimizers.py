@@ -89,10 +89,10 @@ class BF16AdamW(torch.optim.Optimizer):
 
 def has_fused() -> bool:
     """Whether torch has a fused AdamW for the device that is trained on."""
-    from torch.utils._foreach_utils import _get_fused_kernels_supported_devices as supported
+    from torch.utils import _foreach_utils as kernels
 
     device = torch.accelerator.current_accelerator(check_available=True)
-    return (device.type if device else "cpu") in supported()
+    return (device.type if device else "cpu") in kernels._get_fused_kernels_supported_devices()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
 
 
 def takes_scale(optimizer: Any) -> bool:

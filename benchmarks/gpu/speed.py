@@ -366,7 +366,7 @@ def _each(
             words = peer_command(name.removesuffix(PEER), folder, peak)
         else:
             words = command(name, folder, peak, args.more, sft)
-        told = follow(words, folder / name, args.seconds, began + share - 30)
+        told = follow(words, folder / name, args.seconds, began + share - 8)  # to end takes a while
         row = result(name, told, time.monotonic() - began)
         print(f"== {name}: " + ", ".join(f"{key} {value}" for key, value in row.items() if value != ""), flush=True)
         if row["error"] or args.profile:

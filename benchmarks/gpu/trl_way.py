@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     on_gpu = torch.cuda.is_available()
-    if on_gpu and importlib.util.find_spec("flash_attn") is None:
+    found = importlib.util.find_spec("flash_attn")  # of FlashAttention-4 alone there is a folder without a module
+    if on_gpu and (found is None or found.origin is None):
         stand_in(args.output / "stand_in")
     train(args, on_gpu=on_gpu)
 

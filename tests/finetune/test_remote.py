@@ -301,7 +301,18 @@ def test_a_node_on_which_the_job_cannot_run_says_why(tmp_path: Path, change: dic
 
 def test_nodes_started_by_hand_find_each_other(fake: Runs) -> None:
     second = fake.start("codes", "0", "0", "9", flags=("--no_ssh", "--node_rank=1"), LOCAL_IP="")
-    ours = ["--preflight=off", "--no_ssh", "--node_rank=0", "::", "node_rank_helper", str(fake.said), "codes", "0", "0", "9"]
+    ours = [
+        "--preflight=off",
+        "--no_ssh",
+        "--node_rank=0",
+        "::",
+        "node_rank_helper",
+        str(fake.said),
+        "codes",
+        "0",
+        "0",
+        "9",
+    ]
     first = subprocess.run(
         [sys.executable, "-P", "-m", "loopback_nodes", *ours],
         cwd=fake.folder, env={**fake.env, "LOCAL_IP": ""}, capture_output=True, text=True, check=False,
