@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..ds_configs.resolve import resolve, shipped
 from ..train.arguments import Arguments, build, read_flags
 from ..train.hf_flags import ArgumentsError, hf_value
+from ..train.masters import without_masters
 
 if TYPE_CHECKING:
     from ..train.memory import Activations
@@ -126,7 +127,10 @@ def plan(args: Arguments, gpus: int, limit: int, say: Any) -> Iterator[Choice]:
         raise ArgumentsError(f"{error}; its memory cannot be foretold") from error
     say(f"plan: {task.about}")
     for name in names:
-        yield choose(name, task, read_zero(resolve(name), hidden))
+        settings = resolve(name)
+        if args.model.master_weights != "fp32":
+            settings = without_masters(settings)
+        yield choose(name, task, read_zero(settings, hidden))
     try:
         yield choose(_PLAIN, task_of(args, gpus, limit, deepspeed=False), read_zero(None, hidden))
     except UnknownMemoryError as error:  # fp32 weights, for which some operations have no kernel

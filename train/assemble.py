@@ -188,7 +188,7 @@ def _optimizer(
 def _budget(trainer: FinetuneTrainer, args: Arguments, data: Samples, stage: int) -> None:
     """Have the trainer find how many layers to recompute, where that was left to it."""
     device, budget = trainer.args.device, args.model.memory_budget_gib
-    if not asks_for_budget(args.hf, budget, device):
+    if not asks_for_budget(args.hf, budget):
         return
     trainer.recompute = RecomputeBudget(
         trainer.args.activation_checkpointing_kwargs or {},  # pyright: ignore[reportArgumentType]
@@ -256,7 +256,7 @@ def _watch(trainer: FinetuneTrainer, model: Any, args: Arguments) -> ProgressLin
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
     trainer.add_callback(progress)
-    for line in default_lines(args, trainer.args, model):
+    for line in default_lines(args, model):
         runtime.say(line)
     return progress
 

@@ -18,7 +18,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
 _INSTEAD = {"num_train_epochs": "max_steps", "logging_steps": "logging_strategy", "save_steps": "save_strategy"}
 
 
-def default_lines(args: Arguments, hf_args: Any, model: Any) -> Iterator[str]:
+def default_lines(args: Arguments, model: Any) -> Iterator[str]:
     """A heading and a line for each group of flags that were not given, with what the loaded model has instead."""
     given = args.given | {name.removeprefix("no_") for name in args.given}  # --no_packing gives --packing
     yield "defaults, as not given:"
@@ -26,18 +26,18 @@ def default_lines(args: Arguments, hf_args: Any, model: Any) -> Iterator[str]:
         told = [f"--{name} {_value(args, name)}" for name in names if not {name, _INSTEAD.get(name)} & given]
         if told:
             yield f"  {group:<9}  {', '.join(told)}"
-    if told := list(_memory(args, given, hf_args, model)):
+    if told := list(_memory(args, given, model)):
         yield f"  memory     {', '.join(told)}"
 
 
-def _memory(args: Arguments, given: frozenset[str], hf_args: Any, model: Any) -> Iterator[str]:
+def _memory(args: Arguments, given: frozenset[str], model: Any) -> Iterator[str]:
     """What decides on memory and speed, where no flag did."""
     if not {"bf16", "fp16"} & given:
         yield f"{str(next(model.parameters()).dtype).removeprefix('torch.')} weights (no --bf16 or --fp16)"
     if "use_flash_attn" not in given:
         yield f"{getattr(model.config, '_attn_implementation', None)} attention (no --use_flash_attn)"
     if "activation_checkpointing" not in given:
-        auto = asks_for_budget(args.hf, args.model.memory_budget_gib, hf_args.device)
+        auto = asks_for_budget(args.hf, args.model.memory_budget_gib)
         yield f"gradient checkpointing {'auto' if auto else 'off'}"
     if "deepspeed" not in given:
         yield "no ZeRO (no --deepspeed)"

@@ -44,10 +44,10 @@ def recompute_kwargs(hf: Mapping[str, Any], say: Callable[[str], None]) -> dict[
     return {**(given or {}), "use_reentrant": False}
 
 
-def asks_for_budget(hf: Mapping[str, Any], budget_gib: float | None, device: torch.device) -> bool:
-    """Whether the number of recomputed layers is to be found: by ``auto``, which is the default on CUDA devices."""
+def asks_for_budget(hf: Mapping[str, Any], budget_gib: float | None) -> bool:
+    """Whether the number of recomputed layers is to be found: by ``auto``, or a budget alone."""
     wanted = hf.get("activation_checkpointing")
-    return wanted == AUTO or (wanted is None and (device.type == "cuda" or budget_gib is not None))
+    return wanted == AUTO or (wanted is None and budget_gib is not None)
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,8 @@ class RecomputeBudget(TrainerCallback):
         for name in ("use_reentrant", "every_n_layers", "offload"):
             if self.kwargs.get(name):
                 raise ArgumentsError(
-                    f"--gradient_checkpointing_kwargs: {name} is not for --gradient_checkpointing auto (the default on CUDA "
-                    "devices); leave it out, or give --gradient_checkpointing true"
+                    f"--gradient_checkpointing_kwargs: {name} is not for --gradient_checkpointing auto; leave it "
+                    "out, or give --gradient_checkpointing true"
                 )
         self._gauge = DeviceGauge() if self.device.type == "cuda" else SavedGauge()
 

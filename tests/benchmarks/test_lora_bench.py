@@ -12,6 +12,7 @@ sys.path.insert(0, str(SCRIPT.parent))
 import lora_products  # noqa: E402 - found through the line above
 
 
+@pytest.mark.slow
 def test_a_row_for_each_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, ways = tmp_path / "out.csv", "frozen,peft,ours,peft-autocast,ours-autocast"
     words = ["--tiny", "--layers", "1", "--tokens", "16,32", "--repeats", "1", "--csv", str(out), "--ways", ways]

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu" / "optimizer_step.py"
 BREAK = (
     "import sys; sys.path.insert(0, sys.argv[1]); import optimizer_step as script\n"
@@ -18,6 +20,7 @@ BREAK = (
 )
 
 
+@pytest.mark.slow
 def test_rows_on_a_cpu(tmp_path: Path) -> None:
     table = tmp_path / "steps.csv"
     words = [

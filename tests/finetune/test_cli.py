@@ -151,7 +151,7 @@ def test_how_many_ranks_start_and_with_what(
 
 
 def test_data_without_its_verb_says_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "finebridge data build|check|preview|export|import" in refused(capsys, "data")
+    assert "finebridge data build|check|preview|sample|export|import" in refused(capsys, "data")
 
 
 def test_checking_a_command_line_imports_no_torch(run_folder: Path) -> None:

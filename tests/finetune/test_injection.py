@@ -86,7 +86,9 @@ def run(values: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -
     for name, text in env.items():
         monkeypatch.setenv(name, text)
     Caught.got = None
-    cluster.take(flags, env, None, lambda: 8).run("finebridge.train.sft", [values["word"]], values["output_dir"], 60.0)
+    cluster.take({**flags, "preflight": "off"}, env, None, lambda: 8).run(
+        "finebridge.train.sft", [values["word"]], values["output_dir"], 60.0
+    )
     assert Caught.got is not None
     return Caught.got
 

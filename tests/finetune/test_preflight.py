@@ -338,6 +338,7 @@ def test_the_nodes_of_slurm(
     assert any("tencent/Hunyuan-A13B: a name on the Hub" in cells[2] for cells in rows(said))
 
 
+@pytest.mark.slow
 def test_one_machine_is_looked_at_when_that_is_all(
     models: Callable[[str], Path], train_file: Path, tmp_path: Path
 ) -> None:

@@ -75,7 +75,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("model_type", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("model_type", ["qwen3", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_compiled_layers_are_the_same(model_type: str, recompute: bool) -> None:
     """Rows of other samples need no other graph; what is filled up changes nothing."""
     more = {"num_hidden_layers": 6, **MODELS[model_type]}
@@ -166,6 +166,7 @@ def test_attention_that_is_no_operator_is_told(capsys: pytest.CaptureFixture[str
     assert "not compiled, as plain products, sample by sample is no operator" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_layers_that_each_need_a_graph_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_GRAPHS", 1)
     model = model_of("gemma2", **MODELS["gemma2"])

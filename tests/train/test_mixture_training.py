@@ -42,6 +42,7 @@ def flags(model: Path, data: Path, out: Path, **more: Any) -> list[object]:
     return [word for name, value in values.items() for word in (f"--{name}", value)]
 
 
+@pytest.mark.slow
 def test_the_plan_has_every_source_and_the_index(
     models: Models, mixture: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

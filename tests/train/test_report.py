@@ -255,7 +255,7 @@ def test_defaults_that_were_given_are_not_told(tmp_path: Path) -> None:
     )
     model: Any = nn.Linear(2, 2)
     model.config = SimpleNamespace(_attn_implementation="sdpa")
-    text = "\n".join(default_lines(parse(words.split()), SimpleNamespace(device=SimpleNamespace(type="cpu")), model))
+    text = "\n".join(default_lines(parse(words.split()), model))
     assert "--packing" not in text
     assert "--num_train_epochs" not in text
     assert "weights" not in text
