@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 from finebridge.finetune import cluster
+from finebridge.finetune.beats import Beats
 from finebridge.finetune.connect import Start
+from finebridge.finetune.launch import Ended
 from finebridge.finetune.node_job import Job
 from finebridge.finetune.nodes import NodesError
 
@@ -40,11 +42,13 @@ class Caught:
 
     got: tuple[Job, list[Start]] | None = None
 
-    def __init__(self, job: Job, ways: list[Start]) -> None:
+    def __init__(self, job: Job, ways: list[Start], beats: Beats | None) -> None:
         Caught.got = (job, ways)
+        if beats is not None:
+            beats.close()
 
-    def run(self) -> int:
-        return 0
+    def run(self) -> Ended:
+        return Ended(0)
 
 
 def settings(draw: random.Random) -> tuple[dict[str, str], list[str]]:
