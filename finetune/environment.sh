@@ -34,7 +34,10 @@ set_up() {
   flock 9
   if [ ! -e "$stamp" ]; then
     echo "set-up: making $root/.venv (once, some minutes)"
-    "$python" -m venv "$root/.venv"
+    if ! "$python" -m venv "$root/.venv"; then
+      echo "error: $python cannot make an environment; on Debian and Ubuntu it needs: apt-get install python3-venv" >&2
+      exit 2
+    fi
     "$PYTHON" -m pip install -qq "setuptools>=77" wheel ninja
     echo "set-up: 1 of 2, torch"
     install_torch
