@@ -170,6 +170,9 @@ def _fast_parts(trainer: FinetuneTrainer, args: Arguments, stage: int) -> None:
         if tokens:
             trainer.train_collator = FlatteningCollator(borders=True, tokens=tokens)
             trainer.add_callback(CompiledLayers(tokens))
+    elif args.model.compile_layers:
+        why = "its attention is not told the samples' borders" if args.shares_rows else "rows are padded (--packing)"
+        runtime.say(f"layers: not compiled, as {why}")
 
 
 def _optimizer(

@@ -88,10 +88,12 @@ def static_tokens(model: Any, stage: int, tokens: int, *, asked: bool | None, wh
     ``asked`` is --compile_layers, ``whole_model`` --torch_compile, ``tokens`` the largest row's. Where layers would be
     compiled for the asking and cannot, that is told.
     """
-    if asked is False or whole_model or (asked is None and not runtime.has_accelerator()):
+    if asked is False or (asked is None and (whole_model or not runtime.has_accelerator())):
         return 0
     why = None
-    if stage == _PARTITIONED:
+    if whole_model:
+        why = "--torch_compile compiles the whole model"
+    elif stage == _PARTITIONED:
         why = "ZeRO-3 gathers the parameters of each module within them"
     elif getattr(model.config.get_text_config(), "output_router_logits", False):
         why = "the router's loss would count what fills a row up"

@@ -199,7 +199,9 @@ def test_when_rows_are_filled_up(capsys: pytest.CaptureFixture[str]) -> None:
         (None, 2, False, 0), (False, 2, False, 0), (True, 2, True, 0), (True, 2, False, 96), (True, 3, False, 0),
     ):  # fmt: skip
         assert static_tokens(model, stage, 96, asked=asked, whole_model=whole) == tokens
-    assert capsys.readouterr().out.count("layers: not compiled, as ZeRO-3 gathers") == 1
+    said = capsys.readouterr().out
+    assert said.count("layers: not compiled, as ZeRO-3 gathers") == 1
+    assert said.count("layers: not compiled, as --torch_compile compiles the whole model") == 1
     moe = build("qwen3_moe", output_router_logits=True, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     assert static_tokens(moe, 2, 96, asked=True, whole_model=False) == 0
     assert "the router's loss would count" in capsys.readouterr().out
